@@ -1,0 +1,146 @@
+"""Which kernels run: four backends, a table of what ``auto`` prefers, three ways to override it.
+
+====== ========================== =====================================
+name   what it is                 runs
+====== ========================== =====================================
+eager  bert_fast/reference.py     anywhere, every dtype; always there
+cpu    csrc/cpu (C++)             CPU tensors: float32, bfloat16, float16
+triton kernels/                   CUDA tensors
+cuda   csrc/cuda (CUDA C++)       CUDA tensors
+====== ========================== =====================================
+"""
+
+import contextlib
+import contextvars
+import importlib
+import os
+from dataclasses import dataclass
+
+import torch
+
+LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Support:
+    """What one backend does for one op."""
+
+    device: str
+    dtypes: tuple = LOW_PRECISION
+    backward: bool = True
+
+
+OPS = ("attention", "layer_norm", "gelu")
+SUPPORT = {
+    "cpu": {op: Support("cpu") for op in OPS},
+    "triton": {},
+    "cuda": {"gelu": Support("cuda", backward=False)},
+}
+BACKENDS = ("eager", *SUPPORT)
+MODULES = {"cpu": "bert_fast.cpu", "triton": "bert_fast.kernels", "cuda": "bert_fast.cuda"}
+
+# What `auto` tries, in order, by the tensors' device. Triton stands before CUDA C++ by rule and
+# not by measurement: no GPU has compared them yet.
+AUTO = {"cpu": ("cpu", "eager"), "cuda": ("triton", "cuda", "eager")}
+
+_override = contextvars.ContextVar("bert_fast_backend", default=None)
+_modules = {}  # name -> module, or the reason why there is none
+
+
+class BackendUnavailableError(RuntimeError):
+    """The backend that was asked for cannot run here; the message says why."""
+
+
+def _load(name):
+    if name not in _modules:
+        _modules[name] = _try_load(name)
+    return _modules[name]
+
+
+def _try_load(name):
+    try:
+        from bert_fast import _C
+    except ImportError as error:
+        if name in ("cpu", "cuda"):
+            return f"the compiled extension bert_fast._C does not import ({error})"
+    if name == "triton":
+        if not SUPPORT["triton"]:
+            return "this version of bert_fast has no Triton kernels yet"
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed"
+    if name == "cuda" and _C.cuda_archs is None:
+        return "bert_fast was built without CUDA (no nvcc was found; build with BERT_FAST_CUDA=on)"
+    if name in ("cuda", "triton") and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return importlib.import_module(MODULES[name])
+
+
+def why_unavailable(name):
+    """Why the backend cannot run on this machine at all, or None where it can."""
+    if name == "eager":
+        return None
+    found = _load(name)
+    return found if isinstance(found, str) else None
+
+
+def why_not(name, op, device, dtype, needs_grad):
+    """Why the backend cannot run this call, or None where it can."""
+    if name == "eager":
+        return None
+    if (reason := why_unavailable(name)) is not None:
+        return reason
+    support = SUPPORT[name].get(op)
+    if support is None:
+        return f"it has no {op} kernel yet"
+    if device != support.device:
+        return f"it runs on {support.device} tensors, and these are on {device}"
+    if dtype not in support.dtypes:
+        known = ", ".join(str(d).removeprefix("torch.") for d in support.dtypes)
+        return f"its {op} takes {known}, not {str(dtype).removeprefix('torch.')}"
+    if needs_grad and not support.backward:
+        return f"its {op} has no backward yet"
+    return None
+
+
+def check_name(name, source):
+    if name not in (*BACKENDS, "auto"):
+        raise ValueError(f"{source} must be one of auto, {', '.join(BACKENDS)}, not {name!r}")
+    return name
+
+
+def choose(op, device, dtype, needs_grad, backend=None):
+    """The backend's name for one call. An argument beats :func:`use_backend`, which beats the
+    environment's BERT_FAST_BACKEND, which beats the table ``AUTO``.
+
+    Raises:
+        BackendUnavailableError: a backend was asked for by name and cannot run this call.
+    """
+    if backend is not None:
+        check_name(backend, "backend")
+    name = backend or _override.get()
+    if name is None:
+        name = os.environ.get("BERT_FAST_BACKEND") or "auto"
+        check_name(name, "the environment variable BERT_FAST_BACKEND")
+    if name != "auto":
+        if (reason := why_not(name, op, device, dtype, needs_grad)) is not None:
+            raise BackendUnavailableError(f"backend {name!r} cannot run {op} here: {reason}")
+        return name
+    for name in AUTO.get(device, ()):
+        if why_not(name, op, device, dtype, needs_grad) is None:
+            return name
+    return "eager"
+
+
+def module(name):
+    """The loaded module of a backend that :func:`choose` returned."""
+    return _load(name)
+
+
+@contextlib.contextmanager
+def use_backend(name):
+    """``with use_backend("eager"): ...`` runs every op inside on that backend ("auto": the table)."""
+    token = _override.set(check_name(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _override.reset(token)

@@ -1,0 +1,198 @@
+"""Hugging Face checkpoints in and out. q, k and v are fused here, so forward never concatenates."""
+
+import contextlib
+import json
+import os
+import pickle
+import re
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+
+# Ours -> Hugging Face's; "N" is the layer. The fused qkv stands for its three parts, in order.
+NAMES = {
+    "embeddings.word": "embeddings.word_embeddings",
+    "embeddings.position": "embeddings.position_embeddings",
+    "embeddings.token_type": "embeddings.token_type_embeddings",
+    "embeddings.norm": "embeddings.LayerNorm",
+    "layers.N.attention.qkv": (
+        "encoder.layer.N.attention.self.query",
+        "encoder.layer.N.attention.self.key",
+        "encoder.layer.N.attention.self.value",
+    ),
+    "layers.N.attention.out": "encoder.layer.N.attention.output.dense",
+    "layers.N.attention.norm": "encoder.layer.N.attention.output.LayerNorm",
+    "layers.N.feed_forward.up": "encoder.layer.N.intermediate.dense",
+    "layers.N.feed_forward.down": "encoder.layer.N.output.dense",
+    "layers.N.feed_forward.norm": "encoder.layer.N.output.LayerNorm",
+    "pooler": "pooler.dense",
+}
+# Heads and buffers that a checkpoint of a whole task model carries beside the encoder.
+NOT_OURS = re.compile(r"(cls|classifier|qa_outputs)\.|embeddings\.position_ids$")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be loaded; the message names the file and what is wrong with it."""
+
+
+def hugging_face_names(name):
+    """The Hugging Face keys that make up one of our parameters: three for qkv, else one."""
+    module, _, kind = name.rpartition(".")
+    layer = re.search(r"\d+", module)
+    theirs = NAMES[re.sub(r"\d+", "N", module)]
+    theirs = [theirs] if isinstance(theirs, str) else theirs
+    return [f"{t.replace('N', layer[0], 1) if layer else t}.{kind}" for t in theirs]
+
+
+def from_hugging_face(state, model, source):
+    """Hugging Face's state dict as ours, for ``model``'s parameters.
+
+    Raises:
+        CheckpointError: naming missing and misshapen keys. Unexpected ones are warned about.
+    """
+    state = {_modern_key(key): value for key, value in state.items()}
+    ours, missing, misshapen = {}, [], []
+    for name, parameter in model.state_dict().items():
+        theirs = hugging_face_names(name)
+        absent = [key for key in theirs if key not in state]
+        if absent:
+            missing += absent
+            continue
+        parts = [state.pop(key) for key in theirs]
+        wanted = (parameter.shape[0] // len(parts), *parameter.shape[1:])
+        wrong = [
+            f"{key} is {tuple(part.shape)}, not {wanted}"
+            for key, part in zip(theirs, parts, strict=True)
+            if tuple(part.shape) != wanted
+        ]
+        misshapen += wrong
+        if not wrong:
+            ours[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    if missing:
+        raise CheckpointError(f"{source} lacks {_listing(missing)}")
+    if misshapen:
+        raise CheckpointError(f"{source} does not fit config.json: {_listing(misshapen)}")
+    unexpected = [key for key in state if not NOT_OURS.match(key)]
+    if unexpected:
+        warnings.warn(f"{source}: unexpected, not loaded: {_listing(unexpected)}", stacklevel=4)
+    return ours
+
+
+def to_hugging_face(state):
+    """Our state dict as Hugging Face's: qkv cut in three."""
+    theirs = {}
+    for name, value in state.items():
+        keys = hugging_face_names(name)
+        theirs.update(zip(keys, value.chunk(len(keys)), strict=True))
+    return theirs
+
+
+def _modern_key(key):
+    key = key.removeprefix("bert.")
+    return re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", key))
+
+
+def _listing(names, limit=8):
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def load(model_class, directory, dtype=None):
+    """See :meth:`bert_fast.BertModel.from_pretrained`."""
+    from bert_fast.model import BertConfig
+
+    directory = Path(directory)
+    config_path = directory / "config.json"
+    if not config_path.is_file():
+        raise CheckpointError(f"{directory} has no config.json: not a checkpoint's directory")
+    try:
+        config = BertConfig.from_json(config_path)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(str(error)) from error
+    state, source = _read_weights(directory)
+    has_pooler = any("pooler." in key for key in state)
+    with torch.device("meta"):  # no memory, no initialisation: every parameter is about to be set
+        model = model_class(config, add_pooling_layer=has_pooler)
+    weights = from_hugging_face(state, model, source)
+    model.load_state_dict({name: w.to(dtype or w.dtype) for name, w in weights.items()}, assign=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return model.eval()
+
+
+def _read_weights(directory):
+    for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"):
+        path = directory / name
+        if path.is_file():
+            break
+    else:
+        raise CheckpointError(f"{directory} has neither model.safetensors nor pytorch_model.bin")
+    if path.suffix == ".json":
+        try:
+            shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{path} is no index of shards: {error!r}") from error
+        state = {}
+        for shard in shards:
+            state |= _read_safetensors(directory / Path(shard).name)
+        return state, path
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path), path
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds pickled code or is damaged, and was not executed: {error}"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} is truncated or corrupt: {error}") from error
+    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+        raise CheckpointError(f"{path} is not a state dict of tensors")
+    return state, path
+
+
+def _read_safetensors(path):
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is truncated or corrupt: {error}") from error
+
+
+def save(model, directory):
+    """See :meth:`bert_fast.BertModel.save_pretrained`. Files appear whole or not at all."""
+    from safetensors.torch import save_file
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    state = {k: v.contiguous().clone() for k, v in to_hugging_face(model.state_dict()).items()}
+    with atomic_path(directory / "model.safetensors") as path:
+        save_file(state, path, metadata={"format": "pt"})
+    with atomic_path(directory / "config.json") as path:
+        Path(path).write_text(model.config.to_json(), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def atomic_path(target):
+    """A path beside ``target`` to write to; it replaces ``target`` if the block succeeds, and goes
+    if it fails, so that no reader ever sees half a file."""
+    target = Path(target)
+    handle, path = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
+    os.close(handle)
+    try:
+        yield path
+        os.chmod(path, 0o666 & ~_umask())
+        os.replace(path, target)
+    except BaseException:
+        os.unlink(path)
+        raise
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,114 @@
+"""The ``cpu`` backend: csrc/cpu through pybind11. Tensors in, addresses out; ops.py has validated."""
+
+import torch
+
+from bert_fast import _C
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+APPROXIMATE = {"none": 0, "tanh": 1}
+
+
+def _address(tensor):
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _strided(tensor):
+    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
+
+
+def _float(parameter):
+    """Biases and layer-norm weights reach the kernels as fp32, whatever the activations are."""
+    return None if parameter is None else parameter.float().contiguous()
+
+
+def _seed(seed):
+    return 0 if seed is None else int(seed) & 0xFFFFFFFFFFFFFFFF
+
+
+def _attention_shape(q, k, cu_q, cu_k, scale, causal, dropout_p, seed):
+    return _C.AttentionShape(
+        dtype=DTYPES[q.dtype], batch=cu_q.numel() - 1, num_heads=q.shape[1], head_dim=q.shape[2],
+        total_q=q.shape[0], total_k=k.shape[0], cu_q=cu_q.data_ptr(), cu_k=cu_k.data_ptr(),
+        scale=scale, causal=causal, dropout_p=dropout_p, seed=_seed(seed),
+        num_threads=torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def attention_forward(
+    q, k, v, cu_q, cu_k, max_q, max_k, bias, scale, causal, dropout_p, seed, out=None
+):
+    out = q.new_empty(q.shape) if out is None else out
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    shape = _attention_shape(q, k, cu_q, cu_k, scale, causal, dropout_p, seed)
+    bias = _float(bias)
+    _C.attention_forward(
+        shape, _strided(q), _strided(k), _strided(v), _strided(out), _address(bias), _address(lse)
+    )
+    return out, lse
+
+
+def attention_backward(
+    dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, bias, scale, causal, dropout_p, seed,
+    dq, dk, dv,
+):  # fmt: skip
+    shape = _attention_shape(q, k, cu_q, cu_k, scale, causal, dropout_p, seed)
+    bias = _float(bias)
+    _C.attention_backward(
+        shape, *map(_strided, (q, k, v, out, dout, dq, dk, dv)), _address(bias), _address(lse)
+    )
+
+
+def layer_norm_forward(
+    x, weight, bias, residual, linear_bias, eps, dropout_p, seed, out=None, training=True
+):
+    """Returns out, and for backward the normalised sum (None where it is x itself), mean, rstd."""
+    rows, hidden = x.numel() // x.shape[-1], x.shape[-1]
+    out = torch.empty_like(x) if out is None else out
+    is_x = residual is None and linear_bias is None and dropout_p == 0
+    total = torch.empty_like(x) if training and not is_x else None
+    mean, rstd = torch.empty(2, rows, dtype=torch.float32) if training else (None, None)
+    weight, bias, linear_bias = _float(weight), _float(bias), _float(linear_bias)
+    _C.layer_norm_forward(
+        DTYPES[x.dtype], rows, hidden, *map(_address, (x, residual, linear_bias, weight, bias)),
+        *map(_address, (out, total, mean, rstd)), eps, dropout_p, _seed(seed),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out, total, mean, rstd
+
+
+def layer_norm_backward(dout, total, mean, rstd, weight, has_linear_bias, dropout_p, seed):
+    """Returns dx, dresidual (the same tensor without dropout), dweight, dbias, dlinear_bias."""
+    rows, hidden = total.numel() // total.shape[-1], total.shape[-1]
+    dresidual = torch.empty_like(total)
+    dx = torch.empty_like(total) if dropout_p > 0 else None
+    sums = torch.empty(3 if has_linear_bias else 2, hidden, dtype=torch.float32)
+    weight = _float(weight)
+    _C.layer_norm_backward(
+        DTYPES[total.dtype], rows, hidden, *map(_address, (dout, total, mean, rstd, weight)),
+        _address(dresidual), _address(dx), *map(_address, sums.unbind()[:2]),
+        _address(sums[2] if has_linear_bias else None), dropout_p, _seed(seed),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return dresidual if dx is None else dx, dresidual, *sums.unbind()
+
+
+def gelu_forward(x, bias, approximate, out=None):
+    out = torch.empty_like(x) if out is None else out
+    bias = _float(bias)
+    _C.gelu_forward(
+        DTYPES[x.dtype], x.numel() // x.shape[-1], x.shape[-1], _address(x), _address(bias),
+        _address(out), APPROXIMATE[approximate], torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def gelu_backward(dout, x, bias, approximate):
+    """Returns dx and dbias (None without a bias)."""
+    dx = torch.empty_like(x)
+    dbias = None if bias is None else torch.empty(x.shape[-1], dtype=torch.float32)
+    bias = _float(bias)
+    _C.gelu_backward(
+        DTYPES[x.dtype], x.numel() // x.shape[-1], x.shape[-1], *map(_address, (dout, x, bias)),
+        _address(dx), _address(dbias), APPROXIMATE[approximate], torch.get_num_threads(),
+    )  # fmt: skip
+    return dx, dbias

@@ -1,0 +1,141 @@
+// The only file that knows Python. Pointers arrive as integers: bert_fast/cpu.py and
+// bert_fast/cuda.py have checked the tensors they came from and keep them alive for the call.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/kernels.h"
+#ifdef BERT_FAST_WITH_CUDA
+#include "cuda/kernels.h"
+#endif
+
+namespace py = pybind11;
+using namespace bert_fast;
+
+namespace {
+
+using Address = uintptr_t;
+using StridedTensor = std::array<int64_t, 3>;  // address, token stride, head stride
+
+template <class T = void>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Strided strided(const StridedTensor& t) {
+  return {pointer(static_cast<Address>(t[0])), t[1], t[2]};
+}
+
+AttentionShape attention_shape(int dtype, int64_t batch, int64_t num_heads, int64_t head_dim,
+                               int64_t total_q, int64_t total_k, Address cu_q, Address cu_k,
+                               float scale, bool causal, float dropout_p, uint64_t seed,
+                               int num_threads) {
+  return {static_cast<DType>(dtype), batch, num_heads, head_dim, total_q, total_k,
+          pointer<int32_t>(cu_q), pointer<int32_t>(cu_k), scale, causal, dropout_p, seed,
+          num_threads};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "bert_fast's compiled kernels. Private: bert_fast's ops validate, this does not.";
+  using release_gil = py::call_guard<py::gil_scoped_release>;
+
+  m.def("cpu_isa", &cpu_isa);
+  m.def("set_cpu_isa", [](const std::string& name) {
+    if (!set_cpu_isa(name.c_str())) {
+      throw py::value_error("cpu isa '" + name + "' is not one this processor and build have");
+    }
+  });
+
+  py::class_<AttentionShape>(m, "AttentionShape")
+      .def(py::init(&attention_shape), py::kw_only(), py::arg("dtype"), py::arg("batch"),
+           py::arg("num_heads"), py::arg("head_dim"), py::arg("total_q"), py::arg("total_k"),
+           py::arg("cu_q"), py::arg("cu_k"), py::arg("scale"), py::arg("causal"),
+           py::arg("dropout_p"), py::arg("seed"), py::arg("num_threads"));
+
+  m.def("attention_forward",
+        [](const AttentionShape& shape, StridedTensor q, StridedTensor k, StridedTensor v,
+           StridedTensor out, Address bias, Address lse) {
+          cpu_kernels().attention_forward({shape, strided(q), strided(k), strided(v), strided(out),
+                                           pointer<float>(bias), pointer<float>(lse)});
+        },
+        release_gil());
+
+  m.def("attention_backward",
+        [](const AttentionShape& shape, StridedTensor q, StridedTensor k, StridedTensor v,
+           StridedTensor out, StridedTensor dout, StridedTensor dq, StridedTensor dk,
+           StridedTensor dv, Address bias, Address lse) {
+          cpu_kernels().attention_backward({shape, strided(q), strided(k), strided(v), strided(out),
+                                            strided(dout), strided(dq), strided(dk), strided(dv),
+                                            pointer<float>(bias), pointer<float>(lse)});
+        },
+        release_gil());
+
+  m.def("layer_norm_forward",
+        [](int dtype, int64_t rows, int64_t hidden, Address x, Address residual,
+           Address linear_bias, Address weight, Address bias, Address out, Address sum,
+           Address mean, Address rstd, double eps, float dropout_p, uint64_t seed,
+           int num_threads) {
+          cpu_kernels().layer_norm_forward(
+              {static_cast<DType>(dtype), rows, hidden, pointer(x), pointer(residual),
+               pointer<float>(linear_bias), pointer<float>(weight), pointer<float>(bias),
+               pointer(out), pointer(sum), pointer<float>(mean), pointer<float>(rstd), eps,
+               dropout_p, seed, num_threads});
+        },
+        release_gil());
+
+  m.def("layer_norm_backward",
+        [](int dtype, int64_t rows, int64_t hidden, Address dout, Address sum, Address mean,
+           Address rstd, Address weight, Address dsum, Address dx, Address dweight, Address dbias,
+           Address dlinear_bias, float dropout_p, uint64_t seed, int num_threads) {
+          cpu_kernels().layer_norm_backward(
+              {static_cast<DType>(dtype), rows, hidden, pointer(dout), pointer(sum),
+               pointer<float>(mean), pointer<float>(rstd), pointer<float>(weight), pointer(dsum),
+               pointer(dx), pointer<float>(dweight), pointer<float>(dbias),
+               pointer<float>(dlinear_bias), dropout_p, seed, num_threads});
+        },
+        release_gil());
+
+  m.def("gelu_forward",
+        [](int dtype, int64_t rows, int64_t width, Address x, Address bias, Address out,
+           int approximate, int num_threads) {
+          cpu_kernels().gelu_forward({static_cast<DType>(dtype), rows, width, pointer(x),
+                                      pointer<float>(bias), pointer(out),
+                                      static_cast<Gelu>(approximate), num_threads});
+        },
+        release_gil());
+
+  m.def("gelu_backward",
+        [](int dtype, int64_t rows, int64_t width, Address dout, Address x, Address bias,
+           Address dx, Address dbias, int approximate, int num_threads) {
+          cpu_kernels().gelu_backward({static_cast<DType>(dtype), rows, width, pointer(dout),
+                                       pointer(x), pointer<float>(bias), pointer(dx),
+                                       pointer<float>(dbias), static_cast<Gelu>(approximate),
+                                       num_threads});
+        },
+        release_gil());
+
+#ifdef BERT_FAST_WITH_CUDA
+  m.attr("cuda_archs") = BERT_FAST_CUDA_ARCHS;
+  m.def("cuda_gelu_forward",
+        [](int dtype, int64_t rows, int64_t width, Address x, Address bias, Address out,
+           int approximate, int device, Address stream) {
+          const char* error = cuda::gelu_forward(
+              {static_cast<DType>(dtype), rows, width, pointer(x), pointer<float>(bias),
+               pointer(out), static_cast<Gelu>(approximate), 0},
+              device, pointer(stream));
+          if (error) {
+            throw std::runtime_error("gelu_forward (" + std::to_string(rows) + " x " +
+                                     std::to_string(width) + ") on cuda:" +
+                                     std::to_string(device) + ": " + error);
+          }
+        },
+        release_gil());
+#else
+  m.attr("cuda_archs") = py::none();
+#endif
+}

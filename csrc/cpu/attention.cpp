@@ -1,0 +1,421 @@
+// Attention over packed sequences: softmax(Q K^T * scale) V (Vaswani et al. 2017, eq. 1), blocked
+// over keys with the online softmax of Milakov & Gimelshein 2018, so that no matrix of queries by
+// keys is ever stored; backward recomputes the blocks from the log-sum-exp (Dao et al. 2022).
+//
+// A block is first copied into padded fp32 scratch (K and, for backward, V transposed). That is
+// where strides, 16-bit storage, head sizes that are no multiple of the vector and the projection's
+// bias are dealt with, once; the products and the softmax see plain aligned matrices in L1/L2.
+#include <algorithm>
+#include <cmath>
+#include <utility>
+#include <vector>
+
+#include "gemm.h"
+
+namespace bert_fast {
+namespace BERT_FAST_ISA {
+namespace {
+
+// Rows of a query block and columns of a key block. At head_dim 64 a block of scores is 64 KB and
+// the K, V, Q, O blocks 32 KB each: all within a core's L2.
+constexpr int64_t kBlockQ = 128, kBlockK = 128;
+constexpr float kNegative = -1e30f;  // a masked score: finite, so that no inf - inf arises
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+template <int... I>
+BERT_FAST_INLINE vf interleave_low(vf a, vf b, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (I % 2 ? kWidth : 0) + I / 2 ...);
+#else
+  return __builtin_shuffle(a, b, vi{(I % 2 ? kWidth : 0) + I / 2 ...});
+#endif
+}
+template <int... I>
+BERT_FAST_INLINE vf interleave_high(vf a, vf b, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (I % 2 ? kWidth : 0) + kWidth / 2 + I / 2 ...);
+#else
+  return __builtin_shuffle(a, b, vi{(I % 2 ? kWidth : 0) + kWidth / 2 + I / 2 ...});
+#endif
+}
+
+// A kWidth x kWidth transpose: log2(kWidth) rounds, each a perfect shuffle of the rows.
+BERT_FAST_INLINE void transpose(vf (&rows)[kWidth]) {
+  constexpr auto lanes = std::make_integer_sequence<int, kWidth>{};
+  for (int step = 1; step < kWidth; step *= 2) {
+    vf next[kWidth];
+    for (int i = 0; i < kWidth / 2; ++i) {
+      next[2 * i] = interleave_low(rows[i], rows[i + kWidth / 2], lanes);
+      next[2 * i + 1] = interleave_high(rows[i], rows[i + kWidth / 2], lanes);
+    }
+    for (int i = 0; i < kWidth; ++i) rows[i] = next[i];
+  }
+}
+
+template <class T>
+BERT_FAST_INLINE vf load_biased(const T* row, const float* bias, int64_t col, int lanes) {
+  const vf value = load_row(row + col, lanes);
+  return bias ? value + load_row(bias + col, lanes) : value;
+}
+
+// scratch[r][c] = (source[r][c] + bias[c]) * factor, columns past head_dim zero.
+template <class T>
+void pack(const T* source, int64_t stride, int64_t rows, int64_t head_dim, const float* bias,
+          float factor, float* scratch, int64_t ld) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* row = source + r * stride;
+    for_columns(head_dim, [&](int64_t col, int lanes) {
+      store(scratch + r * ld + col, load_biased(row, bias, col, lanes) * factor);
+    });
+  }
+}
+
+// scratch[c][r] = source[r][c] + bias[c]; rows past `rows`, up to a multiple of kWidth, zero.
+template <class T>
+void pack_transposed(const T* source, int64_t stride, int64_t rows, int64_t head_dim,
+                     const float* bias, float* scratch, int64_t ld) {
+  for (int64_t r = 0; r < rows; r += kWidth) {
+    const int count = static_cast<int>(std::min<int64_t>(kWidth, rows - r));
+    for_columns(head_dim, [&](int64_t col, int lanes) {
+      vf tile[kWidth];
+      for (int i = 0; i < kWidth; ++i) {
+        tile[i] = i < count ? load_biased(source + (r + i) * stride, bias, col, lanes) : vf{};
+      }
+      transpose(tile);
+      for (int i = 0; i < lanes; ++i) store(scratch + (col + i) * ld + r, tile[i]);
+    });
+  }
+}
+
+template <class T>
+void unpack(const float* scratch, int64_t ld, int64_t rows, int64_t head_dim, float factor,
+            T* target, int64_t stride) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for_columns(head_dim, [&](int64_t col, int lanes) {
+      store_row(target + r * stride + col, load(scratch + r * ld + col) * factor, lanes);
+    });
+  }
+}
+
+// One sequence's place in the packed rows.
+struct Sequence {
+  int64_t index, q_begin, q_len, k_begin, k_len;
+
+  Sequence(const AttentionShape& s, int64_t index)
+      : index(index), q_begin(s.cu_q[index]), q_len(s.cu_q[index + 1] - q_begin),
+        k_begin(s.cu_k[index]), k_len(s.cu_k[index + 1] - k_begin) {}
+
+  // How many keys the query row sees.
+  int64_t visible(int64_t row, bool causal) const {
+    return causal ? std::clamp<int64_t>(row + 1 + k_len - q_len, 0, k_len) : k_len;
+  }
+};
+
+template <class T>
+T* head_data(const Strided& tensor, int64_t token, int64_t head) {
+  return static_cast<T*>(tensor.data) + token * tensor.token + head * tensor.head;
+}
+
+const float* head_bias(const float* bias, int64_t which, const AttentionShape& s, int64_t head) {
+  return bias ? bias + (which * s.num_heads + head) * s.head_dim : nullptr;
+}
+
+// A piece of work, and what it costs in multiples of head_dim.
+struct Task {
+  int64_t sequence, head, q_block;
+  int64_t cost;
+};
+
+// Most expensive first, so that with dynamic scheduling a long sequence is never the last to start.
+void sort_by_cost(std::vector<Task>& tasks) {
+  std::stable_sort(tasks.begin(), tasks.end(),
+                   [](const Task& a, const Task& b) { return a.cost > b.cost; });
+}
+
+// Rows past the last sequence (a buffer of fixed capacity has them) are zeroed, not left as found.
+template <class T>
+void zero_tail(const AttentionShape& s, const Strided& tensor, int64_t begin, int64_t end) {
+  for (int64_t token = begin; token < end; ++token) {
+    for (int64_t head = 0; head < s.num_heads; ++head) {
+      std::memset(head_data<T>(tensor, token, head), 0, s.head_dim * sizeof(T));
+    }
+  }
+}
+
+template <class T>
+class ForwardTask {
+ public:
+  explicit ForwardTask(const AttentionForward& a)
+      : a_(a), ld_(round_up(a.head_dim, kWidth)), q_(kBlockQ * ld_),
+        k_(a.head_dim * kBlockK), v_(kBlockK * ld_),
+        scores_(kBlockQ * kBlockK), out_(kBlockQ * ld_),
+        factors_(kBlockK + 4 * kWidth), top_(kBlockQ), total_(kBlockQ) {}
+
+  void run(const Task& task) {
+    const Sequence seq(a_, task.sequence);
+    const int64_t head = task.head, first = task.q_block * kBlockQ;
+    const int64_t rows = std::min(kBlockQ, seq.q_len - first);
+    const int64_t keys = seq.visible(first + rows - 1, a_.causal);
+
+    pack(head_data<const T>(a_.q, seq.q_begin + first, head), a_.q.token, rows, a_.head_dim,
+         head_bias(a_.bias, 0, a_, head), a_.scale * kLog2e, q_, ld_);
+    fill(top_, rows, kNegative);
+    fill(total_, rows, 0.0f);
+    if (keys == 0) fill(out_, rows * ld_, 0.0f);
+
+    for (int64_t begin = 0; begin < keys; begin += kBlockK) {
+      const int64_t count = std::min(kBlockK, keys - begin), padded = round_up(count, kWidth);
+      pack_transposed(head_data<const T>(a_.k, seq.k_begin + begin, head), a_.k.token, count,
+                      a_.head_dim, head_bias(a_.bias, 1, a_, head), k_, kBlockK);
+      pack(head_data<const T>(a_.v, seq.k_begin + begin, head), a_.v.token, count, a_.head_dim,
+           head_bias(a_.bias, 2, a_, head), 1.0f, v_, ld_);
+      gemm(rows, padded, a_.head_dim, {q_, ld_, 1}, k_, kBlockK, scores_, kBlockK, false);
+      for (int64_t row = 0; row < rows; ++row) {
+        const int64_t visible = seq.visible(first + row, a_.causal) - begin;
+        softmax_row(row, std::clamp<int64_t>(visible, 0, count), padded, begin == 0);
+        if (a_.dropout_p > 0.0f) drop_row(seq, head, first + row, row, begin, padded);
+      }
+      gemm(rows, ld_, count, {scores_, kBlockK, 1}, v_, ld_, out_, ld_, begin != 0);
+    }
+
+    T* out = head_data<T>(a_.out, seq.q_begin + first, head);
+    float* lse = a_.lse + head * a_.total_q + seq.q_begin + first;
+    for (int64_t row = 0; row < rows; ++row) {
+      // A row that sees no key: zeros, and the log of an empty sum. A NaN total passes through.
+      const bool empty = total_[row] == 0.0f;
+      unpack(out_ + row * ld_, ld_, 1, a_.head_dim, empty ? 0.0f : 1.0f / total_[row],
+             out + row * a_.out.token, a_.out.token);
+      lse[row] = empty ? -INFINITY : (top_[row] + std::log2(total_[row])) * kLn2;
+    }
+  }
+
+ private:
+  // Turns scores into 2^(score - max), columns from `visible` on into zeros, and rescales what
+  // earlier blocks left in out_ and total_ to the new maximum.
+  void softmax_row(int64_t row, int64_t visible, int64_t padded, bool first_block) {
+    float* s = scores_ + row * kBlockK;
+    const vi lanes = lane_index();
+    if (visible < padded) {
+      for (int64_t col = visible / kWidth * kWidth; col < padded; col += kWidth) {
+        store(s + col, select(lanes < static_cast<int32_t>(visible - col), load(s + col),
+                              splat(kNegative)));
+      }
+    }
+    vf top = splat(top_[row]);
+    for (int64_t col = 0; col < padded; col += kWidth) top = vmax(load(s + col), top);
+    const float new_top = max(top);
+    vf total = {};
+    for (int64_t col = 0; col < padded; col += kWidth) {
+      vf p = exp2(load(s + col) - new_top);
+      // Where no key has been seen yet the maximum is itself kNegative, and 2^0 is not 0.
+      if (visible < padded) p = select(lanes < static_cast<int32_t>(visible - col), p, vf{});
+      store(s + col, p);
+      total += p;
+    }
+    if (first_block) {
+      total_[row] = sum(total);
+    } else {
+      const float rescale = std::exp2(top_[row] - new_top);
+      total_[row] = total_[row] * rescale + sum(total);
+      float* out = out_ + row * ld_;
+      if (rescale != 1.0f) {
+        for (int64_t col = 0; col < ld_; col += kWidth) store(out + col, load(out + col) * rescale);
+      }
+    }
+    top_[row] = new_top;
+  }
+
+  void drop_row(const Sequence& seq, int64_t head, int64_t q_row, int64_t row, int64_t begin,
+                int64_t padded) {
+    dropout_row(factors_, padded, a_.seed, a_.dropout_p, static_cast<uint32_t>(begin),
+                static_cast<uint32_t>(q_row), static_cast<uint32_t>(head),
+                static_cast<uint32_t>(seq.index));
+    float* s = scores_ + row * kBlockK;
+    for (int64_t col = 0; col < padded; col += kWidth) {
+      store(s + col, load(s + col) * load(factors_ + col));
+    }
+  }
+
+  const AttentionForward& a_;
+  int64_t ld_;  // head_dim rounded up to whole vectors
+  Buffer q_, k_, v_, scores_, out_, factors_, top_, total_;
+};
+
+template <class T>
+void forward(const AttentionForward& a) {
+  std::vector<Task> tasks;
+  int64_t total_cost = 0;
+  for (int64_t b = 0; b < a.batch; ++b) {
+    const Sequence seq(a, b);
+    for (int64_t block = 0; block * kBlockQ < seq.q_len; ++block) {
+      const int64_t rows = std::min(kBlockQ, seq.q_len - block * kBlockQ);
+      const int64_t cost = rows * (seq.visible(block * kBlockQ + rows - 1, a.causal) + 1);
+      for (int64_t head = 0; head < a.num_heads; ++head) tasks.push_back({b, head, block, cost});
+      total_cost += cost * a.num_heads;
+    }
+  }
+  sort_by_cost(tasks);
+#pragma omp parallel num_threads(threads_for(total_cost * a.head_dim / 8, a.num_threads))
+  {
+    ForwardTask<T> worker(a);
+#pragma omp for schedule(dynamic, 1)
+    for (size_t i = 0; i < tasks.size(); ++i) worker.run(tasks[i]);
+  }
+  const int64_t end = a.cu_q[a.batch];
+  zero_tail<T>(a, a.out, end, a.total_q);
+  for (int64_t head = 0; head < a.num_heads; ++head) {
+    fill(a.lse + head * a.total_q + end, a.total_q - end, -INFINITY);
+  }
+}
+
+// One sequence and head, with P = exp(S - lse) and Z the dropout factors:
+//   dV = (P Z)^T dO,  dP = (dO V^T) Z,  dS = P (dP - delta) with delta = rowsum(dO O),
+//   dQ = scale dS K,  dK = scale dS^T Q.
+template <class T>
+class BackwardTask {
+ public:
+  BackwardTask(const AttentionBackward& a, int64_t max_q_len)
+      : a_(a), ld_(round_up(a.head_dim, kWidth)), q_(kBlockQ * ld_),
+        dout_(kBlockQ * ld_), k_(kBlockK * ld_),
+        k_transposed_(a.head_dim * kBlockK),
+        v_transposed_(a.head_dim * kBlockK),
+        p_(kBlockQ * kBlockK), ds_(kBlockQ * kBlockK),
+        dk_(kBlockK * ld_), dv_(kBlockK * ld_),
+        factors_(kBlockK + 4 * kWidth), dq_(max_q_len * ld_),
+        delta_(max_q_len) {}
+
+  void run(const Task& task) {
+    const Sequence seq(a_, task.sequence);
+    const int64_t head = task.head;
+    compute_delta(seq, head);
+    fill(dq_, seq.q_len * ld_, 0.0f);
+
+    for (int64_t k_begin = 0; k_begin < seq.k_len; k_begin += kBlockK) {
+      const int64_t keys = std::min(kBlockK, seq.k_len - k_begin);
+      const T* k = head_data<const T>(a_.k, seq.k_begin + k_begin, head);
+      const T* v = head_data<const T>(a_.v, seq.k_begin + k_begin, head);
+      const float *k_bias = head_bias(a_.bias, 1, a_, head), *v_bias = head_bias(a_.bias, 2, a_, head);
+      pack(k, a_.k.token, keys, a_.head_dim, k_bias, 1.0f, k_, ld_);
+      pack_transposed(k, a_.k.token, keys, a_.head_dim, k_bias, k_transposed_, kBlockK);
+      pack_transposed(v, a_.v.token, keys, a_.head_dim, v_bias, v_transposed_, kBlockK);
+      fill(dk_, keys * ld_, 0.0f);
+      fill(dv_, keys * ld_, 0.0f);
+      for (int64_t q_begin = 0; q_begin < seq.q_len; q_begin += kBlockQ) {
+        const int64_t rows = std::min(kBlockQ, seq.q_len - q_begin);
+        if (seq.visible(q_begin + rows - 1, a_.causal) > k_begin) {
+          add_block(seq, head, q_begin, rows, k_begin, keys);
+        }
+      }
+      // q_ holds q * scale * log2(e); dK wants q * scale.
+      unpack(dk_, ld_, keys, a_.head_dim, kLn2,
+             head_data<T>(a_.dk, seq.k_begin + k_begin, head), a_.dk.token);
+      unpack(dv_, ld_, keys, a_.head_dim, 1.0f,
+             head_data<T>(a_.dv, seq.k_begin + k_begin, head), a_.dv.token);
+    }
+    unpack(dq_, ld_, seq.q_len, a_.head_dim, a_.scale, head_data<T>(a_.dq, seq.q_begin, head),
+           a_.dq.token);
+  }
+
+ private:
+  void compute_delta(const Sequence& seq, int64_t head) {
+    for (int64_t row = 0; row < seq.q_len; ++row) {
+      const T* out = head_data<const T>(a_.out, seq.q_begin + row, head);
+      const T* dout = head_data<const T>(a_.dout, seq.q_begin + row, head);
+      vf total = {};
+      for_columns(a_.head_dim, [&](int64_t col, int lanes) {
+        total += load_row(out + col, lanes) * load_row(dout + col, lanes);
+      });
+      delta_[row] = sum(total);
+    }
+  }
+
+  void add_block(const Sequence& seq, int64_t head, int64_t q_begin, int64_t rows, int64_t k_begin,
+                 int64_t keys) {
+    const int64_t padded = round_up(keys, kWidth);
+    const int64_t token = seq.q_begin + q_begin;
+    pack(head_data<const T>(a_.q, token, head), a_.q.token, rows, a_.head_dim,
+         head_bias(a_.bias, 0, a_, head), a_.scale * kLog2e, q_, ld_);
+    pack(head_data<const T>(a_.dout, token, head), a_.dout.token, rows, a_.head_dim, nullptr, 1.0f,
+         dout_, ld_);
+    gemm(rows, padded, a_.head_dim, {q_, ld_, 1}, k_transposed_, kBlockK, p_, kBlockK, false);
+    gemm(rows, padded, a_.head_dim, {dout_, ld_, 1}, v_transposed_, kBlockK, ds_, kBlockK, false);
+
+    const float* lse = a_.lse + head * a_.total_q + token;
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t visible = seq.visible(q_begin + row, a_.causal) - k_begin;
+      gradient_row(seq, head, q_begin + row, row, k_begin, std::clamp<int64_t>(visible, 0, keys),
+                   padded, lse[row] * kLog2e);
+    }
+    gemm(keys, ld_, rows, {p_, 1, kBlockK}, dout_, ld_, dv_, ld_, true);
+    gemm(keys, ld_, rows, {ds_, 1, kBlockK}, q_, ld_, dk_, ld_, true);
+    gemm(rows, ld_, keys, {ds_, kBlockK, 1}, k_, ld_, dq_ + q_begin * ld_, ld_, true);
+  }
+
+  // Scores in p_ become P Z, products in ds_ become dS.
+  void gradient_row(const Sequence& seq, int64_t head, int64_t q_row, int64_t row, int64_t k_begin,
+                    int64_t visible, int64_t padded, float lse2) {
+    float *p_row = p_ + row * kBlockK, *ds_row = ds_ + row * kBlockK;
+    const bool drop = a_.dropout_p > 0.0f;
+    if (drop) {
+      dropout_row(factors_, padded, a_.seed, a_.dropout_p, static_cast<uint32_t>(k_begin),
+                  static_cast<uint32_t>(q_row), static_cast<uint32_t>(head),
+                  static_cast<uint32_t>(seq.index));
+    }
+    const float delta = delta_[q_row];
+    const vi lanes = lane_index();
+    for (int64_t col = 0; col < padded; col += kWidth) {
+      vf p = exp2(load(p_row + col) - lse2);
+      p = select(lanes < static_cast<int32_t>(visible - col), p, vf{});
+      vf dp = load(ds_row + col);
+      vf kept = p;
+      if (drop) {
+        const vf factor = load(factors_ + col);
+        dp *= factor;
+        kept *= factor;
+      }
+      store(p_row + col, kept);
+      store(ds_row + col, p * (dp - delta));
+    }
+  }
+
+  const AttentionBackward& a_;
+  int64_t ld_;  // head_dim rounded up to whole vectors
+  Buffer q_, dout_, k_, k_transposed_, v_transposed_, p_, ds_, dk_, dv_, factors_, dq_, delta_;
+};
+
+template <class T>
+void backward(const AttentionBackward& a) {
+  std::vector<Task> tasks;
+  int64_t max_q_len = 0, total_cost = 0;
+  for (int64_t b = 0; b < a.batch; ++b) {
+    const Sequence seq(a, b);
+    const int64_t cost = (seq.q_len + 1) * (seq.k_len + 1);
+    for (int64_t head = 0; head < a.num_heads; ++head) tasks.push_back({b, head, 0, cost});
+    max_q_len = std::max(max_q_len, seq.q_len);
+    total_cost += cost * a.num_heads;
+  }
+  sort_by_cost(tasks);
+#pragma omp parallel num_threads(threads_for(total_cost * a.head_dim / 8, a.num_threads))
+  {
+    BackwardTask<T> worker(a, max_q_len);
+#pragma omp for schedule(dynamic, 1)
+    for (size_t i = 0; i < tasks.size(); ++i) worker.run(tasks[i]);
+  }
+  zero_tail<T>(a, a.dq, a.cu_q[a.batch], a.total_q);
+  zero_tail<T>(a, a.dk, a.cu_k[a.batch], a.total_k);
+  zero_tail<T>(a, a.dv, a.cu_k[a.batch], a.total_k);
+}
+
+}  // namespace
+
+void attention_forward(const AttentionForward& a) {
+  dispatch_dtype(a.dtype, [&](auto* type) { forward<std::remove_pointer_t<decltype(type)>>(a); });
+}
+
+void attention_backward(const AttentionBackward& a) {
+  dispatch_dtype(a.dtype, [&](auto* type) { backward<std::remove_pointer_t<decltype(type)>>(a); });
+}
+
+}  // namespace BERT_FAST_ISA
+}  // namespace bert_fast

@@ -1,0 +1,104 @@
+// The CPU kernels' interface: raw pointers, sizes and strides (in elements), no torch, no Python.
+// Callers have validated everything; kernels check nothing.
+#pragma once
+#include <cstdint>
+
+namespace bert_fast {
+
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+enum class Gelu : int { kErf = 0, kTanh = 1 };
+
+// A (tokens, heads, head_dim) tensor whose last dimension is contiguous.
+struct Strided {
+  void* data;
+  int64_t token, head;
+};
+
+struct AttentionShape {
+  DType dtype;
+  int64_t batch, num_heads, head_dim;
+  int64_t total_q, total_k;     // rows of the buffers; rows past cu_seqlens[batch] are a tail to zero
+  const int32_t *cu_q, *cu_k;   // (batch + 1)
+  float scale;
+  bool causal;                  // aligned to the bottom right: the last query sees the last key
+  float dropout_p;
+  uint64_t seed;
+  int num_threads;
+};
+
+struct AttentionForward : AttentionShape {
+  Strided q, k, v, out;
+  const float* bias;            // (3, num_heads, head_dim) or null; added to q, k, v as they are read
+  float* lse;                   // (num_heads, total_q): log-sum-exp of each row's scaled scores
+};
+
+struct AttentionBackward : AttentionShape {
+  Strided q, k, v, out, dout, dq, dk, dv;
+  const float* bias;
+  const float* lse;
+};
+
+// out = LN(residual + dropout(x + linear_bias)) * weight + bias, rows of `hidden` elements.
+struct LayerNormForward {
+  DType dtype;
+  int64_t rows, hidden;
+  const void *x, *residual;     // residual may be null
+  const float *linear_bias;     // (hidden) or null
+  const float *weight, *bias;   // (hidden)
+  void *out, *sum;              // sum: what was normalised, kept for backward, or null
+  float *mean, *rstd;           // (rows) or null
+  double eps;
+  float dropout_p;
+  uint64_t seed;
+  int num_threads;
+};
+
+struct LayerNormBackward {
+  DType dtype;
+  int64_t rows, hidden;
+  const void *dout, *sum;
+  const float *mean, *rstd, *weight;
+  void *dsum, *dx;              // dx: dsum through the dropout mask; null when dropout_p == 0
+  float *dweight, *dbias;       // (hidden)
+  float *dlinear_bias;          // (hidden) or null
+  float dropout_p;
+  uint64_t seed;
+  int num_threads;
+};
+
+struct GeluForward {
+  DType dtype;
+  int64_t rows, width;
+  const void* x;
+  const float* bias;            // (width) or null
+  void* out;                    // may be x
+  Gelu approximate;
+  int num_threads;
+};
+
+struct GeluBackward {
+  DType dtype;
+  int64_t rows, width;
+  const void *dout, *x;
+  const float* bias;
+  void* dx;                     // may be dout
+  float* dbias;                 // (width) or null
+  Gelu approximate;
+  int num_threads;
+};
+
+// One set of kernels an instruction set; each .cpp beside this file is compiled once for each.
+struct CpuKernels {
+  void (*attention_forward)(const AttentionForward&);
+  void (*attention_backward)(const AttentionBackward&);
+  void (*layer_norm_forward)(const LayerNormForward&);
+  void (*layer_norm_backward)(const LayerNormBackward&);
+  void (*gelu_forward)(const GeluForward&);
+  void (*gelu_backward)(const GeluBackward&);
+};
+
+const CpuKernels& cpu_kernels();     // those of the chosen instruction set
+const char* cpu_isa();               // "avx512", "avx2" or "generic"
+bool set_cpu_isa(const char* name);  // false where this processor or build has not got it
+
+}  // namespace bert_fast

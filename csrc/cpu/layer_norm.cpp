@@ -1,0 +1,146 @@
+// Layer normalisation (Ba et al. 2016, eq. 4) with what BERT does just before it, in one pass:
+// sum = residual + dropout(x + linear_bias);  out = (sum - mean) * rstd * weight + bias.
+#include <cmath>
+
+#include "simd.h"
+
+namespace bert_fast {
+namespace BERT_FAST_ISA {
+namespace {
+
+int64_t scratch_width(int64_t width) { return (width + 4 * kWidth - 1) / (4 * kWidth) * (4 * kWidth); }
+
+template <class T>
+void forward(const LayerNormForward& a) {
+  const float inverse_width = 1.0f / static_cast<float>(a.hidden);
+#pragma omp parallel num_threads(threads_for(a.rows * a.hidden, a.num_threads))
+  {
+    // The row being normalised, in fp32, and its dropout factors: both stay in the L1 cache.
+    Buffer row_sum(scratch_width(a.hidden));
+    Buffer factors(a.dropout_p > 0.0f ? scratch_width(a.hidden) : 0);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < a.rows; ++row) {
+      const T* x = static_cast<const T*>(a.x) + row * a.hidden;
+      const T* residual = a.residual ? static_cast<const T*>(a.residual) + row * a.hidden : nullptr;
+      T* out = static_cast<T*>(a.out) + row * a.hidden;
+      T* kept = a.sum ? static_cast<T*>(a.sum) + row * a.hidden : nullptr;
+      float* h = row_sum;
+      if (a.dropout_p > 0.0f) {
+        dropout_row(factors, a.hidden, a.seed, a.dropout_p, 0, static_cast<uint32_t>(row), 0,
+                    kLayerNormStream);
+      }
+
+      vf total = {};
+      for_columns(a.hidden, [&](int64_t col, int lanes) {
+        vf value = load_row(x + col, lanes);
+        if (a.linear_bias) value += load_row(a.linear_bias + col, lanes);
+        if (a.dropout_p > 0.0f) value *= load(factors + col);
+        if (residual) value += load_row(residual + col, lanes);
+        if (kept) {
+          // Backward normalises what was kept, so forward does too: the rounded sum.
+          store_row(kept + col, value, lanes);
+          value = load_row(kept + col, lanes);
+        }
+        store(h + col, value);
+        total += value;
+      });
+      const float mean = sum(total) * inverse_width;
+
+      vf squares = {};
+      for_columns(a.hidden, [&](int64_t col, int lanes) {
+        vf centred = load(h + col) - mean;
+        if (lanes < kWidth) centred = select(lane_index() < lanes, centred, vf{});
+        squares += centred * centred;
+      });
+      const float variance = sum(squares) * inverse_width;
+      const float rstd = static_cast<float>(1.0 / std::sqrt(static_cast<double>(variance) + a.eps));
+      if (a.mean) a.mean[row] = mean;
+      if (a.rstd) a.rstd[row] = rstd;
+
+      for_columns(a.hidden, [&](int64_t col, int lanes) {
+        const vf normal = (load(h + col) - mean) * rstd;
+        store_row(out + col,
+                  normal * load_row(a.weight + col, lanes) + load_row(a.bias + col, lanes), lanes);
+      });
+    }
+  }
+}
+
+// With g = dout * weight and n = (sum - mean) * rstd:
+//   dsum = rstd * (g - mean(g) - n * mean(g * n)),  dx = dropout(dsum),
+//   dweight = sum over rows of dout * n,  dbias = of dout,  dlinear_bias = of dx.
+template <class T>
+void backward(const LayerNormBackward& a) {
+  const float inverse_width = 1.0f / static_cast<float>(a.hidden);
+  const RowChunks chunks(a.rows);
+  const int64_t sums = a.dlinear_bias ? 3 : 2;
+  Buffer partial(chunks.count * sums * a.hidden);
+#pragma omp parallel num_threads(threads_for(a.rows * a.hidden, a.num_threads))
+  {
+    Buffer factors(a.dropout_p > 0.0f ? scratch_width(a.hidden) : 0);
+#pragma omp for schedule(static)
+    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+      float* dweight = partial + chunk * sums * a.hidden;
+      fill(dweight, sums * a.hidden, 0.0f);
+      float* dbias = dweight + a.hidden;
+      float* dlinear_bias = a.dlinear_bias ? dbias + a.hidden : nullptr;
+      for (int64_t row = chunks.begin(chunk); row < chunks.begin(chunk + 1); ++row) {
+        const T* dout = static_cast<const T*>(a.dout) + row * a.hidden;
+        const T* kept = static_cast<const T*>(a.sum) + row * a.hidden;
+        T* dsum = static_cast<T*>(a.dsum) + row * a.hidden;
+        T* dx = a.dx ? static_cast<T*>(a.dx) + row * a.hidden : nullptr;
+        const float mean = a.mean[row], rstd = a.rstd[row];
+
+        vf total_g = {}, total_gn = {};
+        for_columns(a.hidden, [&](int64_t col, int lanes) {
+          const vf gradient = load_row(dout + col, lanes);
+          const vf normal = (load_row(kept + col, lanes) - mean) * rstd;
+          const vf g = gradient * load_row(a.weight + col, lanes);
+          total_g += g;
+          total_gn += g * normal;
+          store_row(dweight + col, load_row(dweight + col, lanes) + gradient * normal, lanes);
+          store_row(dbias + col, load_row(dbias + col, lanes) + gradient, lanes);
+        });
+        const float mean_g = sum(total_g) * inverse_width;
+        const float mean_gn = sum(total_gn) * inverse_width;
+        if (dx) {
+          dropout_row(factors, a.hidden, a.seed, a.dropout_p, 0, static_cast<uint32_t>(row),
+                      0, kLayerNormStream);
+        }
+        for_columns(a.hidden, [&](int64_t col, int lanes) {
+          const vf normal = (load_row(kept + col, lanes) - mean) * rstd;
+          const vf g = load_row(dout + col, lanes) * load_row(a.weight + col, lanes);
+          vf gradient = (g - mean_g - normal * mean_gn) * rstd;
+          store_row(dsum + col, gradient, lanes);
+          if (dx) {
+            gradient *= load(factors + col);
+            store_row(dx + col, gradient, lanes);
+          }
+          if (dlinear_bias) {
+            store_row(dlinear_bias + col, load_row(dlinear_bias + col, lanes) + gradient, lanes);
+          }
+        });
+      }
+    }
+  }
+  Buffer total(sums * a.hidden);
+  chunks.sum(partial, sums * a.hidden, total);
+  std::memcpy(a.dweight, total, a.hidden * sizeof(float));
+  std::memcpy(a.dbias, total + a.hidden, a.hidden * sizeof(float));
+  if (a.dlinear_bias) {
+    std::memcpy(a.dlinear_bias, total + 2 * a.hidden, a.hidden * sizeof(float));
+  }
+}
+
+}  // namespace
+
+void layer_norm_forward(const LayerNormForward& a) {
+  dispatch_dtype(a.dtype, [&](auto* type) { forward<std::remove_pointer_t<decltype(type)>>(a); });
+}
+
+void layer_norm_backward(const LayerNormBackward& a) {
+  dispatch_dtype(a.dtype, [&](auto* type) { backward<std::remove_pointer_t<decltype(type)>>(a); });
+}
+
+}  // namespace BERT_FAST_ISA
+}  // namespace bert_fast

@@ -1,0 +1,317 @@
+// Vectors of kWidth floats, by the compiler's own vector types: the arithmetic below is ordinary
+// C++, and the flags a file is compiled with (setup.py) decide what it becomes. Only widening
+// multiplies and fp16 conversions need intrinsics.
+//
+// Everything sits in a namespace named after the instruction set. Without that the linker would
+// merge, say, two `exp2` and could leave the AVX-512 one to a processor that has none.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#include <new>
+#include <type_traits>
+
+#include "../philox.h"
+#include "kernels.h"
+
+#if defined(__AVX512F__)
+#define BERT_FAST_ISA avx512
+#include <immintrin.h>
+#elif defined(__AVX2__)
+#define BERT_FAST_ISA avx2
+#include <immintrin.h>
+#else
+#define BERT_FAST_ISA generic
+#endif
+
+#define BERT_FAST_INLINE inline __attribute__((always_inline))
+
+namespace bert_fast {
+namespace BERT_FAST_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16, kVectorRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8, kVectorRegisters = 16;
+#else
+constexpr int kWidth = 4, kVectorRegisters = 16;
+#endif
+
+typedef float vf __attribute__((vector_size(4 * kWidth)));
+typedef int32_t vi __attribute__((vector_size(4 * kWidth)));
+typedef uint32_t vu __attribute__((vector_size(4 * kWidth)));
+typedef uint16_t vu16 __attribute__((vector_size(2 * kWidth)));
+
+struct bf16 { uint16_t bits; };
+struct fp16 { uint16_t bits; };
+
+BERT_FAST_INLINE vf splat(float x) { return x - vf{}; }
+BERT_FAST_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
+BERT_FAST_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+template <class To, class From>
+BERT_FAST_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+BERT_FAST_INLINE float sum(vf x) {
+  float total = 0.0f;
+  for (int i = 0; i < kWidth; ++i) total += x[i];
+  return total;
+}
+BERT_FAST_INLINE float max(vf x) {
+  float top = x[0];
+  for (int i = 1; i < kWidth; ++i) top = x[i] > top ? x[i] : top;
+  return top;
+}
+BERT_FAST_INLINE vi lane_index() {
+  vi lanes = {};
+  for (int i = 0; i < kWidth; ++i) lanes[i] = i;
+  return lanes;
+}
+
+// ---- loads and stores of the three storage types; arithmetic is always fp32 ----
+
+BERT_FAST_INLINE vf load(const float* p) {
+  vf x;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
+}
+BERT_FAST_INLINE void store(float* p, vf x) { std::memcpy(p, &x, sizeof(x)); }
+
+BERT_FAST_INLINE vf load(const bf16* p) {
+  vu16 bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  return bit_cast<vf>(__builtin_convertvector(bits, vu) << 16);
+}
+// Round to nearest even; a NaN keeps its sign and stays a NaN (rounding could carry it to infinity).
+BERT_FAST_INLINE void store(bf16* p, vf x) {
+  const vu bits = bit_cast<vu>(x);
+  const vu rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  const vu quiet_nan = (bits >> 16) | 0x40;
+  const vu16 out = __builtin_convertvector(x == x ? rounded : quiet_nan, vu16);
+  std::memcpy(p, &out, sizeof(out));
+}
+
+#if defined(__AVX512F__)
+BERT_FAST_INLINE vf load(const fp16* p) {
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+BERT_FAST_INLINE void store(fp16* p, vf x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__AVX2__)
+BERT_FAST_INLINE vf load(const fp16* p) {
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+BERT_FAST_INLINE void store(fp16* p, vf x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+// Multiplying by 2^112 (and 2^-112) moves between the two formats' exponents and lets the hardware
+// deal with subnormals.
+BERT_FAST_INLINE vf load(const fp16* p) {
+  vu16 raw;
+  std::memcpy(&raw, p, sizeof(raw));
+  const vu bits = __builtin_convertvector(raw, vu);
+  const vf magnitude = bit_cast<vf>((bits & 0x7FFF) << 13) * 0x1p112f;
+  const vu finite = bit_cast<vu>(magnitude);
+  const vu special = 0x7F800000u | ((bits & 0x3FF) << 13);
+  const vu out = (bits & 0x7C00) == 0x7C00 ? special : finite;
+  return bit_cast<vf>(out | ((bits & 0x8000) << 16));
+}
+BERT_FAST_INLINE void store(fp16* p, vf x) {
+  const vu bits = bit_cast<vu>(x);
+  const vu magnitude = bits & 0x7FFFFFFFu;
+  const vu normal = (magnitude - 0x38000000u + 0xFFF + ((magnitude >> 13) & 1)) >> 13;
+  // Below 2^-14: adding 0.5 makes the hardware round to fp16's subnormal spacing of 2^-24.
+  const vu subnormal = bit_cast<vu>(bit_cast<vf>(magnitude) + 0.5f) - 0x3F000000u;
+  vu out = magnitude < 0x38800000u ? subnormal : normal;
+  out = out > 0x7C00u ? vu{} + 0x7C00u : out;
+  out = magnitude > 0x7F800000u ? vu{} + 0x7E00u : out;
+  const vu16 packed = __builtin_convertvector(out | ((bits >> 16) & 0x8000), vu16);
+  std::memcpy(p, &packed, sizeof(packed));
+}
+#endif
+
+// The first n < kWidth elements; the rest read as zero and are not written.
+template <class T>
+BERT_FAST_INLINE vf load_n(const T* p, int n) {
+  T padded[kWidth] = {};
+  std::memcpy(padded, p, n * sizeof(T));
+  return load(padded);
+}
+template <class T>
+BERT_FAST_INLINE void store_n(T* p, vf x, int n) {
+  T padded[kWidth];
+  store(padded, x);
+  std::memcpy(p, padded, n * sizeof(T));
+}
+
+// Calls body(column, lanes) along a row, lanes == kWidth but for the last; load_row and store_row
+// pick the whole-vector form, and inlining drops the choice from the main loop.
+template <class Body>
+BERT_FAST_INLINE void for_columns(int64_t width, Body body) {
+  int64_t col = 0;
+  for (; col + kWidth <= width; col += kWidth) body(col, kWidth);
+  if (col < width) body(col, static_cast<int>(width - col));
+}
+template <class T>
+BERT_FAST_INLINE vf load_row(const T* p, int lanes) {
+  return lanes == kWidth ? load(p) : load_n(p, lanes);
+}
+template <class T>
+BERT_FAST_INLINE void store_row(T* p, vf x, int lanes) {
+  lanes == kWidth ? store(p, x) : store_n(p, x, lanes);
+}
+
+// ---- functions ----
+
+// 2^x for x <= 0, to 1 ulp or so: 2^n by the exponent bits, 2^r for |r| <= 1/2 by a Taylor series
+// whose next term is below half an ulp. x <= -127 gives 0, which is what a softmax wants there; a
+// NaN stays one (x * 0), so that a poisoned score poisons its row and is not lost.
+BERT_FAST_INLINE vf exp2(vf x) {
+  const vf clamped = vmax(x, splat(-127.0f));
+  const vf shifted = clamped + 0x1.8p23f;  // rounds to an integer, held in the low bits
+  const vf r = clamped - (shifted - 0x1.8p23f);
+  vf p = splat(1.5403530393e-4f);
+  p = p * r + 1.3333558146e-3f;
+  p = p * r + 9.6181291076e-3f;
+  p = p * r + 5.5504108665e-2f;
+  p = p * r + 2.4022650696e-1f;
+  p = p * r + 6.9314718056e-1f;
+  p = p * r + 1.0f;
+  const vf scaled = bit_cast<vf>(bit_cast<vi>(p) + (bit_cast<vi>(shifted) << 23));
+  return select(x > -127.0f, scaled, x * 0.0f);
+}
+
+constexpr float kLog2e = 1.44269504088896f, kLn2 = 0.693147180559945f;
+
+// e^x to 1 ulp or so, by Cephes' expf: ln 2 in two parts, so that the reduced argument is exact.
+// x below -87 (or NaN: callers multiply by their argument) gives 0; x above 88 is taken as 88.
+BERT_FAST_INLINE vf exp(vf x) {
+  x = x > 88.0f ? splat(88.0f) : x;
+  const vf shifted = vmax(x, splat(-88.0f)) * kLog2e + 0x1.8p23f;
+  const vf n = shifted - 0x1.8p23f;
+  const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const vf scaled = bit_cast<vf>(bit_cast<vi>(p) + (bit_cast<vi>(shifted) << 23));
+  return select(x > -87.0f, scaled, vf{});
+}
+
+// ---- dropout ----
+
+// The high and low halves of 32 x 32 bit products.
+BERT_FAST_INLINE void multiply_wide(vu a, uint32_t m, vu& high, vu& low) {
+#if defined(__AVX512F__)
+  const __m512i x = (__m512i)a, y = _mm512_set1_epi32(static_cast<int>(m));
+  const __m512i even = _mm512_mul_epu32(x, y);
+  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), y);
+  high = (vu)_mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
+#elif defined(__AVX2__)
+  const __m256i x = (__m256i)a, y = _mm256_set1_epi32(static_cast<int>(m));
+  const __m256i even = _mm256_mul_epu32(x, y);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), y);
+  high = (vu)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+#else
+  for (int i = 0; i < kWidth; ++i) {
+    high[i] = static_cast<uint32_t>((static_cast<uint64_t>(a[i]) * m) >> 32);
+  }
+#endif
+  low = a * m;
+}
+
+// factors[col] = 0 where the element is dropped, else 1 / (1 - p), for the columns [0, width) of
+// the row that counter words c1..c3 name. `factors` has room for width rounded up to 4 * kWidth.
+inline void dropout_row(float* factors, int64_t width, uint64_t seed, float p, uint32_t first_col,
+                        uint32_t c1, uint32_t c2, uint32_t c3) {
+  const uint32_t threshold = dropout_threshold(p);
+  const float keep = 1.0f / (1.0f - p);
+  const vu lanes = bit_cast<vu>(lane_index());
+  for (int64_t col = 0; col < width; col += 4 * kWidth) {
+    vu word[4] = {lanes + (first_col + static_cast<uint32_t>(col)) / 4, vu{} + c1, vu{} + c2, vu{} + c3};
+    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      vu high0, low0, high1, low1;
+      multiply_wide(word[0], kPhiloxM0, high0, low0);
+      multiply_wide(word[2], kPhiloxM1, high1, low1);
+      word[0] = high1 ^ word[1] ^ k0;
+      word[2] = high0 ^ word[3] ^ k1;
+      word[1] = low1;
+      word[3] = low0;
+      k0 += kPhiloxW0;
+      k1 += kPhiloxW1;
+    }
+    for (int lane = 0; lane < kWidth; ++lane) {
+      for (int w = 0; w < 4; ++w) {
+        factors[col + 4 * lane + w] = word[w][lane] < threshold ? 0.0f : keep;
+      }
+    }
+  }
+}
+
+// ---- parallel work ----
+
+// Starting threads costs more than a small tensor is worth. Not measured finely: 16k elements is
+// some ten microseconds of work.
+inline int threads_for(int64_t elements, int num_threads) {
+  return elements < (1 << 14) ? 1 : num_threads;
+}
+
+inline void fill(float* p, int64_t count, float value) {
+  for (int64_t i = 0; i < count; ++i) p[i] = value;
+}
+
+// Uninitialised fp32 memory that starts on a cache line. Not a std::vector: the library's templates
+// are shared between instruction sets by the linker, as the comment at the top explains.
+class Buffer {
+ public:
+  explicit Buffer(int64_t floats) : data_(static_cast<float*>(::operator new(
+      static_cast<size_t>(floats) * sizeof(float), std::align_val_t{64}))) {}
+  ~Buffer() { ::operator delete(data_, std::align_val_t{64}); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  operator float*() { return data_; }
+ private:
+  float* data_;
+};
+
+// Rows cut into chunks for sums over rows. The cut depends on the row count alone, never on the
+// number of threads, and chunks are added in order: the same input gives the same bits.
+struct RowChunks {
+  explicit RowChunks(int64_t rows)
+      : rows(rows), size(rows > 64 * 16 ? (rows + 63) / 64 : 16), count((rows + size - 1) / size) {}
+
+  int64_t begin(int64_t chunk) const { return chunk * size < rows ? chunk * size : rows; }
+
+  void sum(const float* partial, int64_t width, float* out) const {
+    fill(out, width, 0.0f);
+    for (int64_t chunk = 0; chunk < count; ++chunk) {
+      for (int64_t col = 0; col < width; ++col) out[col] += partial[chunk * width + col];
+    }
+  }
+
+  int64_t rows, size, count;
+};
+
+template <class Kernel>
+BERT_FAST_INLINE void dispatch_dtype(DType dtype, Kernel kernel) {
+  switch (dtype) {
+    case DType::kFloat32: kernel(static_cast<float*>(nullptr)); break;
+    case DType::kBFloat16: kernel(static_cast<bf16*>(nullptr)); break;
+    case DType::kFloat16: kernel(static_cast<fp16*>(nullptr)); break;
+  }
+}
+
+}  // namespace BERT_FAST_ISA
+}  // namespace bert_fast

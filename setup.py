@@ -1,0 +1,158 @@
+"""Builds bert_fast._C: one ninja run over csrc/, with no torch in sight.
+
+BERT_FAST_CUDA=auto|on|off      build the CUDA kernels: when nvcc is found (auto), or die trying (on)
+BERT_FAST_CUDA_ARCHS="80;90a"   for these chips; default: the GPUs nvidia-smi shows, else all
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+ALL_CUDA_ARCHS = ["75", "80", "86", "89", "90a", "100", "120"]
+CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wall -Wno-psabi -Wno-ignored-attributes -Wno-maybe-uninitialized"
+# One compilation of each CPU kernel an instruction set; csrc/cpu/dispatch.cpp chooses at run time.
+CPU_ISAS = {
+    "generic": "",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512",
+}
+
+
+def find_compiler():
+    compiler = shlex.split(os.environ.get("CXX", "")) or [
+        next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), "g++")
+    ]
+    if not shutil.which(compiler[0]):
+        sys.exit(
+            f"bert_fast: no C++ compiler: '{compiler[0]}' was not found. "
+            "Install one (Debian, Ubuntu: apt-get install g++) or set CXX."
+        )
+    return shlex.join(compiler)
+
+
+def find_nvcc():
+    """The path of nvcc, or None where CUDA kernels are not wanted or cannot be had."""
+    mode = os.environ.get("BERT_FAST_CUDA", "auto")
+    if mode not in ("auto", "on", "off"):
+        sys.exit(f"bert_fast: BERT_FAST_CUDA must be auto, on or off, not '{mode}'.")
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+    if mode == "on" and not nvcc:
+        sys.exit(
+            f"bert_fast: BERT_FAST_CUDA=on, but nvcc is neither on PATH nor in {home}/bin. "
+            "Install the CUDA toolkit, set CUDA_HOME, or use BERT_FAST_CUDA=off."
+        )
+    return nvcc if mode != "off" else None
+
+
+def cuda_archs():
+    """Chips to compile for, as nvcc's sm_ numbers."""
+    if wanted := os.environ.get("BERT_FAST_CUDA_ARCHS"):
+        archs = [arch for arch in wanted.replace(",", ";").split(";") if arch]
+        for arch in archs:
+            if not arch.rstrip("af").isdigit():
+                sys.exit(f"bert_fast: BERT_FAST_CUDA_ARCHS: '{arch}' is no chip like 80 or 90a.")
+        return archs
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ALL_CUDA_ARCHS
+    found = {line.strip().replace(".", "") for line in answer.stdout.splitlines() if line.strip()}
+    return sorted("90a" if arch == "90" else arch for arch in found) or ALL_CUDA_ARCHS
+
+
+class NinjaBuild(build_ext):
+    """Writes build.ninja beside the objects and runs it: parallel, and incremental across runs."""
+
+    def build_extension(self, ext):
+        import pybind11  # a build requirement: absent only where there is nothing to build
+
+        build = ROOT / "build" / f"ninja-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        build.mkdir(parents=True, exist_ok=True)
+        cxx = find_compiler()
+        x86 = platform.machine().lower() in ("x86_64", "amd64")
+        nvcc = find_nvcc()
+        openmp = self.openmp_flag(cxx)
+        includes = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
+        common = f"{CXX_FLAGS} {openmp} {'-DBERT_FAST_X86' if x86 else ''}"
+
+        lines = [
+            "ninja_required_version = 1.3",
+            f"rule cxx\n  command = {cxx} -MMD -MF $out.d {common} $flags -c $in -o $out",
+            "  depfile = $out.d\n  deps = gcc\n  description = c++ $out",
+            f"rule nvcc\n  command = {nvcc} -std=c++17 -O3 -Xcompiler -fPIC -ccbin {shlex.split(cxx)[-1]}"
+            " -MMD -MF $out.d $flags -c $in -o $out",
+            "  depfile = $out.d\n  deps = gcc\n  description = nvcc $out",
+            f"rule link\n  command = {cxx} -shared {openmp} -s $in -o $out $libs",
+            "  description = link $out",
+        ]
+        objects = []
+
+        def compile_file(rule, source, out, flags=""):
+            objects.append(out)
+            path = str(ROOT / "csrc" / source).replace(" ", "$ ").replace(":", "$:")
+            lines.append(f"build {out}: {rule} {path}\n  flags = {flags}")
+
+        for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
+            if source.stem == "dispatch":
+                compile_file("cxx", "cpu/dispatch.cpp", "dispatch.o")
+                continue
+            for isa, flags in CPU_ISAS.items() if x86 else [("generic", "")]:
+                compile_file("cxx", f"cpu/{source.name}", f"{source.stem}.{isa}.o", flags)
+
+        libs = ""
+        if nvcc:
+            archs = cuda_archs()
+            flags = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs)
+            newest = archs[-1].rstrip("af")  # as PTX, for chips that are not out yet
+            flags += f" -gencode=arch=compute_{newest},code=compute_{newest} -t 0"
+            for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+                compile_file("nvcc", f"cuda/{source.name}", f"{source.stem}.cuda.o", flags)
+            includes += f" -DBERT_FAST_WITH_CUDA '-DBERT_FAST_CUDA_ARCHS=\"{';'.join(archs)}\"'"
+            toolkit = Path(nvcc).resolve().parent.parent
+            libs = f"-L{toolkit}/lib64 -L{toolkit}/targets/{platform.machine()}-linux/lib"
+            # Static: the extension then imports without a driver, and beside any torch.
+            libs += " -lcudart_static -ldl -lrt -lpthread"
+        compile_file("cxx", "bindings.cpp", "bindings.o", includes)
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lines.append(f"build {target.name}: link {' '.join(objects)}\n  libs = {libs}")
+        (build / "build.ninja").write_text("\n".join(lines) + "\n")
+
+        if subprocess.run([self.ninja(), "-C", str(build)]).returncode:
+            sys.exit("bert_fast: a kernel did not compile; the compiler's message is above.")
+        shutil.copyfile(build / target.name, target)
+
+    @staticmethod
+    def ninja():
+        try:
+            from ninja import BIN_DIR
+        except ImportError:
+            return "ninja"
+        return os.path.join(BIN_DIR, "ninja")
+
+    @staticmethod
+    def openmp_flag(cxx):
+        """-fopenmp where the compiler has it (Apple's has not); without it kernels run on one core."""
+        probe = [*shlex.split(cxx), "-fopenmp", "-x", "c++", "-", "-o", os.devnull]
+        answer = subprocess.run(probe, input=b"#include <omp.h>\nint main() {}", capture_output=True)
+        return "-fopenmp" if answer.returncode == 0 else ""
+
+
+setup(
+    packages=["bert_fast", "bert_fast.kernels"],
+    package_dir={"bert_fast": "bert_fast", "bert_fast.kernels": "kernels"},
+    ext_modules=[Extension("bert_fast._C", sources=[])],
+    cmdclass={"build_ext": NinjaBuild},
+)
