@@ -1,6 +1,6 @@
 """Builds bert_fast._C: one ninja run over csrc/, with no torch in sight.
 
-BERT_FAST_CUDA=auto|on|off      build the CUDA kernels: when nvcc is found (auto), or die trying (on)
+BERT_FAST_CUDA=auto|on|off      build the CUDA kernels: when nvcc is found, or fail, or not
 BERT_FAST_CUDA_ARCHS="80;90a"   for these chips; default: the GPUs nvidia-smi shows, else all
 """
 
@@ -18,7 +18,11 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 ALL_CUDA_ARCHS = ["75", "80", "86", "89", "90a", "100", "120"]
-CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wall -Wno-psabi -Wno-ignored-attributes -Wno-maybe-uninitialized"
+CXX_FLAGS = (
+    "-std=c++17 -O3 -fPIC -fvisibility=hidden"
+    " -fno-math-errno -fno-trapping-math -ffp-contract=fast"
+    " -Wall -Wno-psabi -Wno-ignored-attributes -Wno-maybe-uninitialized"
+)
 # One compilation of each CPU kernel an instruction set; csrc/cpu/dispatch.cpp chooses at run time.
 CPU_ISAS = {
     "generic": "",
@@ -90,8 +94,8 @@ class NinjaBuild(build_ext):
             "ninja_required_version = 1.3",
             f"rule cxx\n  command = {cxx} -MMD -MF $out.d {common} $flags -c $in -o $out",
             "  depfile = $out.d\n  deps = gcc\n  description = c++ $out",
-            f"rule nvcc\n  command = {nvcc} -std=c++17 -O3 -Xcompiler -fPIC -ccbin {shlex.split(cxx)[-1]}"
-            " -MMD -MF $out.d $flags -c $in -o $out",
+            f"rule nvcc\n  command = {nvcc} -std=c++17 -O3 -Xcompiler -fPIC"
+            f" -ccbin {shlex.split(cxx)[-1]} -MMD -MF $out.d $flags -c $in -o $out",
             "  depfile = $out.d\n  deps = gcc\n  description = nvcc $out",
             f"rule link\n  command = {cxx} -shared {openmp} -s $in -o $out $libs",
             "  description = link $out",
@@ -144,9 +148,11 @@ class NinjaBuild(build_ext):
 
     @staticmethod
     def openmp_flag(cxx):
-        """-fopenmp where the compiler has it (Apple's has not); without it kernels run on one core."""
+        """-fopenmp where the compiler has it (Apple's has not); without, kernels use one core."""
         probe = [*shlex.split(cxx), "-fopenmp", "-x", "c++", "-", "-o", os.devnull]
-        answer = subprocess.run(probe, input=b"#include <omp.h>\nint main() {}", capture_output=True)
+        answer = subprocess.run(
+            probe, input=b"#include <omp.h>\nint main() {}", capture_output=True
+        )
         return "-fopenmp" if answer.returncode == 0 else ""
 
 

@@ -1,4 +1,4 @@
-"""The ``cpu`` backend: csrc/cpu through pybind11. Tensors in, addresses out; ops.py has validated."""
+"""The ``cpu`` backend: csrc/cpu through pybind11, for tensors that ops.py has validated."""
 
 import torch
 
@@ -66,7 +66,7 @@ def layer_norm_forward(
     out = torch.empty_like(x) if out is None else out
     is_x = residual is None and linear_bias is None and dropout_p == 0
     total = torch.empty_like(x) if training and not is_x else None
-    mean, rstd = torch.empty(2, rows, dtype=torch.float32) if training else (None, None)
+    mean, rstd = (torch.empty(rows, dtype=torch.float32) if training else None for _ in range(2))
     weight, bias, linear_bias = _float(weight), _float(bias), _float(linear_bias)
     _C.layer_norm_forward(
         DTYPES[x.dtype], rows, hidden, *map(_address, (x, residual, linear_bias, weight, bias)),
@@ -77,19 +77,19 @@ def layer_norm_forward(
 
 
 def layer_norm_backward(dout, total, mean, rstd, weight, has_linear_bias, dropout_p, seed):
-    """Returns dx, dresidual (the same tensor without dropout), dweight, dbias, dlinear_bias."""
+    """Returns dx (None without dropout: it is dresidual), dresidual, dweight, dbias, and
+    dlinear_bias (None without a linear bias)."""
     rows, hidden = total.numel() // total.shape[-1], total.shape[-1]
     dresidual = torch.empty_like(total)
     dx = torch.empty_like(total) if dropout_p > 0 else None
-    sums = torch.empty(3 if has_linear_bias else 2, hidden, dtype=torch.float32)
+    dweight, dbias, dlinear_bias = (torch.empty(hidden, dtype=torch.float32) for _ in range(3))
     weight = _float(weight)
     _C.layer_norm_backward(
         DTYPES[total.dtype], rows, hidden, *map(_address, (dout, total, mean, rstd, weight)),
-        _address(dresidual), _address(dx), *map(_address, sums.unbind()[:2]),
-        _address(sums[2] if has_linear_bias else None), dropout_p, _seed(seed),
-        torch.get_num_threads(),
+        *map(_address, (dresidual, dx, dweight, dbias, dlinear_bias if has_linear_bias else None)),
+        dropout_p, _seed(seed), torch.get_num_threads(),
     )  # fmt: skip
-    return dresidual if dx is None else dx, dresidual, *sums.unbind()
+    return dx, dresidual, dweight, dbias, dlinear_bias if has_linear_bias else None
 
 
 def gelu_forward(x, bias, approximate, out=None):

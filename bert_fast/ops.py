@@ -9,6 +9,7 @@ Under autocast, ``attention`` and ``layer_norm`` take the autocast dtype and ``g
 the kernels keep statistics and sums in fp32 whatever the storage is.
 """
 
+import itertools
 import math
 
 import torch
@@ -27,7 +28,7 @@ def _check(ok, message, error=ValueError):
 
 
 def _shape(tensor):
-    return tuple(tensor.shape)
+    return None if tensor is None else tuple(tensor.shape)
 
 
 def _check_tensors(first, **others):
@@ -54,23 +55,23 @@ def _check_same_dtype(first, **others):
 def _check_vector(name, tensor, width):
     _check(
         tensor is None or _shape(tensor) == (width,),
-        f"{name} must have shape ({width},), not {tensor is not None and _shape(tensor)}",
+        f"{name} must have shape ({width},), not {_shape(tensor)}",
     )
 
 
 def _is_concrete(tensor):
     """Whether the values can be looked at without tracing trouble and without a wait."""
     return (
-        not torch.compiler.is_compiling()
-        and type(tensor) is Tensor
-        and tensor.device.type == "cpu"
+        not torch.compiler.is_compiling() and type(tensor) is Tensor and tensor.device.type == "cpu"
     )
 
 
 def _check_cu_seqlens(name, cu_seqlens, tokens, device, max_seqlen, padded_tail):
     """Validates what can be seen without waiting for a device; returns max_seqlen."""
     _check(isinstance(cu_seqlens, Tensor), f"{name} must be a tensor", TypeError)
-    _check(cu_seqlens.dtype == torch.int32, f"{name} must be int32, not {cu_seqlens.dtype}", TypeError)
+    _check(
+        cu_seqlens.dtype == torch.int32, f"{name} must be int32, not {cu_seqlens.dtype}", TypeError
+    )
     _check(
         cu_seqlens.ndim == 1 and cu_seqlens.numel() >= 1,
         f"{name} must have shape (batch + 1,), not {_shape(cu_seqlens)}",
@@ -79,7 +80,7 @@ def _check_cu_seqlens(name, cu_seqlens, tokens, device, max_seqlen, padded_tail)
     if not _is_concrete(cu_seqlens):
         return tokens if max_seqlen is None else max_seqlen
     offsets = cu_seqlens.tolist()
-    lengths = [end - begin for begin, end in zip(offsets, offsets[1:], strict=False)]
+    lengths = [end - begin for begin, end in itertools.pairwise(offsets)]
     _check(offsets[0] == 0, f"{name} must start at 0, not {offsets[0]}")
     _check(min(lengths, default=0) >= 0, f"{name} must not decrease: {offsets}")
     if padded_tail:
@@ -219,9 +220,7 @@ def _attention_qkv_backward(dout, qkv, out, lse, *options):
     dout, qkv = _rows_contiguous(dout), _rows_contiguous(qkv)
     dqkv = qkv.new_empty(qkv.shape)
     backend = backends.module(options[-1])
-    backend.attention_backward(
-        dout, *qkv.unbind(1), out, lse, *options[:-1], *dqkv.unbind(1)
-    )
+    backend.attention_backward(dout, *qkv.unbind(1), out, lse, *options[:-1], *dqkv.unbind(1))
     return dqkv
 
 
@@ -244,14 +243,16 @@ def _layer_norm(x, residual, weight, bias, linear_bias, eps, dropout_p, seed, ba
     "bool has_linear_bias, float dropout_p, Tensor? seed, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-def _layer_norm_backward(dout, total, mean, rstd, weight, has_linear_bias, dropout_p, seed, backend):
-    dx, dresidual, dweight, dbias, *dlinear_bias = backends.module(backend).layer_norm_backward(
-        dout.contiguous(), total.contiguous(), mean, rstd, weight, has_linear_bias, dropout_p, seed
+def _layer_norm_backward(dout, total, mean, rstd, weight, *options):
+    *options, backend = options
+    dx, dresidual, dweight, dbias, dlinear_bias = backends.module(backend).layer_norm_backward(
+        dout.contiguous(), total.contiguous(), mean, rstd, weight, *options
     )
-    empty = total.new_empty
-    dx = empty(0) if dropout_p == 0 else dx
-    dlinear_bias = dlinear_bias[0].clone() if has_linear_bias else empty(0, dtype=torch.float32)
-    return dx, dresidual, dweight.clone(), dbias.clone(), dlinear_bias
+    # A schema has no optional results: what is absent is empty.
+    dx = total.new_empty(0) if dx is None else dx
+    if dlinear_bias is None:
+        dlinear_bias = total.new_empty(0, dtype=torch.float32)
+    return dx, dresidual, dweight, dbias, dlinear_bias
 
 
 @_define("gelu(Tensor x, Tensor? bias, str approximate, str backend) -> Tensor")
@@ -468,7 +469,7 @@ def attention(
     _check(q.ndim == 3, f"q must be (total_tokens, num_heads, head_dim), not {_shape(q)}")
     _check(
         k.ndim == 3 and k.shape[1:] == q.shape[1:],
-        f"k must be (total_tokens_k, {q.shape[1]}, {q.shape[2]}) as q is {_shape(q)}, not {_shape(k)}",
+        f"k must be (total_tokens_k, {q.shape[1]}, {q.shape[2]}), not {_shape(k)}",
     )
     _check(v.shape == k.shape, f"v must have k's shape {_shape(k)}, not {_shape(v)}")
     if cu_seqlens_k is None:
@@ -516,7 +517,7 @@ def _run_attention(
     _check(head_dim >= 1, "q must have a head_dim of at least 1")
     _check(
         bias is None or _shape(bias) == (3, num_heads, head_dim),
-        f"bias must be (3, {num_heads}, {head_dim}), not {bias is not None and _shape(bias)}",
+        f"bias must be (3, {num_heads}, {head_dim}), not {_shape(bias)}",
     )
     same = cu_k is cu_q
     max_q = _check_cu_seqlens("cu_seqlens", cu_q, q.shape[0], q.device, max_q, padded_tail)
@@ -581,7 +582,7 @@ def layer_norm(
     _check_vector("linear_bias", linear_bias, x.shape[-1])
     _check(
         residual is None or residual.shape == x.shape,
-        f"residual must have x's shape {_shape(x)}, not {residual is not None and _shape(residual)}",
+        f"residual must have x's shape {_shape(x)}, not {_shape(residual)}",
     )
     seed = _check_dropout(dropout_p, seed, x.device)
     needs_grad = _needs_grad(x, weight, bias, residual, linear_bias)
@@ -591,9 +592,7 @@ def layer_norm(
     if name == "eager":
         weight, bias = weight.to(x.dtype), bias.to(x.dtype)
         linear_bias = None if linear_bias is None else linear_bias.to(x.dtype)
-        result = reference.layer_norm(
-            x, weight, bias, residual, linear_bias, eps, dropout_p, seed
-        )
+        result = reference.layer_norm(x, weight, bias, residual, linear_bias, eps, dropout_p, seed)
         return result if out is None else out.copy_(result)
     if out is not None:
         residual = None if residual is None else residual.contiguous()

@@ -53,8 +53,8 @@ BERT_FAST_INLINE void transpose(vf (&rows)[kWidth]) {
   }
 }
 
-template <class T>
-BERT_FAST_INLINE vf load_biased(const T* row, const float* bias, int64_t col, int lanes) {
+template <class T, class Lanes>
+BERT_FAST_INLINE vf load_biased(const T* row, const float* bias, int64_t col, Lanes lanes) {
   const vf value = load_row(row + col, lanes);
   return bias ? value + load_row(bias + col, lanes) : value;
 }
@@ -65,7 +65,7 @@ void pack(const T* source, int64_t stride, int64_t rows, int64_t head_dim, const
           float factor, float* scratch, int64_t ld) {
   for (int64_t r = 0; r < rows; ++r) {
     const T* row = source + r * stride;
-    for_columns(head_dim, [&](int64_t col, int lanes) {
+    for_columns(head_dim, [&](int64_t col, auto lanes) {
       store(scratch + r * ld + col, load_biased(row, bias, col, lanes) * factor);
     });
   }
@@ -77,7 +77,7 @@ void pack_transposed(const T* source, int64_t stride, int64_t rows, int64_t head
                      const float* bias, float* scratch, int64_t ld) {
   for (int64_t r = 0; r < rows; r += kWidth) {
     const int count = static_cast<int>(std::min<int64_t>(kWidth, rows - r));
-    for_columns(head_dim, [&](int64_t col, int lanes) {
+    for_columns(head_dim, [&](int64_t col, auto lanes) {
       vf tile[kWidth];
       for (int i = 0; i < kWidth; ++i) {
         tile[i] = i < count ? load_biased(source + (r + i) * stride, bias, col, lanes) : vf{};
@@ -92,7 +92,7 @@ template <class T>
 void unpack(const float* scratch, int64_t ld, int64_t rows, int64_t head_dim, float factor,
             T* target, int64_t stride) {
   for (int64_t r = 0; r < rows; ++r) {
-    for_columns(head_dim, [&](int64_t col, int lanes) {
+    for_columns(head_dim, [&](int64_t col, auto lanes) {
       store_row(target + r * stride + col, load(scratch + r * ld + col) * factor, lanes);
     });
   }
@@ -159,7 +159,7 @@ class ForwardTask {
     const int64_t keys = seq.visible(first + rows - 1, a_.causal);
 
     pack(head_data<const T>(a_.q, seq.q_begin + first, head), a_.q.token, rows, a_.head_dim,
-         head_bias(a_.bias, 0, a_, head), a_.scale * kLog2e, q_, ld_);
+         head_bias(a_.bias, 0, a_, head), static_cast<float>(a_.scale * kLog2e), q_, ld_);
     fill(top_, rows, kNegative);
     fill(total_, rows, 0.0f);
     if (keys == 0) fill(out_, rows * ld_, 0.0f);
@@ -186,7 +186,8 @@ class ForwardTask {
       const bool empty = total_[row] == 0.0f;
       unpack(out_ + row * ld_, ld_, 1, a_.head_dim, empty ? 0.0f : 1.0f / total_[row],
              out + row * a_.out.token, a_.out.token);
-      lse[row] = empty ? -INFINITY : (top_[row] + std::log2(total_[row])) * kLn2;
+      lse[row] = empty ? -INFINITY
+                       : static_cast<float>((top_[row] + std::log2(double{total_[row]})) * kLn2);
     }
   }
 
@@ -308,7 +309,7 @@ class BackwardTask {
         }
       }
       // q_ holds q * scale * log2(e); dK wants q * scale.
-      unpack(dk_, ld_, keys, a_.head_dim, kLn2,
+      unpack(dk_, ld_, keys, a_.head_dim, static_cast<float>(kLn2),
              head_data<T>(a_.dk, seq.k_begin + k_begin, head), a_.dk.token);
       unpack(dv_, ld_, keys, a_.head_dim, 1.0f,
              head_data<T>(a_.dv, seq.k_begin + k_begin, head), a_.dv.token);
@@ -323,7 +324,7 @@ class BackwardTask {
       const T* out = head_data<const T>(a_.out, seq.q_begin + row, head);
       const T* dout = head_data<const T>(a_.dout, seq.q_begin + row, head);
       vf total = {};
-      for_columns(a_.head_dim, [&](int64_t col, int lanes) {
+      for_columns(a_.head_dim, [&](int64_t col, auto lanes) {
         total += load_row(out + col, lanes) * load_row(dout + col, lanes);
       });
       delta_[row] = sum(total);
@@ -335,7 +336,7 @@ class BackwardTask {
     const int64_t padded = round_up(keys, kWidth);
     const int64_t token = seq.q_begin + q_begin;
     pack(head_data<const T>(a_.q, token, head), a_.q.token, rows, a_.head_dim,
-         head_bias(a_.bias, 0, a_, head), a_.scale * kLog2e, q_, ld_);
+         head_bias(a_.bias, 0, a_, head), static_cast<float>(a_.scale * kLog2e), q_, ld_);
     pack(head_data<const T>(a_.dout, token, head), a_.dout.token, rows, a_.head_dim, nullptr, 1.0f,
          dout_, ld_);
     gemm(rows, padded, a_.head_dim, {q_, ld_, 1}, k_transposed_, kBlockK, p_, kBlockK, false);
@@ -345,7 +346,7 @@ class BackwardTask {
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t visible = seq.visible(q_begin + row, a_.causal) - k_begin;
       gradient_row(seq, head, q_begin + row, row, k_begin, std::clamp<int64_t>(visible, 0, keys),
-                   padded, lse[row] * kLog2e);
+                   padded, static_cast<float>(lse[row] * kLog2e));
     }
     gemm(keys, ld_, rows, {p_, 1, kBlockK}, dout_, ld_, dv_, ld_, true);
     gemm(keys, ld_, rows, {ds_, 1, kBlockK}, q_, ld_, dk_, ld_, true);

@@ -31,7 +31,7 @@ void forward(const LayerNormForward& a) {
       }
 
       vf total = {};
-      for_columns(a.hidden, [&](int64_t col, int lanes) {
+      for_columns(a.hidden, [&](int64_t col, auto lanes) {
         vf value = load_row(x + col, lanes);
         if (a.linear_bias) value += load_row(a.linear_bias + col, lanes);
         if (a.dropout_p > 0.0f) value *= load(factors + col);
@@ -47,9 +47,9 @@ void forward(const LayerNormForward& a) {
       const float mean = sum(total) * inverse_width;
 
       vf squares = {};
-      for_columns(a.hidden, [&](int64_t col, int lanes) {
+      for_columns(a.hidden, [&](int64_t col, auto lanes) {
         vf centred = load(h + col) - mean;
-        if (lanes < kWidth) centred = select(lane_index() < lanes, centred, vf{});
+        if (lanes < kWidth) centred = select(lane_index() < static_cast<int>(lanes), centred, vf{});
         squares += centred * centred;
       });
       const float variance = sum(squares) * inverse_width;
@@ -57,7 +57,7 @@ void forward(const LayerNormForward& a) {
       if (a.mean) a.mean[row] = mean;
       if (a.rstd) a.rstd[row] = rstd;
 
-      for_columns(a.hidden, [&](int64_t col, int lanes) {
+      for_columns(a.hidden, [&](int64_t col, auto lanes) {
         const vf normal = (load(h + col) - mean) * rstd;
         store_row(out + col,
                   normal * load_row(a.weight + col, lanes) + load_row(a.bias + col, lanes), lanes);
@@ -92,7 +92,7 @@ void backward(const LayerNormBackward& a) {
         const float mean = a.mean[row], rstd = a.rstd[row];
 
         vf total_g = {}, total_gn = {};
-        for_columns(a.hidden, [&](int64_t col, int lanes) {
+        for_columns(a.hidden, [&](int64_t col, auto lanes) {
           const vf gradient = load_row(dout + col, lanes);
           const vf normal = (load_row(kept + col, lanes) - mean) * rstd;
           const vf g = gradient * load_row(a.weight + col, lanes);
@@ -107,7 +107,7 @@ void backward(const LayerNormBackward& a) {
           dropout_row(factors, a.hidden, a.seed, a.dropout_p, 0, static_cast<uint32_t>(row),
                       0, kLayerNormStream);
         }
-        for_columns(a.hidden, [&](int64_t col, int lanes) {
+        for_columns(a.hidden, [&](int64_t col, auto lanes) {
           const vf normal = (load_row(kept + col, lanes) - mean) * rstd;
           const vf g = load_row(dout + col, lanes) * load_row(a.weight + col, lanes);
           vf gradient = (g - mean_g - normal * mean_gn) * rstd;

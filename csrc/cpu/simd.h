@@ -46,7 +46,18 @@ struct fp16 { uint16_t bits; };
 
 BERT_FAST_INLINE vf splat(float x) { return x - vf{}; }
 BERT_FAST_INLINE vf select(vi mask, vf a, vf b) { return mask ? a : b; }
+// Where either is NaN these give b, as the instructions do (which the compiler does not find in
+// a > b ? a : b by itself).
+#if defined(__AVX512F__)
+BERT_FAST_INLINE vf vmax(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+BERT_FAST_INLINE vf vmin(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+BERT_FAST_INLINE vf vmax(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+BERT_FAST_INLINE vf vmin(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
 BERT_FAST_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+BERT_FAST_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
+#endif
 template <class To, class From>
 BERT_FAST_INLINE To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
@@ -151,22 +162,25 @@ BERT_FAST_INLINE void store_n(T* p, vf x, int n) {
   std::memcpy(p, padded, n * sizeof(T));
 }
 
-// Calls body(column, lanes) along a row, lanes == kWidth but for the last; load_row and store_row
-// pick the whole-vector form, and inlining drops the choice from the main loop.
+// Calls body(column, lanes) along a row. `lanes` is the type AllLanes but for the last, partial
+// vector: the body is compiled once for each, and the main loop has no trace of the other.
+struct AllLanes {
+  constexpr operator int() const { return kWidth; }
+};
 template <class Body>
 BERT_FAST_INLINE void for_columns(int64_t width, Body body) {
   int64_t col = 0;
-  for (; col + kWidth <= width; col += kWidth) body(col, kWidth);
+  for (; col + kWidth <= width; col += kWidth) body(col, AllLanes{});
   if (col < width) body(col, static_cast<int>(width - col));
 }
 template <class T>
-BERT_FAST_INLINE vf load_row(const T* p, int lanes) {
-  return lanes == kWidth ? load(p) : load_n(p, lanes);
-}
+BERT_FAST_INLINE vf load_row(const T* p, AllLanes) { return load(p); }
 template <class T>
-BERT_FAST_INLINE void store_row(T* p, vf x, int lanes) {
-  lanes == kWidth ? store(p, x) : store_n(p, x, lanes);
-}
+BERT_FAST_INLINE vf load_row(const T* p, int lanes) { return load_n(p, lanes); }
+template <class T>
+BERT_FAST_INLINE void store_row(T* p, vf x, AllLanes) { store(p, x); }
+template <class T>
+BERT_FAST_INLINE void store_row(T* p, vf x, int lanes) { store_n(p, x, lanes); }
 
 // ---- functions ----
 
@@ -188,13 +202,12 @@ BERT_FAST_INLINE vf exp2(vf x) {
   return select(x > -127.0f, scaled, x * 0.0f);
 }
 
-constexpr float kLog2e = 1.44269504088896f, kLn2 = 0.693147180559945f;
+constexpr double kLog2e = 1.44269504088896341, kLn2 = 0.693147180559945309;
 
-// e^x to 1 ulp or so, by Cephes' expf: ln 2 in two parts, so that the reduced argument is exact.
-// x below -87 (or NaN: callers multiply by their argument) gives 0; x above 88 is taken as 88.
-BERT_FAST_INLINE vf exp(vf x) {
-  x = x > 88.0f ? splat(88.0f) : x;
-  const vf shifted = vmax(x, splat(-88.0f)) * kLog2e + 0x1.8p23f;
+// e^x to 1 ulp or so for |x| <= 87, by Cephes' expf: ln 2 in two parts, so that the reduced
+// argument is exact.
+BERT_FAST_INLINE vf exp_bounded(vf x) {
+  const vf shifted = x * static_cast<float>(kLog2e) + 0x1.8p23f;
   const vf n = shifted - 0x1.8p23f;
   const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   vf p = splat(1.9875691500e-4f);
@@ -204,9 +217,11 @@ BERT_FAST_INLINE vf exp(vf x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const vf scaled = bit_cast<vf>(bit_cast<vi>(p) + (bit_cast<vi>(shifted) << 23));
-  return select(x > -87.0f, scaled, vf{});
+  return bit_cast<vf>(bit_cast<vi>(p) + (bit_cast<vi>(shifted) << 23));
 }
+
+// The same for any x: arguments past the bounds are taken as the bounds. NaN gives anything.
+BERT_FAST_INLINE vf exp(vf x) { return exp_bounded(vmin(vmax(x, splat(-87.0f)), splat(87.0f))); }
 
 // ---- dropout ----
 

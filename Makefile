@@ -1,0 +1,37 @@
+# make demo   the main job: a real search by a real BERT, ours beside Hugging Face's
+# make test   lint and tests, minutes;  make test-full adds what takes longer
+# make build  the extension in place, incremental;  make bench  the speed bars
+
+PYTHON ?= python3
+BIN := .venv/bin
+PY := $(BIN)/python
+
+.PHONY: demo test test-full bench build clean
+
+demo: build
+	$(PY) -m benchmarks.demo
+
+test: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(PY) -m pytest -m "not full and not gpu"
+
+test-full: build
+	$(PY) -m pytest -m "full and not gpu"
+
+bench: build
+	$(PY) -m pip install -q -e ".[bench]" --no-build-isolation
+	$(PY) -m benchmarks.bars
+
+# The stamp holds the environment; ninja decides what of the extension is out of date.
+build: .venv/installed
+	$(PY) setup.py -q build_ext --inplace
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -q "torch==2.13.0"
+	$(PY) -m pip install -q -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf build out .venv bert_fast/_C*.so

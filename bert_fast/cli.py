@@ -1,0 +1,143 @@
+"""The ``bert-fast`` command."""
+
+import argparse
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import bert_fast
+
+
+def env(args):
+    """What this machine has, and which kernels ``auto`` picks on it."""
+    import platform
+
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from bert_fast import backends
+
+    console = Console()
+    console.print(f"bert_fast {bert_fast.__version__}, torch {torch.__version__}, "
+                  f"Python {platform.python_version()}, {platform.machine()}")  # fmt: skip
+    console.print(f"CPU threads: {torch.get_num_threads()}")
+    try:
+        from bert_fast import _C
+
+        console.print(f"CPU kernels: {_C.cpu_isa()}; CUDA kernels for: {_C.cuda_archs or 'none'}")
+    except ImportError as error:
+        console.print(f"compiled extension: absent ({error})")
+    if torch.cuda.is_available():
+        console.print(f"GPU: {torch.cuda.get_device_name()}")
+
+    table = Table("backend", "here", *backends.OPS, title="backends")
+    for name in backends.BACKENDS:
+        reason = backends.why_unavailable(name)
+        ops = [_describe(name, op) for op in backends.OPS]
+        table.add_row(name, reason or "yes", *ops)
+    console.print(table)
+    table = Table("tensors on", "auto tries, in order", title="auto")
+    for device, order in backends.AUTO.items():
+        table.add_row(device, ", ".join(order))
+    console.print(table)
+    console.print(
+        "Override: backend=..., bert_fast.use_backend(...), or the variable BERT_FAST_BACKEND."
+    )
+
+
+def _describe(name, op):
+    from bert_fast import backends
+
+    if name == "eager":
+        return "all dtypes"
+    support = backends.SUPPORT[name].get(op)
+    if support is None:
+        return "-"
+    return "forward, backward" if support.backward else "forward"
+
+
+def embed(args):
+    """Texts to embeddings."""
+    import numpy as np
+
+    from bert_fast.checkpoint import atomic_path
+    from bert_fast.text import SentenceEncoder, read_texts
+
+    out = Path(args.out)
+    if out.suffix not in (".npy", ".jsonl"):
+        raise ValueError(f"--out must end in .npy or .jsonl, not {out.name}")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out: there is no directory {out.parent}")
+    if out.exists() and not args.overwrite:
+        raise ValueError(f"{out} exists; --overwrite replaces it")
+    texts = read_texts(args.text)
+    encoder = SentenceEncoder(args.model)
+    embeddings = encoder.encode(texts, batch_tokens=args.batch_tokens)
+    with atomic_path(out) as path:
+        if out.suffix == ".npy":
+            np.save(path, embeddings)
+        else:
+            with open(path, "w", encoding="utf-8") as file:
+                for text, vector in zip(texts, embeddings, strict=True):
+                    row = {"text": text, "embedding": [float(x) for x in vector]}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    print(f"{len(texts)} texts, {embeddings.shape[1]} dimensions: {out}")
+
+
+def compare(args):
+    """Hugging Face and bert_fast on the same checkpoint and texts."""
+    from bert_fast.compare import compare, report
+    from bert_fast.text import read_texts
+
+    texts = read_texts(args.text)[: args.limit]
+    rows, tokens = compare(args.model, texts, rounds=args.rounds)
+    report(rows, tokens, args.plot)
+
+
+def parser():
+    root = argparse.ArgumentParser(prog="bert-fast", description=bert_fast.__doc__)
+    root.add_argument("--version", action="version", version=bert_fast.__version__)
+    commands = root.add_subparsers(dest="command", required=True)
+
+    def command(function):
+        sub = commands.add_parser(
+            function.__name__, help=function.__doc__, description=function.__doc__
+        )
+        sub.set_defaults(function=function)
+        return sub
+
+    def model_and_text(sub):
+        sub.add_argument("--model", required=True, help="a Hugging Face checkpoint's directory")
+        sub.add_argument("--text", required=True, help='a text a line; or .jsonl with "text"')
+
+    command(env)
+    sub = command(embed)
+    model_and_text(sub)
+    sub.add_argument(
+        "--out", required=True, help=".npy, or .jsonl with each text beside its vector"
+    )
+    sub.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    sub.add_argument("--batch-tokens", type=int, default=4096, help="tokens a batch (default 4096)")
+    sub = command(compare)
+    model_and_text(sub)
+    sub.add_argument("--limit", type=int, help="the first texts alone")
+    sub.add_argument("--rounds", type=int, default=3, help="timed rounds, interleaved (default 3)")
+    sub.add_argument("--plot", help="write the times as a PNG")
+    return root
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    try:
+        args.function(args)
+    except (ValueError, OSError, ImportError, bert_fast.BackendUnavailableError) as error:
+        print(f"bert-fast {args.command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

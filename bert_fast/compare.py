@@ -1,0 +1,138 @@
+"""The same checkpoint on the same texts, by Hugging Face and by us: differences and times."""
+
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bert_fast.text import SentenceEncoder, pool
+
+
+@dataclass
+class Row:
+    """One implementation: seconds of each round, and what it computed."""
+
+    name: str
+    seconds: list
+    embeddings: np.ndarray
+
+    @property
+    def median(self):
+        return statistics.median(self.seconds)
+
+
+class HuggingFace:
+    """Hugging Face's model with our tokens and pooling, batched as sentence-transformers does:
+    sorted by length, ``batch_size`` texts padded to their longest."""
+
+    def __init__(self, directory, encoder, implementation, batch_size=32):
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        self.model = transformers.AutoModel.from_pretrained(
+            directory, attn_implementation=implementation, dtype=torch.float32
+        ).eval()
+        self.encoder, self.batch_size = encoder, batch_size
+
+    @torch.inference_mode()
+    def encode(self, ids):
+        out = np.empty((len(ids), self.encoder.model.config.hidden_size), dtype=np.float32)
+        order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+        for begin in range(0, len(order), self.batch_size):
+            batch = order[begin : begin + self.batch_size]
+            lengths = torch.tensor([len(ids[i]) for i in batch])
+            padded = torch.zeros(len(batch), int(lengths.max()), dtype=torch.int64)
+            for row, i in enumerate(batch):
+                padded[row, : len(ids[i])] = torch.from_numpy(ids[i])
+            mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
+            hidden = self.model(input_ids=padded, attention_mask=mask).last_hidden_state
+            cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int()
+            pooled = pool(hidden[mask.bool()], cu_seqlens, self.encoder.pooling)
+            if self.encoder.normalize:
+                pooled = torch.nn.functional.normalize(pooled, dim=1)
+            out[batch] = pooled.numpy()
+        return out
+
+
+def compare(directory, texts, rounds=3, batch_tokens=4096):
+    """Embeds ``texts`` by Hugging Face (eager, sdpa) and by us, ``rounds`` times in turn, after one
+    warm-up on a few texts. Tokenization is done once and timed for none. Returns three Rows."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        encoder = SentenceEncoder(directory, dtype=torch.float32)
+        ids, _ = encoder.tokenize(texts)
+    from bert_fast.text import batches_by_tokens
+
+    def ours(ids):
+        out = np.empty((len(ids), encoder.model.config.hidden_size), dtype=np.float32)
+        for batch in batches_by_tokens([len(i) for i in ids], batch_tokens):
+            out[batch] = encoder._embed([ids[i] for i in batch])
+        return out
+
+    runners = {
+        "Hugging Face eager": HuggingFace(directory, encoder, "eager").encode,
+        "Hugging Face sdpa": HuggingFace(directory, encoder, "sdpa").encode,
+        "bert_fast": ours,
+    }
+    rows = {name: Row(name, [], None) for name in runners}
+    for runner in runners.values():
+        runner(ids[:64])
+    for _ in range(rounds):
+        for name, runner in runners.items():
+            begin = time.perf_counter()
+            rows[name].embeddings = runner(ids)
+            rows[name].seconds.append(time.perf_counter() - begin)
+    return list(rows.values()), sum(map(len, ids))
+
+
+def report(rows, tokens, plot=None, console=None):
+    """Prints the table of times and the largest difference; draws them to ``plot`` (PNG)."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = console or Console()
+    ours, baseline = rows[-1], rows[-2]
+    table = Table(title=f"{len(ours.embeddings)} texts, {tokens} real tokens, fp32, "
+                  f"{torch.get_num_threads()} threads")  # fmt: skip
+    for column in ("", "seconds (median)", "spread", "tokens/s", f"{ours.name} is faster by"):
+        table.add_column(column, justify="left" if not column else "right")
+    for row in rows:
+        table.add_row(
+            row.name, f"{row.median:.2f}", f"{min(row.seconds):.2f} - {max(row.seconds):.2f}",
+            f"{tokens / row.median:,.0f}",
+            "" if row is ours else f"{row.median / ours.median:.2f}x",
+        )  # fmt: skip
+    console.print(table)
+    difference = np.abs(ours.embeddings - baseline.embeddings).max()
+    console.print(
+        f"Largest difference to {baseline.name}, any element of any text: {difference:.1e}"
+    )
+    if plot:
+        draw(rows, plot)
+        console.print(f"Plot: {plot}")
+    return float(difference)
+
+
+def draw(rows, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure, axes = plt.subplots(figsize=(7, 2.4), layout="constrained")
+    bars = axes.barh(
+        [row.name for row in rows], [row.median for row in rows],
+        color=["#b8bfca", "#8f9bb0", "#d9480f"][-len(rows) :],
+    )  # fmt: skip
+    axes.bar_label(bars, [f"{row.median:.2f} s" for row in rows], padding=4)
+    axes.set_xlabel("seconds, median of the rounds (less is better)")
+    axes.margins(x=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,113 @@
+"""What the tests share: backends and instruction sets to run on, poisoned memory, the allowance."""
+
+import os
+
+import pytest
+import torch
+
+import bert_fast
+from bert_fast import _C
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+# A test that asks for a backend by the environment says so itself.
+os.environ.pop("BERT_FAST_BACKEND", None)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def _isas():
+    """The instruction sets of the CPU kernels that this processor can run."""
+    best, found = _C.cpu_isa(), []
+    for isa in ("avx512", "avx2", "generic"):
+        try:
+            _C.set_cpu_isa(isa)
+            found.append(isa)
+        except ValueError:
+            pass
+    _C.set_cpu_isa(best)
+    return found
+
+
+ISAS = _isas()
+
+
+@pytest.fixture(params=["eager", *(f"cpu-{isa}" for isa in ISAS)])
+def backend(request):
+    """Every backend that runs CPU tensors, the C++ one in each instruction set."""
+    name, _, isa = request.param.partition("-")
+    best = _C.cpu_isa()
+    if isa:
+        _C.set_cpu_isa(isa)
+    with bert_fast.use_backend(name):
+        yield name
+    _C.set_cpu_isa(best)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty gives NaN, so an output that a kernel does not write cannot pass."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def fresh_seed(request):
+    """Fresh random inputs on every run; the seed is in the report of a test that fails."""
+    seed = int(os.environ.get("BERT_FAST_TEST_SEED", torch.seed() % 2**31))
+    torch.manual_seed(seed)
+    request.node.add_report_section("setup", "seed", f"BERT_FAST_TEST_SEED={seed}")
+
+
+def assert_within(ours, eager, truth, name=""):
+    """``ours`` errs little more than PyTorch (``eager``) in the same dtype, both measured against
+    the float64 ``truth``: an output by a ratio of 2, gradients (further items of a list) by 3, the
+    ratios of FlashAttention's own tests. They bound the root mean square; the largest error, a
+    single draw and so noisier, gets twice the ratio. PyTorch's error counts as one rounding at
+    least: on a lone key, say, its softmax is exact by chance."""
+    if isinstance(ours, torch.Tensor):
+        ours, eager, truth = [ours], [eager], [truth]
+    for i, (o, e, t) in enumerate(zip(ours, eager, truth, strict=True)):
+        _assert_within(o, e, t, 2 if i == 0 else 3, f"{name}[{i}]")
+
+
+def _assert_within(ours, eager, truth, ratio, name):
+    assert ours.shape == truth.shape, f"{name}: {ours.shape} != {truth.shape}"
+    assert ours.dtype == eager.dtype, f"{name}: {ours.dtype} != {eager.dtype}"
+    infinite = truth.isinf()
+    assert torch.equal(ours.isinf(), infinite), f"{name}: infinities differ"
+    if truth.numel() == 0:
+        return
+    eps = torch.finfo(ours.dtype).eps
+    ours, eager, truth = (t.double().masked_fill(infinite, 0) for t in (ours, eager, truth))
+    for norm, what, slack in ((_rms, "rms", 1), (_largest, "largest", 2)):
+        error, allowed, floor = norm(ours - truth), norm(eager - truth), eps * norm(truth)
+        assert error <= slack * ratio * max(allowed, floor), (
+            f"{name}: {what} error {error:.3e}, PyTorch's {allowed:.3e}, one rounding {floor:.3e}"
+        )
+
+
+def _rms(x):
+    return x.square().mean().sqrt().item()
+
+
+def _largest(x):
+    return x.abs().max().item()
+
+
+@pytest.fixture
+def gradients():
+    """Runs function(*inputs) and its backward; returns output and gradients, detached."""
+
+    def run(function, inputs, dout, dtype):
+        inputs = [None if t is None else t.detach().to(dtype).requires_grad_() for t in inputs]
+        out = function(*inputs)
+        wanted = [t for t in inputs if t is not None]
+        return [out.detach(), *torch.autograd.grad(out, wanted, dout.to(out.dtype))]
+
+    return run
+
+
+def cu_seqlens(lengths):
+    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()] if lengths else [0]).int()

@@ -1,0 +1,269 @@
+"""Attention: every backend, instruction set and dtype against the float64 reference."""
+
+import math
+
+import pytest
+import torch
+from conftest import DTYPES, assert_within, cu_seqlens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bert_fast
+from bert_fast import ops
+
+SHAPES = [  # lengths, num_heads, head_dim: odd sizes, empty and length-1 sequences, two key blocks
+    ([1], 1, 16),
+    ([7, 0, 1, 63], 3, 64),
+    ([127, 40], 2, 32),
+    ([513], 1, 64),
+    ([130, 129], 2, 80),
+    ([17, 5], 2, 256),
+    ([33, 2], 1, 20),
+    ([0, 0], 2, 64),
+    ([], 2, 64),
+]
+SEED = 9_876_543_210_123
+
+
+def draw(lengths, num_heads, head_dim):
+    qkv = torch.randn(sum(lengths), 3, num_heads, head_dim, dtype=torch.float64)
+    bias = torch.randn(3, num_heads, head_dim, dtype=torch.float64) / 2
+    return qkv, bias, torch.randn(sum(lengths), num_heads, head_dim, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("lengths", "num_heads", "head_dim"), SHAPES)
+@pytest.mark.parametrize(
+    ("causal", "dropout_p"), [(False, 0.0), (True, 0.25)], ids=["plain", "causal-dropout"]
+)
+def test_forward_and_backward(
+    backend, gradients, lengths, num_heads, head_dim, dtype, causal, dropout_p
+):
+    qkv, bias, dout = draw(lengths, num_heads, head_dim)
+    cu = cu_seqlens(lengths)
+    options = {"causal": causal, "dropout_p": dropout_p, "seed": SEED}
+
+    def run(qkv, bias, backend=None):
+        return ops.attention_qkv(qkv, cu, bias=bias, backend=backend, **options)
+
+    def eager(qkv, bias):
+        return run(qkv, bias, "eager")
+
+    # The truth starts from the rounded inputs: storage is not the kernel's error.
+    rounded = [t.to(dtype).double() for t in (qkv, bias, dout)]
+    truth = gradients(eager, rounded[:2], rounded[2], torch.float64)
+    torchs = gradients(eager, rounded[:2], rounded[2], dtype)
+    ours = gradients(run, rounded[:2], rounded[2], dtype)
+    assert_within(ours, torchs, truth, name="out, dqkv, dbias")
+
+
+def test_lse(backend):
+    lengths = [9, 0, 140]
+    qkv, bias, _ = draw(lengths, 2, 64)
+    cu = cu_seqlens(lengths)
+    _, truth = ops.attention_qkv(qkv, cu, bias=bias, return_lse=True, backend="eager")
+    qkv, bias = qkv.float(), bias.float()
+    _, torchs = ops.attention_qkv(qkv, cu, bias=bias, return_lse=True, backend="eager")
+    _, ours = ops.attention_qkv(qkv, cu, bias=bias, return_lse=True)
+    assert_within(ours, torchs, truth)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("q_lengths", [[5, 0, 130, 1], [1, 1, 1, 1]])
+def test_cross_attention(backend, gradients, causal, q_lengths):
+    k_lengths = [150, 3, 0, 9]
+    q = torch.randn(sum(q_lengths), 2, 40, dtype=torch.float64)
+    k, v = torch.randn(2, sum(k_lengths), 2, 40, dtype=torch.float64)
+    dout = torch.randn_like(q)
+
+    def run(q, k, v, backend=None):
+        cu = cu_seqlens(q_lengths), cu_seqlens(k_lengths)
+        return ops.attention(q, k, v, *cu, causal=causal, backend=backend)
+
+    def eager(*qkv):
+        return run(*qkv, "eager")
+
+    truth = gradients(eager, (q, k, v), dout, torch.float64)
+    assert_within(
+        gradients(run, (q, k, v), dout, torch.float32),
+        gradients(eager, (q, k, v), dout, torch.float32),
+        truth,
+        name="out, dq, dk, dv",
+    )
+    assert truth[0][q_lengths[0] + q_lengths[1] :][: q_lengths[2]].eq(0).all()  # no keys: zeros
+
+
+def test_reference_is_torch_sdpa():
+    """The definition itself, against PyTorch's own attention."""
+    q, k, v = torch.randn(3, 11, 4, 16, dtype=torch.float64)
+    cu = cu_seqlens([11])
+    heads_first = [t.transpose(0, 1) for t in (q, k, v)]
+    for causal in (False, True):
+        ours = ops.attention(q, k, v, cu, causal=causal, softmax_scale=0.3)
+        theirs = torch.nn.functional.scaled_dot_product_attention(
+            *heads_first, is_causal=causal, scale=0.3
+        )
+        torch.testing.assert_close(ours, theirs.transpose(0, 1))
+
+
+def test_strides_and_misalignment(backend):
+    """Views of a larger buffer, at an odd address, last dimension not contiguous for one."""
+    cu = cu_seqlens([5, 12])
+    storage = torch.randn(17 * 200 + 1)[1:].view(17, 200)
+    q = storage[:, :48].view(17, 2, 24)
+    k = storage[:, 60:108].view(17, 2, 24)
+    v = torch.randn(17, 24, 2).transpose(1, 2)
+    strided = ops.attention(q, k, v, cu)
+    contiguous = ops.attention(*(t.contiguous() for t in (q, k, v)), cu)
+    torch.testing.assert_close(strided, contiguous, rtol=0, atol=0)
+
+
+def test_out_is_written_in_full(backend):
+    qkv, _, _ = draw([3, 200], 2, 33)
+    qkv, cu = qkv.float(), cu_seqlens([3, 200])
+    out = torch.full((203, 2, 33), math.nan)
+    with torch.no_grad():
+        assert ops.attention_qkv(qkv, cu, out=out) is out
+    torch.testing.assert_close(out, ops.attention_qkv(qkv, cu), rtol=1e-6, atol=1e-6)
+
+
+def test_padded_tail_is_zero_forward_and_backward(backend):
+    qkv = torch.randn(20, 3, 2, 16, requires_grad=True)
+    out = ops.attention_qkv(qkv, cu_seqlens([4, 9]), padded_tail=True)
+    assert out[13:].eq(0).all()
+    (dqkv,) = torch.autograd.grad(out.sum(), qkv)
+    assert dqkv[13:].eq(0).all()
+    alone = ops.attention_qkv(qkv[:13], cu_seqlens([4, 9]))
+    torch.testing.assert_close(out[:13], alone)
+
+
+def test_nan_and_large_scores_are_not_hidden(backend):
+    qkv = torch.randn(8, 3, 1, 16)
+    qkv[2, 0, 0, 3] = math.nan
+    out = ops.attention_qkv(qkv, cu_seqlens([8]))
+    assert out[2].isnan().all()
+    assert out[[0, 1, 3, 4, 5, 6, 7]].isfinite().all()
+    huge = torch.randn(8, 3, 1, 16) * 1e4
+    assert ops.attention_qkv(huge, cu_seqlens([8])).isfinite().all()
+
+
+def test_bitwise_repeatable_at_any_thread_count():
+    qkv, _, dout = (t.float() for t in draw([300, 5, 77], 3, 64))
+    qkv.requires_grad_()
+    runs, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            out = ops.attention_qkv(qkv, cu_seqlens([300, 5, 77]), dropout_p=0.1, seed=1)
+            runs.append((out, *torch.autograd.grad(out, qkv, dout)))
+    finally:
+        torch.set_num_threads(threads)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+def test_dropout_statistics(backend):
+    """The share of dropped weights is p, draws differ by seed, head, sequence and row, and the
+    mean over seeds is attention without dropout."""
+    length, heads, p = 64, 2, 0.3
+    q = torch.zeros(2 * length, heads, 64)  # all weights 1/64
+    v = torch.eye(64).repeat(2, 1)[:, None].expand(-1, heads, -1)
+    cu = cu_seqlens([length, length])
+    masks = [
+        ops.attention(q, q, v, cu, dropout_p=p, seed=seed) * 64 * (1 - p) for seed in range(20)
+    ]
+    masks = torch.stack(masks)
+    assert masks.round().sub(masks).abs().max() < 1e-5  # zeros and ones
+    n = masks.numel()
+    assert abs(masks.mean().item() - (1 - p)) < 5 * math.sqrt(p * (1 - p) / n)
+    flat = masks.view(20, 2, length, heads, 64)
+    for a, b in ((flat[0], flat[1]), (flat[:, 0], flat[:, 1]), (flat[..., 0, :], flat[..., 1, :])):
+        agree = (a.round() == b.round()).double().mean().item()
+        assert abs(agree - (p * p + (1 - p) ** 2)) < 0.02
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    lengths=st.lists(st.integers(0, 150), max_size=5),
+    heads=st.integers(1, 3),
+    head_dim=st.integers(1, 130),
+    causal=st.booleans(),
+    dropout_p=st.sampled_from([0.0, 0.1]),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_drawn_shapes(lengths, heads, head_dim, causal, dropout_p, dtype):
+    check_drawn(lengths, heads, head_dim, causal, dropout_p, dtype)
+
+
+@pytest.mark.full
+@settings(deadline=None, max_examples=400)
+@given(
+    lengths=st.lists(st.integers(0, 400), max_size=6),
+    heads=st.integers(1, 4),
+    head_dim=st.integers(1, 256),
+    causal=st.booleans(),
+    dropout_p=st.sampled_from([0.0, 0.1, 0.9]),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_drawn_shapes_long(lengths, heads, head_dim, causal, dropout_p, dtype):
+    check_drawn(lengths, heads, head_dim, causal, dropout_p, dtype)
+
+
+def check_drawn(lengths, heads, head_dim, causal, dropout_p, dtype):
+    qkv, _, dout = (t.to(dtype) for t in draw(lengths, heads, head_dim))
+    cu = cu_seqlens(lengths)
+
+    def run(dtype, backend):
+        x = qkv.detach().to(dtype).requires_grad_()
+        out = ops.attention_qkv(
+            x, cu, causal=causal, dropout_p=dropout_p, seed=SEED, backend=backend
+        )
+        return out.detach(), *torch.autograd.grad(out, x, dout.to(dtype))
+
+    assert_within(run(dtype, "cpu"), run(dtype, "eager"), run(torch.float64, "eager"))
+
+
+BAD = [
+    ({"q": torch.zeros(4, 2, 8).long()}, TypeError, "q must be floating point"),
+    ({"q": torch.zeros(4, 16)}, ValueError, "q must be .total_tokens, num_heads, head_dim"),
+    ({"k": torch.zeros(4, 2, 9)}, ValueError, "k must be"),
+    ({"k": torch.zeros(4, 2, 8).half()}, TypeError, "k is torch.float16"),
+    ({"v": torch.zeros(3, 2, 8)}, ValueError, "v must have k's shape"),
+    ({"v": torch.zeros(4, 2, 8, device="meta")}, ValueError, "v is on meta"),
+    ({"q": [1.0]}, TypeError, "q must be a tensor"),
+    ({"cu_seqlens": torch.tensor([0, 4])}, TypeError, "cu_seqlens must be int32"),
+    ({"cu_seqlens": torch.tensor([[0, 4]]).int()}, ValueError, "cu_seqlens must have shape"),
+    ({"cu_seqlens": torch.tensor([0, 3, 2, 4]).int()}, ValueError, "cu_seqlens must not decrease"),
+    ({"cu_seqlens": torch.tensor([1, 4]).int()}, ValueError, "cu_seqlens must start at 0"),
+    ({"cu_seqlens": torch.tensor([0, 3]).int()}, ValueError, "cu_seqlens ends at 3, but there"),
+    ({"cu_seqlens": torch.tensor([0, 5]).int()}, ValueError, "cu_seqlens ends at 5"),
+    ({"cu_seqlens_k": torch.tensor([0, 2, 4]).int()}, ValueError, "cu_seqlens_k has 2 sequences"),
+    ({"max_seqlen": 3}, ValueError, "max_seqlen is 3"),
+    ({"bias": torch.zeros(2, 8)}, ValueError, "bias must be .3, 2, 8"),
+    ({"dropout_p": 1.0}, ValueError, "dropout_p must be in"),
+    ({"dropout_p": 0.1, "seed": -1}, ValueError, "seed must be"),
+    ({"dropout_p": 0.1, "seed": torch.zeros(2).long()}, ValueError, "seed must be one int64"),
+    ({"softmax_scale": math.inf}, ValueError, "softmax_scale must be finite"),
+    ({"out": torch.zeros(4, 2, 9)}, ValueError, "out must be"),
+    ({"backend": "fastest"}, ValueError, "backend must be one of"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=[m for _, _, m in BAD])
+def test_bad_input(change, error, message):
+    tokens = torch.zeros(4, 2, 8)
+    good = {"q": tokens, "k": tokens, "v": tokens, "cu_seqlens": torch.tensor([0, 4]).int()}
+    with pytest.raises(error, match=message):
+        bert_fast.attention(**(good | change))
+
+
+def test_k_of_another_length_needs_cu_seqlens_k():
+    q, k = torch.zeros(4, 2, 8), torch.zeros(6, 2, 8)
+    with pytest.raises(ValueError, match="cu_seqlens_k must say"):
+        bert_fast.attention(q, k, k, cu_seqlens([4]))
+
+
+def test_out_refuses_autograd():
+    qkv = torch.zeros(4, 3, 2, 8, requires_grad=True)
+    with pytest.raises(RuntimeError, match="out= writes in place"):
+        ops.attention_qkv(qkv, cu_seqlens([4]), out=torch.empty(4, 2, 8))

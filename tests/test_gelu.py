@@ -1,0 +1,142 @@
+"""GELU with bias, erf and tanh: every backend against the float64 reference."""
+
+import math
+
+import pytest
+import torch
+from conftest import DTYPES, assert_within
+
+import bert_fast
+from bert_fast import ops
+
+SHAPES = [(1, 16), (7, 3072), (63, 77), (513, 16), (0, 64), (2, 5, 33)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_forward_and_backward(backend, gradients, dtype, shape, approximate, with_bias):
+    x, dout = torch.randn(2, *shape, dtype=torch.float64) * 3
+    bias = torch.randn(shape[-1], dtype=torch.float64) if with_bias else None
+    x, dout, bias = (t if t is None else t.to(dtype).double() for t in (x, dout, bias))
+
+    def run(x, bias, backend=None):
+        return ops.gelu(x, bias, approximate=approximate, backend=backend)
+
+    def eager(x, bias):
+        return run(x, bias, "eager")
+
+    assert_within(
+        gradients(run, (x, bias), dout, dtype),
+        gradients(eager, (x, bias), dout, dtype),
+        gradients(eager, (x, bias), dout, torch.float64),
+        name="out, dx, dbias",
+    )
+
+
+def every_value(dtype):
+    """All finite values of a 16-bit dtype; for fp32 a sweep of exponents and of [-12, 12]."""
+    if dtype != torch.float32:
+        bits = torch.arange(-(2**15), 2**15).to(torch.int16)
+        values = bits.view(dtype)
+        return values[values.isfinite()]
+    exponents = 2.0 ** torch.arange(-60, 60)
+    return torch.cat([torch.linspace(-12, 12, 200_001), exponents, -exponents])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("derivative", [False, True])
+def test_accuracy_over_the_whole_range(backend, dtype, approximate, derivative):
+    """Every 16-bit value: within twice PyTorch's own largest error up to there (it makes its error
+    by the size of x), or one ulp (eps) of the true result."""
+    x = every_value(dtype)
+    x = x[x.abs().argsort()]
+
+    def run(function, x):
+        x = x.detach().requires_grad_()
+        out = function(x)
+        return torch.autograd.grad(out.sum(), x)[0] if derivative else out.detach()
+
+    def torchs(x):
+        return torch.nn.functional.gelu(x, approximate=approximate)
+
+    truth = run(torchs, x.double())
+    ours = run(lambda x: ops.gelu(x[None], approximate=approximate)[0], x).double()
+    # PyTorch computes 16-bit GELU in fp32 and rounds: so may we, and no worse.
+    error = (run(torchs, x.float()).to(dtype).double() - truth).abs().cummax(0).values
+    allowed = 2 * torch.maximum(error, torch.finfo(dtype).eps * truth.abs())
+    assert truth.isfinite().all()
+    bad = (ours - truth).abs() > allowed + torch.finfo(dtype).tiny
+    assert not bad.any(), (x[bad][:3], ours[bad][:3], truth[bad][:3])
+
+
+def test_exact_tail_keeps_its_digits():
+    """1 + erf(x) cancels for x << 0, all digits gone at -6; the kernel's tail must not."""
+    x = torch.linspace(-7.7, -2, 1001)
+    truth = x.double() * torch.special.erfc(x.double() / -math.sqrt(2)) / 2
+    ours = ops.gelu(x[None], backend="cpu")[0].double()
+    assert ((ours - truth) / truth).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_special_values(backend, approximate):
+    x = torch.tensor([[math.nan, 0.0, -0.0, 1e30, -1e30]], requires_grad=True)
+    out = ops.gelu(x, approximate=approximate)
+    (dx,) = torch.autograd.grad(out.sum(), x)
+    assert out[0, 0].isnan()
+    wanted = torch.tensor([0.0, 0.0, 1e30, 0.0])
+    torch.testing.assert_close(out[0, 1:].detach(), wanted, rtol=0, atol=1e-12)
+    if backend != "eager":
+        assert dx[0, 0].isnan()
+        wanted = torch.tensor([0.5, 0.5, 1.0, 0.0])
+        torch.testing.assert_close(dx[0, 1:], wanted, rtol=0, atol=1e-6)
+        edge = torch.tensor([[math.inf, 3e38, -3e38]])
+        assert ops.gelu(edge, approximate=approximate)[0, :2].tolist() == edge[0, :2].tolist()
+        assert ops.gelu(edge, approximate=approximate)[0, 2].abs() < 1e-12
+
+
+def test_out_may_be_the_input(backend):
+    x, bias = torch.randn(9, 65), torch.randn(65)
+    with torch.no_grad():
+        fresh = ops.gelu(x, bias)
+        assert ops.gelu(x, bias, out=x) is x
+    torch.testing.assert_close(x, fresh)
+
+
+def test_non_contiguous_and_misaligned(backend):
+    x = torch.randn(40, 20).t()
+    torch.testing.assert_close(ops.gelu(x), ops.gelu(x.contiguous()))
+    shifted = torch.randn(401)[1:].view(20, 20)
+    torch.testing.assert_close(ops.gelu(shifted), ops.gelu(shifted.clone()))
+
+
+def test_bitwise_repeatable_at_any_thread_count():
+    x, bias = torch.randn(2000, 64, requires_grad=True), torch.randn(64, requires_grad=True)
+    dout, runs, threads = torch.randn(2000, 64), [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            out = ops.gelu(x, bias)
+            runs.append((out, *torch.autograd.grad(out, (x, bias), dout)))
+    finally:
+        torch.set_num_threads(threads)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+
+BAD = [
+    ({"x": torch.zeros(3, 8).bool()}, TypeError, "x must be floating point"),
+    ({"x": torch.zeros(3, 0)}, ValueError, "x must be"),
+    ({"bias": torch.zeros(7)}, ValueError, r"bias must have shape \(8,\)"),
+    ({"bias": torch.zeros(8, device="meta")}, ValueError, "bias is on meta"),
+    ({"approximate": "erf"}, ValueError, "approximate must be"),
+    ({"out": torch.zeros(3, 8).half()}, ValueError, "out must be"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=[m for _, _, m in BAD])
+def test_bad_input(change, error, message):
+    with pytest.raises(error, match=message):
+        bert_fast.gelu(**({"x": torch.zeros(3, 8)} | change))

@@ -1,0 +1,158 @@
+"""torch.library: opcheck, gradcheck of the definition, torch.compile, autocast, checkpointing."""
+
+import pytest
+import torch
+from conftest import cu_seqlens
+from torch.library import opcheck
+
+import bert_fast
+from bert_fast import ops, reference
+
+CU = cu_seqlens([5, 0, 9])
+SEED = torch.tensor([11])
+OPTIONS = (CU, CU, 9, 9, torch.randn(3, 2, 8).requires_grad_(), 0.3, True, 0.2, SEED, "cpu")
+
+
+def leaf(*shape, dtype=torch.float32):
+    return torch.randn(*shape, dtype=dtype, requires_grad=True)
+
+
+OP_CALLS = {
+    "attention": lambda: (leaf(14, 2, 8), leaf(14, 2, 8), leaf(14, 2, 8), *OPTIONS),
+    "attention_qkv": lambda: (leaf(14, 3, 2, 8), *OPTIONS),
+    "layer_norm": lambda: (
+        leaf(6, 20), leaf(6, 20), leaf(20), leaf(20), leaf(20), 1e-5, 0.1, SEED, "cpu",
+    ),
+    "layer_norm-plain": lambda: (
+        leaf(6, 20), None, leaf(20), leaf(20), None, 1e-5, 0.0, None, "cpu",
+    ),
+    "gelu": lambda: (leaf(6, 20), leaf(20), "none", "cpu"),
+    "gelu-plain": lambda: (leaf(6, 20), None, "tanh", "cpu"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OP_CALLS)
+def test_opcheck(name, monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    op = getattr(torch.ops.bert_fast, name.partition("-")[0])
+    opcheck(op.default, OP_CALLS[name]())
+
+
+@pytest.mark.parametrize("name", ["attention_backward", "attention_qkv_backward"])
+def test_opcheck_backward(name, monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    options = (*OPTIONS[:4], OPTIONS[4].detach(), *OPTIONS[5:])
+    qkv, dout = torch.randn(14, 3, 2, 8), torch.randn(14, 2, 8)
+    out, lse = torch.ops.bert_fast.attention_qkv(qkv, *options)
+    inputs = (qkv,) if "qkv" in name else tuple(t.contiguous() for t in qkv.unbind(1))
+    opcheck(getattr(torch.ops.bert_fast, name).default, (dout, *inputs, out, lse, *options))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradcheck_of_the_definition(dropout_p, causal):
+    """The reference's gradients, by finite differences in float64."""
+    lengths_q, lengths_k = cu_seqlens([3, 0, 4]), cu_seqlens([2, 3, 0])
+    q, k, v = (leaf(n, 2, 3, dtype=torch.float64) for n in (7, 5, 5))
+    bias = leaf(3, 2, 3, dtype=torch.float64)
+
+    def attention(q, k, v, bias):
+        return ops.attention(
+            q, k, v, lengths_q, lengths_k, bias=bias, causal=causal, dropout_p=dropout_p, seed=3
+        )
+
+    torch.autograd.gradcheck(attention, (q, k, v, bias))
+
+    def layer_norm(x, weight, bias, residual, linear_bias):
+        return ops.layer_norm(
+            x, weight, bias, residual=residual, linear_bias=linear_bias, dropout_p=dropout_p, seed=3
+        )
+
+    vectors = [leaf(5, dtype=torch.float64) for _ in range(3)]
+    x, residual = (leaf(4, 5, dtype=torch.float64) for _ in range(2))
+    torch.autograd.gradcheck(layer_norm, (x, *vectors[:2], residual, vectors[2]))
+    torch.autograd.gradcheck(ops.gelu, (x, vectors[0]))
+
+
+def test_philox_is_philox():
+    """The known answers published with Random123 (kat_vectors, philox4x32 10)."""
+    for seed, counter, wanted in (
+        (0, (0, 0, 0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        (
+            0x299F31D0A4093822,
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ):
+        key = [seed & 0xFFFFFFFF, seed >> 32]
+        words = [torch.tensor([c]) for c in counter]
+        for _ in range(10):
+            words = reference._philox_round(words, key)
+            key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
+        assert tuple(int(w) for w in words) == wanted
+
+
+def test_autocast():
+    qkv, bias = leaf(14, 3, 2, 8), leaf(3, 2, 8)
+    x, weight = leaf(6, 20), leaf(20)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        attended = bert_fast.attention_qkv(qkv, CU, bias=bias)
+        normed = bert_fast.layer_norm(x, weight, weight, residual=x)
+        direct = torch.ops.bert_fast.attention_qkv(qkv, *OPTIONS)[0]
+        geluded = bert_fast.gelu(x.bfloat16(), weight)
+        mixed = bert_fast.layer_norm(x.bfloat16(), weight, weight, residual=x)
+    for out in (attended, normed, direct, geluded, mixed):
+        assert out.dtype == torch.bfloat16
+    (attended.sum() + normed.sum() + geluded.sum()).backward()
+    assert qkv.grad.dtype == bias.grad.dtype == weight.grad.dtype == torch.float32
+    low = bert_fast.attention_qkv(qkv.detach().bfloat16(), CU, bias=bias.detach())
+    assert torch.equal(attended.detach(), low)
+
+
+def tiny(**changes):
+    sizes = {
+        "vocab_size": 50, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3,
+        "intermediate_size": 40, "max_position_embeddings": 16,
+    }  # fmt: skip
+    return bert_fast.BertModel(bert_fast.BertConfig(**(sizes | changes)))
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "eager"])
+def test_compile_fullgraph(compiler):
+    """Model and gradients through torch.compile in one graph, capacity mode and full batches."""
+    model = tiny().eval()
+    ids = torch.randint(1, 50, (4, 9))
+    mask = (torch.arange(9) < torch.tensor([9, 4, 1, 0])[:, None]).long()
+    compiled = torch.compile(model, fullgraph=True, backend=compiler)
+    for options in ({}, {"attention_mask": mask, "capacity": 20}):
+        plain = model(ids, **options)
+        traced = compiled(ids, **options)
+        torch.testing.assert_close(traced.last_hidden_state, plain.last_hidden_state)
+        torch.testing.assert_close(traced.pooler_output, plain.pooler_output)
+        parameters = list(model.parameters())
+        wanted = torch.autograd.grad(plain[0].square().sum(), parameters, allow_unused=True)
+        found = torch.autograd.grad(traced[0].square().sum(), parameters, allow_unused=True)
+        for a, b in zip(found, wanted, strict=True):
+            if a is None or b is None:  # a gradient that is zero may be absent
+                assert all(g is None or g.eq(0).all() for g in (a, b))
+            else:
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_activation_checkpointing_redraws_the_same_dropout():
+    layer = tiny(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2).train().layers[0]
+    from bert_fast.model import NoWorkspace
+    from bert_fast.packing import Packing
+
+    packing, x = Packing.of_full(2, 6, torch.device("cpu")), leaf(12, 24)
+    gradients = []
+    for checkpoint in (False, True):
+        torch.manual_seed(5)
+        if checkpoint:
+            out = torch.utils.checkpoint.checkpoint(
+                layer, x, packing, NoWorkspace(), use_reentrant=False
+            )
+        else:
+            out = layer(x, packing, NoWorkspace())
+        gradients.append(torch.autograd.grad(out.square().sum(), x)[0])
+    assert torch.equal(*gradients)
