@@ -23,6 +23,7 @@ CXX_FLAGS = (
     " -fno-math-errno -fno-trapping-math -ffp-contract=fast"
     " -Wall -Wno-psabi -Wno-ignored-attributes -Wno-maybe-uninitialized"
 )
+AMX_FLAGS = "-mamx-tile -mamx-bf16"
 # One compilation of each CPU kernel an instruction set; csrc/cpu/dispatch.cpp chooses at run time.
 CPU_ISAS = {
     "generic": "",
@@ -86,7 +87,8 @@ class NinjaBuild(build_ext):
         cxx = find_compiler()
         x86 = platform.machine().lower() in ("x86_64", "amd64")
         nvcc = find_nvcc()
-        openmp = self.openmp_flag(cxx)
+        # Apple's compiler has no OpenMP: kernels then use one core.
+        openmp = "-fopenmp" if self.accepts(cxx, "-fopenmp") else ""
         includes = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
         common = f"{CXX_FLAGS} {openmp} {'-DBERT_FAST_X86' if x86 else ''}"
 
@@ -110,6 +112,11 @@ class NinjaBuild(build_ext):
         for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
             if source.stem == "dispatch":
                 compile_file("cxx", "cpu/dispatch.cpp", "dispatch.o")
+                continue
+            if source.stem == "linear":  # for AMX, or an answer that there is none
+                flags = f"{CPU_ISAS['avx512']} {AMX_FLAGS}"
+                amx = x86 and self.accepts(cxx, AMX_FLAGS)
+                compile_file("cxx", "cpu/linear.cpp", "linear.amx.o", flags if amx else "")
                 continue
             for isa, flags in CPU_ISAS.items() if x86 else [("generic", "")]:
                 compile_file("cxx", f"cpu/{source.name}", f"{source.stem}.{isa}.o", flags)
@@ -147,13 +154,11 @@ class NinjaBuild(build_ext):
         return os.path.join(BIN_DIR, "ninja")
 
     @staticmethod
-    def openmp_flag(cxx):
-        """-fopenmp where the compiler has it (Apple's has not); without, kernels use one core."""
-        probe = [*shlex.split(cxx), "-fopenmp", "-x", "c++", "-", "-o", os.devnull]
-        answer = subprocess.run(
-            probe, input=b"#include <omp.h>\nint main() {}", capture_output=True
-        )
-        return "-fopenmp" if answer.returncode == 0 else ""
+    def accepts(cxx, flags):
+        """Whether the compiler takes the flags, and its linker what they bring."""
+        probe = [*shlex.split(cxx), *flags.split(), "-x", "c++", "-", "-o", os.devnull]
+        answer = subprocess.run(probe, input=b"int main() {}", capture_output=True)
+        return answer.returncode == 0
 
 
 setup(

@@ -5,7 +5,6 @@ alone, and ``cu_seqlens`` to tell the sequences apart.
 """
 
 import json
-import threading
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from bert_fast import ops
 from bert_fast.packing import Packing
+from bert_fast.workspace import NoWorkspace, Workspace, can_reuse_memory
 
 GELU_APPROXIMATE = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 
@@ -89,57 +89,28 @@ class BertOutput(NamedTuple):
     hidden_states: tuple[Tensor, ...] | None = None
 
 
-class Workspace:
-    """Activations that inference reuses from layer to layer and call to call.
+class Linear(nn.Linear):
+    """A linear layer whose bias is left to the kernel that reads its result next."""
 
-    A fresh activation of some megabytes comes as untouched pages, and faulting them in costs more
-    than the arithmetic of a GELU (measured on a CPU: 16 ms against 2). Each thread has its own
-    buffers, so a model may be called from several.
-    """
+    packed = None  # by BertModel.prepack
 
-    def __init__(self):
-        self._local = threading.local()
+    def matmul(self, x, out, workspace):
+        """x Wᵀ"""
+        if out is None:
+            return F.linear(x, self.weight)
+        if self._use_packed(x):
+            return self.packed.forward(x, self.weight, None, None, out, workspace)
+        return torch.mm(x, self.weight.t(), out=out)
 
-    def __reduce__(self):  # copies and pickles start empty
-        return Workspace, ()
+    def gelu(self, x, approximate, out, workspace):
+        """GELU(x Wᵀ + bias)"""
+        if out is not None and self._use_packed(x):
+            return self.packed.forward(x, self.weight, self.bias, approximate, out, workspace)
+        return ops.gelu(self.matmul(x, out, workspace), self.bias, approximate=approximate, out=out)
 
-    def take(self, name, rows, width, like):
-        """An uninitialised (rows, width) tensor that the next ``take(name, ...)`` overwrites."""
-        buffers = self._local.__dict__
-        buffer = buffers.get(name)
-        if buffer is None or buffer.numel() < rows * width or buffer.dtype != like.dtype:
-            with torch.inference_mode(False):  # usable inside and outside inference mode
-                buffer = buffers[name] = torch.empty(rows * width, dtype=like.dtype)
-        return buffer[: rows * width].view(rows, width)
-
-    def over(self, tensor):
-        """The memory of a tensor that is read for the last time."""
-        return tensor
-
-
-class NoWorkspace:
-    """Training, tracing, devices: every result is a new tensor."""
-
-    def take(self, name, rows, width, like):
-        return None
-
-    def over(self, tensor):
-        return None
-
-
-def _can_reuse_memory(x):
-    return (
-        type(x) is Tensor
-        and x.device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-    )
-
-
-def _matmul(x, linear, out):
-    """x Wᵀ, without the bias: the kernel that reads the result next adds it."""
-    return F.linear(x, linear.weight) if out is None else torch.mm(x, linear.weight.t(), out=out)
+    def _use_packed(self, x):
+        packed = self.packed
+        return packed is not None and x.shape[0] >= packed.MIN_ROWS and packed.possible(self.weight)
 
 
 class Attention(nn.Module):
@@ -150,13 +121,13 @@ class Attention(nn.Module):
         self.head_dim = hidden // self.num_heads
         self.dropout_p = config.attention_probs_dropout_prob
         self.hidden_dropout_p = config.hidden_dropout_prob
-        self.qkv = nn.Linear(hidden, 3 * hidden)
-        self.out = nn.Linear(hidden, hidden)
+        self.qkv = Linear(hidden, 3 * hidden)
+        self.out = Linear(hidden, hidden)
         self.norm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
 
     def forward(self, x, packing, workspace):
         (tokens, hidden), take = x.shape, workspace.take
-        qkv = _matmul(x, self.qkv, take("qkv", tokens, 3 * hidden, x))
+        qkv = self.qkv.matmul(x, take("qkv", tokens, 3 * hidden, x), workspace)
         context = take("hidden", tokens, hidden, x)
         context = ops.attention_qkv(
             qkv.view(tokens, 3, self.num_heads, self.head_dim),
@@ -167,7 +138,7 @@ class Attention(nn.Module):
             padded_tail=packing.padded_tail,
             out=None if context is None else context.view(tokens, self.num_heads, self.head_dim),
         ).view(tokens, hidden)
-        projected = _matmul(context, self.out, take("projected", tokens, hidden, x))
+        projected = self.out.matmul(context, take("projected", tokens, hidden, x), workspace)
         return _add_norm(self, projected, self.out.bias, x, workspace)
 
 
@@ -176,16 +147,15 @@ class FeedForward(nn.Module):
         super().__init__()
         self.approximate = GELU_APPROXIMATE[config.hidden_act]
         self.hidden_dropout_p = config.hidden_dropout_prob
-        self.up = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.up = Linear(config.hidden_size, config.intermediate_size)
+        self.down = Linear(config.intermediate_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, x, workspace):
         (tokens, hidden), take = x.shape, workspace.take
         buffer = take("intermediate", tokens, self.up.out_features, x)
-        up = _matmul(x, self.up, buffer)
-        up = ops.gelu(up, self.up.bias, approximate=self.approximate, out=buffer)
-        down = _matmul(up, self.down, take("projected", tokens, hidden, x))
+        up = self.up.gelu(x, self.approximate, buffer, workspace)
+        down = self.down.matmul(up, take("projected", tokens, hidden, x), workspace)
         return _add_norm(self, down, self.down.bias, x, workspace)
 
 
@@ -271,6 +241,19 @@ class BertModel(nn.Module):
 
         checkpoint.save(self, directory)
 
+    def prepack(self):
+        """Lays the weights out for inference in float32 on the CPU, once; returns the model.
+
+        On processors with AMX (Intel Xeon since 2023) the linear layers then run on it, in fp32 by
+        three bf16 parts, at no loss of accuracy; elsewhere nothing changes. It takes 1.5 times the
+        linear weights' memory. A weight that PyTorch sees changing (an optimizer, load_state_dict)
+        is packed anew by the next call; changes through ``.data`` it does not see: prepack again.
+        """
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.packed = ops.pack_weight(module.weight)
+        return self
+
     def forward(
         self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, *,
         cu_seqlens=None, max_seqlen=None, capacity=None, output_hidden_states=False,
@@ -324,7 +307,7 @@ class BertModel(nn.Module):
                 token_type_ids = packing.pack(token_type_ids)
 
         x = self.embeddings(input_ids, position_ids, token_type_ids)
-        workspace = self.workspace if _can_reuse_memory(x) else NoWorkspace()
+        workspace = self.workspace if can_reuse_memory(x) else NoWorkspace()
         hidden_states = []
         for layer in self.layers:
             if output_hidden_states:

@@ -605,6 +605,15 @@ def layer_norm(
     )[0]
 
 
+def pack_weight(weight):
+    """A linear layer's weight prepared for repeated inference, or None where nothing is won by it:
+    see :class:`bert_fast.cpu.PackedWeight`."""
+    if backends.why_unavailable("cpu") is not None:
+        return None
+    packed = backends.module("cpu").PackedWeight
+    return packed(weight) if packed.possible(weight) else None
+
+
 def gelu(x, bias=None, *, approximate="none", backend=None, out=None):
     """GELU(x + bias) (Hendrycks & Gimpel 2016): exact by erf, or ``approximate="tanh"``.
 

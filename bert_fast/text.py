@@ -36,7 +36,7 @@ class SentenceEncoder:
 
     def __init__(self, directory, dtype=None):
         directory = Path(directory)
-        self.model = BertModel.from_pretrained(directory, dtype)
+        self.model = BertModel.from_pretrained(directory, dtype).prepack()
         positions = self.model.config.max_position_embeddings
         settings = _read_json(directory / "sentence_bert_config.json")
         self.max_seqlen = min(settings.get("max_seq_length") or positions, positions)

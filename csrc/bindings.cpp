@@ -119,6 +119,25 @@ PYBIND11_MODULE(_C, m) {
         },
         release_gil());
 
+  m.def("linear_available", &linear_available);
+  m.def("linear_packed_size", &linear_packed_size);
+  m.def("linear_pack",
+        [](Address weight, int64_t out_features, int64_t in_features, Address packed,
+           int num_threads) {
+          linear_pack(pointer<float>(weight), out_features, in_features, pointer<uint16_t>(packed),
+                      num_threads);
+        },
+        release_gil());
+  m.def("linear_forward",
+        [](int64_t rows, int64_t in_features, int64_t out_features, Address x, Address packed,
+           Address bias, Address out, Address scratch, int activation, int num_threads) {
+          linear_forward({rows, in_features, out_features, pointer<float>(x),
+                          pointer<uint16_t>(packed), pointer<float>(bias), pointer<float>(out),
+                          pointer<uint16_t>(scratch), static_cast<Activation>(activation),
+                          num_threads});
+        },
+        release_gil());
+
 #ifdef BERT_FAST_WITH_CUDA
   m.attr("cuda_archs") = BERT_FAST_CUDA_ARCHS;
   m.def("cuda_gelu_forward",

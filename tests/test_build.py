@@ -36,7 +36,18 @@ def test_layout_rules():
         if path.name != "bindings.cpp":
             assert not re.search(r"#include\s*[<\"](Python\.h|pybind11)", text), path
     assert "import torch" not in (ROOT / "setup.py").read_text()
-    order = ["_C", "reference", "backends", "cpu", "cuda", "ops", "packing", "model", "checkpoint"]
+    order = [
+        "_C",
+        "reference",
+        "backends",
+        "cpu",
+        "cuda",
+        "ops",
+        "packing",
+        "workspace",
+        "model",
+        "checkpoint",
+    ]
     order += ["text", "compare", "cli"]
     late = {("model", "checkpoint")}  # from_pretrained imports it when called
     for i, name in enumerate(order):

@@ -141,8 +141,8 @@ def test_compile_fullgraph(compiler):
 
 def test_activation_checkpointing_redraws_the_same_dropout():
     layer = tiny(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2).train().layers[0]
-    from bert_fast.model import NoWorkspace
     from bert_fast.packing import Packing
+    from bert_fast.workspace import NoWorkspace
 
     packing, x = Packing.of_full(2, 6, torch.device("cpu")), leaf(12, 24)
     gradients = []

@@ -60,17 +60,20 @@ def test_outputs_losses_and_gradients(tmp_path, name):
         model.zero_grad()
         loss.backward()
         hidden = (out.last_hidden_state * mask).detach()
-        return hidden, out.pooler_output.detach(), loss.detach()
+        return [hidden, out.pooler_output.detach()], loss.detach()
 
     def named_gradients(model):
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
-    found, gradients = run(ours, torch.float32), None
+    found, loss = run(ours, torch.float32)
     gradients = bert_fast.checkpoint.to_hugging_face(named_gradients(ours))
-    torchs, torchs_gradients = run(theirs, torch.float32), named_gradients(theirs)
+    torchs, torchs_loss = run(theirs, torch.float32)
+    torchs_gradients = named_gradients(theirs)
     torchs_gradients = {k: v.clone() for k, v in torchs_gradients.items()}
-    truth = run(theirs.double(), torch.float64)
-    assert_within(found, torchs, truth, name="hidden, pooled, loss")
+    truth, true_loss = run(theirs.double(), torch.float64)
+    assert_within(found, torchs, truth, name="hidden, pooled")
+    torch.testing.assert_close(loss, torchs_loss)
+    torch.testing.assert_close(loss.double(), true_loss, rtol=1e-4, atol=1e-4)
     assert (found[0] - torchs[0]).abs().max() < 2e-5
     wanted = named_gradients(theirs)
     assert gradients.keys() == wanted.keys()

@@ -87,6 +87,26 @@ struct GeluBackward {
   int num_threads;
 };
 
+enum class Activation : int { kNone = 0, kGelu = 1, kGeluTanh = 2 };
+
+// out = activation(x weight^T + bias) in fp32. On processors with AMX alone: see linear.cpp.
+struct LinearForward {
+  int64_t rows, in_features, out_features;
+  const float* x;               // (rows, in_features)
+  const uint16_t* packed;       // the weight, by linear_pack
+  const float* bias;            // (out_features) or null
+  float* out;                   // (rows, out_features)
+  uint16_t* scratch;            // linear_packed_size(rows, in_features) elements
+  Activation activation;
+  int num_threads;
+};
+
+bool linear_available();
+int64_t linear_packed_size(int64_t rows, int64_t in_features);
+void linear_pack(const float* weight, int64_t out_features, int64_t in_features, uint16_t* packed,
+                 int num_threads);
+void linear_forward(const LinearForward&);
+
 // One set of kernels an instruction set; each .cpp beside this file is compiled once for each.
 struct CpuKernels {
   void (*attention_forward)(const AttentionForward&);
