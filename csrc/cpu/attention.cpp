@@ -353,30 +353,42 @@ class BackwardTask {
     gemm(rows, ld_, keys, {ds_, kBlockK, 1}, k_, ld_, dq_ + q_begin * ld_, ld_, true);
   }
 
-  // Scores in p_ become P Z, products in ds_ become dS.
+  // Scores in p_ become P Z, products in ds_ become dS. A row whose keys all lie in this block is
+  // normalised by its own sum and its delta taken from P itself, as PyTorch does: free of the
+  // rounding of lse, and exactly zero on a lone key.
   void gradient_row(const Sequence& seq, int64_t head, int64_t q_row, int64_t row, int64_t k_begin,
                     int64_t visible, int64_t padded, float lse2) {
     float *p_row = p_ + row * kBlockK, *ds_row = ds_ + row * kBlockK;
-    const bool drop = a_.dropout_p > 0.0f;
+    const bool drop = a_.dropout_p > 0.0f, whole = seq.k_len <= kBlockK;
     if (drop) {
       dropout_row(factors_, padded, a_.seed, a_.dropout_p, static_cast<uint32_t>(k_begin),
                   static_cast<uint32_t>(q_row), static_cast<uint32_t>(head),
                   static_cast<uint32_t>(seq.index));
     }
-    const float delta = delta_[q_row];
     const vi lanes = lane_index();
+    vf total = {};
     for (int64_t col = 0; col < padded; col += kWidth) {
       vf p = exp2(load(p_row + col) - lse2);
       p = select(lanes < static_cast<int32_t>(visible - col), p, vf{});
-      vf dp = load(ds_row + col);
-      vf kept = p;
-      if (drop) {
-        const vf factor = load(factors_ + col);
-        dp *= factor;
-        kept *= factor;
+      store(p_row + col, p);
+      total += p;
+      if (drop) store(ds_row + col, load(ds_row + col) * load(factors_ + col));
+    }
+    float delta = delta_[q_row];
+    if (whole && visible > 0) {
+      const float normalise = 1.0f / sum(total);
+      vf weighted = {};
+      for (int64_t col = 0; col < padded; col += kWidth) {
+        const vf p = load(p_row + col) * normalise;
+        store(p_row + col, p);
+        weighted += p * load(ds_row + col);
       }
-      store(p_row + col, kept);
-      store(ds_row + col, p * (dp - delta));
+      delta = sum(weighted);
+    }
+    for (int64_t col = 0; col < padded; col += kWidth) {
+      const vf p = load(p_row + col);
+      store(ds_row + col, p * (load(ds_row + col) - delta));
+      if (drop) store(p_row + col, p * load(factors_ + col));
     }
   }
 
