@@ -151,10 +151,11 @@ class PackedWeight:
         if self.source != self._identity(weight):
             self._pack(weight)
         (rows, width), bias = x.shape, _float(bias)
-        size = _C.linear_packed_size(rows, width) // 2  # of 16-bit elements, in floats
+        threads = torch.get_num_threads()
+        size = _C.linear_scratch_size(threads) // 2  # of 16-bit elements, in floats
         scratch = workspace.take("scratch", 1, size, x)
         _C.linear_forward(
             rows, width, self.shape[0], *map(_address, (x, self.packed, bias, out, scratch)),
-            ACTIVATIONS[approximate], torch.get_num_threads(),
+            ACTIVATIONS[approximate], threads,
         )  # fmt: skip
         return out

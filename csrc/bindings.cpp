@@ -121,6 +121,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("linear_available", &linear_available);
   m.def("linear_packed_size", &linear_packed_size);
+  m.def("linear_scratch_size", &linear_scratch_size);
   m.def("linear_pack",
         [](Address weight, int64_t out_features, int64_t in_features, Address packed,
            int num_threads) {

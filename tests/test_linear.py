@@ -40,8 +40,8 @@ def test_the_scheme_itself_is_fp32():
     assert ((six - exact).abs() <= bound).all()
 
 
-# From the 16 rows on that PackedWeight is used for: on fewer, sgemm sums in another order, with half
-# the error.
+# From the 16 rows on that PackedWeight is used for: on fewer, sgemm sums in another order, with
+# half the error.
 def check(rows, in_features, out_features, approximate, with_bias):
     x, weight = torch.randn(rows, in_features), torch.randn(out_features, in_features)
     bias = torch.randn(out_features) if with_bias else None

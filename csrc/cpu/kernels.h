@@ -96,13 +96,14 @@ struct LinearForward {
   const uint16_t* packed;       // the weight, by linear_pack
   const float* bias;            // (out_features) or null
   float* out;                   // (rows, out_features)
-  uint16_t* scratch;            // linear_packed_size(rows, in_features) elements
+  uint16_t* scratch;            // linear_scratch_size(num_threads) elements, on a cache line
   Activation activation;
   int num_threads;
 };
 
 bool linear_available();
-int64_t linear_packed_size(int64_t rows, int64_t in_features);
+int64_t linear_packed_size(int64_t out_features, int64_t in_features);
+int64_t linear_scratch_size(int num_threads);
 void linear_pack(const float* weight, int64_t out_features, int64_t in_features, uint16_t* packed,
                  int num_threads);
 void linear_forward(const LinearForward&);

@@ -8,12 +8,17 @@
 //
 // W is packed once, ahead of time; x in each call. Blocks: a panel of 32 columns of W and 256 rows
 // of x, both over at most 768 of depth, share a core's 2 MB L2; a tile of 32 x 32 results is
-// accumulated in four tile registers.
+// accumulated in four tile registers. Each block of depth is summed on its own and added to y in
+// fp32, which also keeps the rounding error of long sums below sgemm's.
 #include "kernels.h"
 
 #ifdef __AMX_BF16__
 #include <sys/syscall.h>
 #include <unistd.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 #include <algorithm>
 
@@ -28,7 +33,9 @@ constexpr int64_t kTileSize = kTileRows * kTileDepth;   // in bf16
 constexpr int64_t kParts = 3;                           // high, middle, low
 constexpr int64_t kGroup = 2 * kTileRows;               // rows or columns handled together
 constexpr int64_t kStep = kParts * 2 * kTileSize;       // bf16 of one group over one tile's depth
-constexpr int64_t kBlockRows = 256, kBlockDepth = 768, kBlockPanels = 8;
+constexpr int64_t kLine = 32;                           // bf16 in a cache line
+constexpr int64_t kNextLines = kStep / kLine / 8;       // lines of the next panel fetched a step
+constexpr int64_t kBlockGroups = 8, kBlockSteps = 24;  // 256 rows by 768 of depth
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -111,11 +118,15 @@ BERT_FAST_INLINE void load_w(const uint16_t* tiles) {
   _tile_loadd(6, tiles, 64);
   _tile_loadd(7, tiles + kTileSize, 64);
 }
-// Four products, 64 cycles; meanwhile a sixth of the next step's x and W comes from L2 into L1.
-BERT_FAST_INLINE void multiply(const uint16_t* x, const uint16_t* w, int sixth) {
-  constexpr int64_t kLine = 32, kLines = kStep / kLine / 6;
+// Four products, 64 cycles; meanwhile a sixth of the next step's x and W comes from L2 into L1, and
+// a little of the next panel of W from memory into L2.
+BERT_FAST_INLINE void multiply(const uint16_t* x, const uint16_t* w, const uint16_t* next,
+                               int sixth) {
+  constexpr int64_t kLines = kStep / kLine / 6;
   x += kStep + sixth * kLines * kLine;
   w += kStep + sixth * kLines * kLine;
+  next += sixth * kNextLines / 6 * kLine;
+  for (int i = 0; i < kNextLines / 6; ++i) __builtin_prefetch(next + i * kLine, 0, 2);
   _tile_dpbf16ps(0, 4, 6);
   for (int i = 0; i < kLines; i += 2) __builtin_prefetch(x + i * kLine);
   _tile_dpbf16ps(1, 4, 7);
@@ -126,29 +137,33 @@ BERT_FAST_INLINE void multiply(const uint16_t* x, const uint16_t* w, int sixth) 
   for (int i = 1; i < kLines; i += 2) __builtin_prefetch(w + i * kLine);
 }
 
-// result (32 x 32) = x group times W panel over `steps` tiles of depth.
-void multiply_group(const uint16_t* x, const uint16_t* w, int64_t steps, float* result) {
+// result (32 x 32) = x group times W panel over `steps` tiles of depth. `next` is what to fetch.
+void multiply_group(const uint16_t* x, const uint16_t* w, const uint16_t* next, int64_t steps,
+                    float* result) {
   constexpr int64_t kPart = 2 * kTileSize;
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  for (int64_t step = 0; step < steps; ++step, x += kStep, w += kStep) {
+  for (int64_t step = 0; step < steps; ++step) {
     load_w(w);  // high, with every part of x
     load_x(x);
-    multiply(x, w, 0);
+    multiply(x, w, next, 0);
     load_x(x + kPart);
-    multiply(x, w, 1);
+    multiply(x, w, next, 1);
     load_x(x + 2 * kPart);
-    multiply(x, w, 2);
+    multiply(x, w, next, 2);
     load_w(w + kPart);  // middle, with high and middle
     load_x(x);
-    multiply(x, w, 3);
+    multiply(x, w, next, 3);
     load_x(x + kPart);
-    multiply(x, w, 4);
+    multiply(x, w, next, 4);
     load_w(w + 2 * kPart);  // low, with high
     load_x(x);
-    multiply(x, w, 5);
+    multiply(x, w, next, 5);
+    x += kStep;
+    w += kStep;
+    next += kNextLines * kLine;
   }
   constexpr int64_t kStride = kGroup * sizeof(float);
   _tile_stored(0, result, kStride);
@@ -228,42 +243,68 @@ void pack(const float* weight, int64_t out_features, int64_t in_features, uint16
   }
 }
 
+// Work is cut into (row block, panel) pairs, row blocks outermost, and every thread takes an equal
+// run of them: it then packs each row block that it meets once, into scratch of its own that stays
+// in its L2, and the threads share nothing.
+struct Share {
+  int64_t begin, end;
+
+  Share(int64_t work) : begin(0), end(work) {
+#ifdef _OPENMP
+    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    begin = work * thread / threads;
+    end = work * (thread + 1) / threads;
+#endif
+  }
+};
+
+void multiply_block(const LinearForward& a, int64_t first_group, int64_t last_group,
+                    int64_t first_panel, int64_t last_panel, uint16_t* scratch) {
+  const int64_t steps = ceil_div(a.in_features, kTileDepth);
+  alignas(64) float result[kGroup * kGroup];
+  for (int64_t step = 0; step < steps; step += kBlockSteps) {
+    const int64_t count = std::min(kBlockSteps, steps - step);
+    const int64_t depth = std::min(a.in_features - step * kTileDepth, count * kTileDepth);
+    const auto finish = step == 0 ? finish_group<true> : finish_group<false>;
+    for (int64_t group = first_group; group < last_group; ++group) {
+      const int64_t row = group * kGroup;
+      pack_rows(a.x + row * a.in_features + step * kTileDepth, std::min(kGroup, a.rows - row),
+                depth, a.in_features, scratch + (group - first_group) * count * kStep);
+    }
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+      const uint16_t* w = a.packed + (panel * steps + step) * kStep;
+      for (int64_t group = first_group; group < last_group; ++group) {
+        prefetch_group(a, group * kGroup, panel * kGroup);
+        const int64_t turn = group - first_group;
+        multiply_group(scratch + turn * count * kStep, w,
+                       w + (steps + turn * count / kBlockGroups) * kStep, count, result);
+        finish(a, result, group * kGroup, panel * kGroup, step + count == steps);
+      }
+    }
+  }
+}
+
+int64_t scratch_size() { return kBlockGroups * kBlockSteps * kStep; }
+
 void forward(const LinearForward& a) {
-  const int64_t steps = ceil_div(a.in_features, kTileDepth), group_size = steps * kStep;
   const int64_t groups = ceil_div(a.rows, kGroup), panels = ceil_div(a.out_features, kGroup);
-  const int64_t block_steps = kBlockDepth / kTileDepth, block_groups = kBlockRows / kGroup;
-  const int64_t row_blocks = ceil_div(groups, block_groups);
-  const int64_t panel_blocks = ceil_div(panels, kBlockPanels);
+  if (groups == 0) return;
+  const int64_t blocks = ceil_div(groups, kBlockGroups), block_groups = ceil_div(groups, blocks);
 #pragma omp parallel num_threads(a.num_threads)
   {
     const TileConfig config;  // lives in each thread's registers, so each thread loads it
     _tile_loadconfig(&config);
-    alignas(64) float result[kGroup * kGroup];
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t group = 0; group < groups; ++group) {
-      const int64_t row = group * kGroup;
-      pack_rows(a.x + row * a.in_features, std::min(kGroup, a.rows - row), a.in_features,
-                a.in_features, a.scratch + group * group_size);
-    }
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < row_blocks * panel_blocks; ++task) {
-      const int64_t first_group = task / panel_blocks * block_groups;
-      const int64_t last_group = std::min(groups, first_group + block_groups);
-      const int64_t first_panel = task % panel_blocks * kBlockPanels;
-      const int64_t last_panel = std::min(panels, first_panel + kBlockPanels);
-      for (int64_t step = 0; step < steps; step += block_steps) {
-        const int64_t count = std::min(block_steps, steps - step);
-        const auto finish = step == 0 ? finish_group<true> : finish_group<false>;
-        const bool last = step + count == steps;
-        for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-          const uint16_t* w = a.packed + panel * group_size + step * kStep;
-          for (int64_t group = first_group; group < last_group; ++group) {
-            prefetch_group(a, group * kGroup, panel * kGroup);
-            multiply_group(a.scratch + group * group_size + step * kStep, w, count, result);
-            finish(a, result, group * kGroup, panel * kGroup, last);
-          }
-        }
-      }
+    const Share share(blocks * panels);
+    uint16_t* scratch = a.scratch;
+#ifdef _OPENMP
+    scratch += omp_get_thread_num() * scratch_size();
+#endif
+    for (int64_t work = share.begin; work < share.end;) {
+      const int64_t block = work / panels, first_panel = work % panels;
+      const int64_t last_panel = std::min(panels, first_panel + share.end - work);
+      multiply_block(a, block * block_groups, std::min(groups, (block + 1) * block_groups),
+                     first_panel, last_panel, scratch);
+      work += last_panel - first_panel;
     }
     _tile_release();
   }
@@ -280,6 +321,7 @@ void linear_pack(const float* weight, int64_t out_features, int64_t in_features,
                  int num_threads) {
   BERT_FAST_ISA::pack(weight, out_features, in_features, packed, num_threads);
 }
+int64_t linear_scratch_size(int num_threads) { return num_threads * BERT_FAST_ISA::scratch_size(); }
 void linear_forward(const LinearForward& a) { BERT_FAST_ISA::forward(a); }
 
 }  // namespace bert_fast
@@ -288,6 +330,7 @@ void linear_forward(const LinearForward& a) { BERT_FAST_ISA::forward(a); }
 namespace bert_fast {
 bool linear_available() { return false; }
 int64_t linear_packed_size(int64_t, int64_t) { return 0; }
+int64_t linear_scratch_size(int) { return 0; }
 void linear_pack(const float*, int64_t, int64_t, uint16_t*, int) {}
 void linear_forward(const LinearForward&) {}
 }  // namespace bert_fast
