@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.readme import rewritten
+
 ROOT = Path(__file__).resolve().parent.parent
 SITE = sysconfig.get_path("purelib")
 
@@ -59,6 +61,11 @@ def test_layout_rules():
                 pattern = rf"from bert_fast\.{later} import|from bert_fast import .*\b{later}\b"
                 assert not re.search(pattern, path.read_text()), f"{name} imports {later}"
     assert len((ROOT / "bert_fast" / "model.py").read_text().splitlines()) < 400
+
+
+def test_readme_says_what_was_measured():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme == rewritten(readme), "run python -m benchmarks.readme"
 
 
 def run_setup(tmp_path, **environment):

@@ -49,7 +49,7 @@ def test_compare(tmp_path, texts, capsys):
     assert main(["compare", "--model", str(data.minilm()), "--text", str(texts), *options]) == 0
     out = capsys.readouterr().out
     assert "8 texts" in out
-    assert "Hugging Face sdpa" in out
+    assert "HF sdpa, sorted" in out
     assert "Largest difference" in out
     assert plot.read_bytes().startswith(b"\x89PNG")
 

@@ -66,16 +66,29 @@ BERT_FAST_INLINE To bit_cast(From from) {
   return to;
 }
 
+// Over a vector's lanes, halving it again and again: a row ends in one of these, and lane by lane
+// they would cost as much as the row.
+#if defined(__AVX512F__)
+BERT_FAST_INLINE float sum(vf x) { return _mm512_reduce_add_ps((__m512)x); }
+BERT_FAST_INLINE float max(vf x) { return _mm512_reduce_max_ps((__m512)x); }
+#elif defined(__AVX2__)
 BERT_FAST_INLINE float sum(vf x) {
-  float total = 0.0f;
-  for (int i = 0; i < kWidth; ++i) total += x[i];
-  return total;
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
 BERT_FAST_INLINE float max(vf x) {
-  float top = x[0];
-  for (int i = 1; i < kWidth; ++i) top = x[i] > top ? x[i] : top;
-  return top;
+  __m128 half = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
 }
+#else
+BERT_FAST_INLINE float sum(vf x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+BERT_FAST_INLINE float max(vf x) {
+  const float a = x[0] > x[1] ? x[0] : x[1], b = x[2] > x[3] ? x[2] : x[3];
+  return a > b ? a : b;
+}
+#endif
 BERT_FAST_INLINE vi lane_index() {
   vi lanes = {};
   for (int i = 0; i < kWidth; ++i) lanes[i] = i;
