@@ -92,15 +92,21 @@ class NinjaBuild(build_ext):
         includes = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
         common = f"{CXX_FLAGS} {openmp} {'-DBERT_FAST_X86' if x86 else ''}"
 
+        link = f"{cxx} -shared {openmp} -s"
+        if nvcc:
+            nvcc += f" -ccbin {shlex.split(cxx)[-1]}"
+            # nvcc knows where its libraries are. Static: the extension then imports without a
+            # driver, and beside any torch.
+            link = f"{nvcc} -shared -cudart=static -Xlinker=-s"
+            link += f" -Xcompiler={openmp}" if openmp else ""
         lines = [
             "ninja_required_version = 1.3",
             f"rule cxx\n  command = {cxx} -MMD -MF $out.d {common} $flags -c $in -o $out",
             "  depfile = $out.d\n  deps = gcc\n  description = c++ $out",
-            f"rule nvcc\n  command = {nvcc} -std=c++17 -O3 -Xcompiler -fPIC"
-            f" -ccbin {shlex.split(cxx)[-1]} -MMD -MF $out.d $flags -c $in -o $out",
+            f"rule nvcc\n  command = {nvcc} -std=c++17 -O3 -Xcompiler=-fPIC -MMD -MF $out.d"
+            " $flags -c $in -o $out",
             "  depfile = $out.d\n  deps = gcc\n  description = nvcc $out",
-            f"rule link\n  command = {cxx} -shared {openmp} -s $in -o $out $libs",
-            "  description = link $out",
+            f"rule link\n  command = {link} -o $out $in\n  description = link $out",
         ]
         objects = []
 
@@ -121,7 +127,6 @@ class NinjaBuild(build_ext):
             for isa, flags in CPU_ISAS.items() if x86 else [("generic", "")]:
                 compile_file("cxx", f"cpu/{source.name}", f"{source.stem}.{isa}.o", flags)
 
-        libs = ""
         if nvcc:
             archs = cuda_archs()
             flags = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs)
@@ -130,15 +135,11 @@ class NinjaBuild(build_ext):
             for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
                 compile_file("nvcc", f"cuda/{source.name}", f"{source.stem}.cuda.o", flags)
             includes += f" -DBERT_FAST_WITH_CUDA '-DBERT_FAST_CUDA_ARCHS=\"{';'.join(archs)}\"'"
-            toolkit = Path(nvcc).resolve().parent.parent
-            libs = f"-L{toolkit}/lib64 -L{toolkit}/targets/{platform.machine()}-linux/lib"
-            # Static: the extension then imports without a driver, and beside any torch.
-            libs += " -lcudart_static -ldl -lrt -lpthread"
         compile_file("cxx", "bindings.cpp", "bindings.o", includes)
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        lines.append(f"build {target.name}: link {' '.join(objects)}\n  libs = {libs}")
+        lines.append(f"build {target.name}: link {' '.join(objects)}")
         (build / "build.ninja").write_text("\n".join(lines) + "\n")
 
         if subprocess.run([self.ninja(), "-C", str(build)]).returncode:
