@@ -32,7 +32,7 @@ def recall_at(embeddings, queries, documents, relevant, k):
 
 def main():
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--films", type=int, default=60, help="how many films (default 60)")
+    options.add_argument("--films", type=int, default=100, help="how many films (default 100)")
     options.add_argument("--plot", default="out/demo.png")
     args = options.parse_args()
     console = Console(width=110)
