@@ -407,6 +407,15 @@ def _gelu_autograd(ctx, dout):
     return dx, None if bias is None else dbias.to(bias.dtype), None, None
 
 
+def _no_second_order(ctx, *_):
+    raise NotImplementedError(
+        "bert_fast's kernels have no second derivative; backend='eager' has every one"
+    )
+
+
+for _name in ("attention", "attention_qkv", "layer_norm", "gelu"):
+    torch.library.register_autograd(f"bert_fast::{_name}_backward", _no_second_order, lib=_library)
+
 for _name, _backward, _save in (
     ("attention", _attention_autograd, _save_attention),
     ("attention_qkv", _attention_qkv_autograd, _save_attention),

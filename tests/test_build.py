@@ -63,6 +63,19 @@ def test_layout_rules():
     assert len((ROOT / "bert_fast" / "model.py").read_text().splitlines()) < 400
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_one_openmp_pool():
+    """The extension uses the OpenMP that torch brought: a second one would oversubscribe cores."""
+    code = (
+        "import torch, bert_fast; bert_fast.gelu(torch.zeros(99, 999)); "
+        "print({l.split()[-1] for l in open('/proc/self/maps') if 'omp' in l.rpartition('/')[2]})"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    pools = eval(said.stdout)
+    assert len(pools) == 1, pools
+    assert "torch" in next(iter(pools))
+
+
 def test_readme_says_what_was_measured():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme == rewritten(readme), "run python -m benchmarks.readme"

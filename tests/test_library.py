@@ -48,6 +48,23 @@ def test_opcheck_backward(name, monkeypatch):
     opcheck(getattr(torch.ops.bert_fast, name).default, (dout, *inputs, out, lse, *options))
 
 
+def test_second_derivatives_are_refused_not_forgotten():
+    x, weight = leaf(4, 6), leaf(6)
+    qkv, cu = leaf(4, 3, 1, 8), cu_seqlens([4])
+    for out, leaves in (
+        (bert_fast.gelu(x), x),
+        (bert_fast.layer_norm(x, weight, weight), x),
+        (bert_fast.attention_qkv(qkv, cu), qkv),
+        (bert_fast.attention(*qkv.unbind(1), cu), qkv),
+    ):
+        (first,) = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        with pytest.raises(NotImplementedError, match="no second derivative"):
+            first.sum().backward()
+    (first,) = torch.autograd.grad(bert_fast.gelu(x, backend="eager").sum(), x, create_graph=True)
+    first.sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradcheck_of_the_definition(dropout_p, causal):
