@@ -1,12 +1,18 @@
 # make demo   the main job: a real search by a real BERT, ours beside Hugging Face's
 # make test   lint and tests, minutes;  make test-full adds what takes longer
 # make build  the extension in place, incremental;  make bench  the speed bars
+# make gpu OUT=DIR [PARTS="test op sanitize"] [LIMIT=540]   what only a GPU can show; needs no .venv
+# make carry  the extension for such a machine (CROSS_PYTHON, CROSS_ARCHS), built here
 
 PYTHON ?= python3
 BIN := .venv/bin
 PY := $(BIN)/python
+OUT ?= out/gpu
+LIMIT ?= 540
+CROSS_PYTHON ?= python3.12
+CROSS_ARCHS ?= 90a
 
-.PHONY: demo test test-full bench build clean
+.PHONY: demo test test-full bench gpu carry build clean
 
 demo: build
 	$(PY) -m benchmarks.demo
@@ -23,6 +29,16 @@ bench: build
 	$(PY) -m pip install -q -e ".[bench]" --no-build-isolation
 	mkdir -p out
 	$(PY) -m benchmarks.bars --json out/bars.json
+
+gpu:
+	$(PYTHON) -m benchmarks.gpu --out "$(OUT)" --parts "$(PARTS)" --limit "$(LIMIT)"
+
+carry:
+	rm -rf build/carry
+	BERT_FAST_CUDA=on BERT_FAST_CUDA_ARCHS="$(CROSS_ARCHS)" \
+	  $(CROSS_PYTHON) -m pip wheel -q --no-deps -w build/carry .
+	$(CROSS_PYTHON) -m zipfile -e build/carry/*.whl build/carry/wheel
+	cp build/carry/wheel/bert_fast/_C*.so bert_fast/
 
 # The stamp holds the environment; ninja decides what of the extension is out of date.
 build: .venv/installed

@@ -235,6 +235,9 @@ def model_row(work, directory, inputs, bars, names, limit=2e-5):
     share = tokens / inputs["attention_mask"].numel()
     runs = {"bert_fast": lambda: ours(**inputs), **peers(directory, inputs, names, wanted)}
     runs["GEMMs alone"] = gemms(tokens, ours.config)
+    if _C.linear_available():  # what a processor without AMX would be left with
+        plain = bert_fast.BertModel.from_pretrained(directory)
+        runs["ours without AMX"] = lambda: plain(**inputs)
     return Row(
         f"{work}, {share:.0%} real; largest difference {difference:.1e}", runs, bars, pause=True
     )

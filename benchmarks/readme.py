@@ -9,7 +9,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- measured: written by benchmarks.readme -->", "<!-- /measured -->"
-PEERS = ["HF sdpa", "torch.compile", "ONNX Runtime", "OpenVINO", "CTranslate2", "GEMMs alone"]
+PEERS = [
+    "HF sdpa",
+    "torch.compile",
+    "ONNX Runtime",
+    "OpenVINO",
+    "CTranslate2",
+    "GEMMs alone",
+    "ours without AMX",
+]
 
 
 def tables():

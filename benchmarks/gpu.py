@@ -1,0 +1,148 @@
+"""make gpu: what only a GPU can show, in one command, offline, within a time limit.
+
+Builds the extension for this GPU (or uses one that was carried here), then runs the parts in order,
+each in a process of its own that is stopped when time is up. Whatever a part has written by then
+stays: every file in the output folder is complete or ends at a whole line.
+
+    make gpu OUT=DIR [PARTS="test op sanitize"] [LIMIT=540]
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+
+
+def parts(out):
+    """Name -> commands, in the order of their worth. Each command's output goes to NAME.log."""
+    python = sys.executable
+    return {
+        "test": [[python, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider"]],
+        "op": [[python, "-m", "benchmarks.gpu_ops", "--json", str(out / "op.json")]],
+        "sanitize": [
+            ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1",
+             python, "-m", "benchmarks.gpu_ops", "--once"]
+            for tool in SANITIZER_TOOLS
+        ],
+    }  # fmt: skip
+
+
+def run_parts(chosen, commands, out, limit):
+    """Runs the chosen parts; returns name -> "ok", "failed", "out of time" or "not started", which
+    summary.json also says, after every part."""
+    end, status = time.monotonic() + limit, dict.fromkeys(chosen, "not started")
+    for name in chosen:
+        for command in commands[name]:
+            if time.monotonic() >= end:
+                break
+            status[name] = _run(command, out / f"{name}.log", end - time.monotonic())
+            if status[name] != "ok":
+                break
+        (out / "summary.json").write_text(json.dumps(status, indent=1) + "\n", encoding="utf-8")
+        print(f"{name}: {status[name]}", flush=True)
+    return status
+
+
+def _run(command, log, seconds):
+    with open(log, "a", encoding="utf-8") as file:
+        print(f"$ {' '.join(command)}", file=file, flush=True)
+        try:
+            # A session of its own, so that at the limit its children end with it.
+            process = subprocess.Popen(
+                command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            )  # fmt: skip
+        except OSError as error:
+            print(error, file=file)
+            return "failed"
+        try:
+            return "ok" if process.wait(timeout=seconds) == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return "out of time"
+
+
+def environment():
+    """The device and everything whose version could change a result."""
+    import torch
+
+    driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    commit = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+
+    def said(command):
+        try:
+            return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+        except OSError:
+            return None
+
+    try:
+        import triton
+    except ImportError:
+        triton = None
+    return {
+        "device": torch.cuda.get_device_name(),
+        "compute capability": ".".join(map(str, torch.cuda.get_device_capability())),
+        "driver": said(driver),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton and triton.__version__,
+        "python": sys.version.split()[0],
+        "commit": said(commit),
+        "date": date.today().isoformat(),
+    }
+
+
+def build(log):
+    """A ready-made extension with CUDA kernels, or one built for this GPU alone."""
+    ready = "from bert_fast import _C; assert _C.cuda_archs"
+    if subprocess.run([sys.executable, "-c", ready], cwd=ROOT, capture_output=True).returncode == 0:
+        return "carried"
+    with open(log, "w", encoding="utf-8") as file:
+        answer = subprocess.run(
+            [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT,
+            env={**os.environ, "BERT_FAST_CUDA": "on"}, stdout=file, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    if answer.returncode:
+        sys.exit(f"the extension did not build: see {log}")
+    return "built here"
+
+
+def main():
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--out", required=True)
+    options.add_argument("--parts", default="")
+    options.add_argument("--limit", type=float, default=540, help="seconds (default 540)")
+    args = options.parse_args()
+    begin, out = time.monotonic(), Path(args.out)
+    try:
+        import torch
+
+        found = torch.cuda.is_available()
+    except ImportError:
+        found = False
+    if not found:
+        print("make gpu: no NVIDIA GPU that PyTorch can use here; nothing was run", file=sys.stderr)
+        return 2
+    commands = parts(out)
+    chosen = args.parts.split() or list(commands)
+    if unknown := set(chosen) - set(commands):
+        options.error(f"--parts: {', '.join(unknown)}: choose from {', '.join(commands)}")
+    out.mkdir(parents=True, exist_ok=True)
+    facts = environment() | {"extension": build(out / "build.log")}
+    (out / "environment.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    print(", ".join(f"{name}: {value}" for name, value in facts.items()), flush=True)
+    status = run_parts(chosen, commands, out, args.limit - (time.monotonic() - begin))
+    return 0 if set(status.values()) == {"ok"} else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
