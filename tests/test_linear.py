@@ -82,6 +82,18 @@ def test_drawn_shapes(rows, in_features, out_features, approximate, with_bias):
 
 
 @needs_amx
+def test_a_lesser_instruction_set_has_none_of_it():
+    weight = torch.randn(32, 32)
+    best = _C.cpu_isa()
+    try:
+        _C.set_cpu_isa("generic")
+        assert ops.pack_weight(weight) is None
+    finally:
+        _C.set_cpu_isa(best)
+    assert ops.pack_weight(weight) is not None
+
+
+@needs_amx
 def test_infinities_stay_and_nan_is_seen():
     x, weight = torch.randn(4, 40), torch.rand(8, 40) + 0.1
     x[1, 3], x[2, 5] = math.inf, math.nan

@@ -21,6 +21,7 @@
 #endif
 
 #include <algorithm>
+#include <cstring>
 
 #include "gelu.h"
 
@@ -313,7 +314,10 @@ void forward(const LinearForward& a) {
 }  // namespace
 }  // namespace BERT_FAST_ISA
 
-bool linear_available() { return BERT_FAST_ISA::available(); }
+// Whoever asks for a lesser instruction set gets none of this one.
+bool linear_available() {
+  return std::strcmp(cpu_isa(), "avx512") == 0 && BERT_FAST_ISA::available();
+}
 int64_t linear_packed_size(int64_t rows, int64_t in_features) {
   return BERT_FAST_ISA::packed_size(rows, in_features);
 }
