@@ -2,13 +2,14 @@
 
 import statistics
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from bert_fast.text import SentenceEncoder, pool
+from bert_fast.text import SentenceEncoder, batches_by_tokens, pool
 
 
 @dataclass
@@ -63,13 +64,10 @@ def compare(directory, texts, rounds=3, batch_tokens=4096):
     """Embeds ``texts`` by Hugging Face (eager, sdpa) and by us, ``rounds`` times in turn, after one
     warm-up on a few texts. Tokenization is done once and timed for none. Returns Rows, ours last,
     and the number of tokens."""
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         encoder = SentenceEncoder(directory, dtype=torch.float32)
         ids, _ = encoder.tokenize(texts)
-    from bert_fast.text import batches_by_tokens
 
     def ours(ids):
         out = np.empty((len(ids), encoder.model.config.hidden_size), dtype=np.float32)

@@ -11,7 +11,7 @@ APPROXIMATE = {"none": 0, "tanh": 1}
 ACTIVATIONS = {None: 0, "none": 1, "tanh": 2}  # GELU's approximate, or no GELU
 
 
-def _address(tensor):
+def address(tensor):
     return 0 if tensor is None else tensor.data_ptr()
 
 
@@ -19,7 +19,7 @@ def _strided(tensor):
     return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
 
 
-def _float(parameter):
+def as_float32(parameter):
     """Biases and layer-norm weights reach the kernels as fp32, whatever the activations are."""
     return None if parameter is None else parameter.float().contiguous()
 
@@ -40,12 +40,13 @@ def _attention_shape(q, k, cu_q, cu_k, scale, causal, dropout_p, seed):
 def attention_forward(
     q, k, v, cu_q, cu_k, max_q, max_k, bias, scale, causal, dropout_p, seed, out=None
 ):
+    cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
     out = q.new_empty(q.shape) if out is None else out
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32)
     shape = _attention_shape(q, k, cu_q, cu_k, scale, causal, dropout_p, seed)
-    bias = _float(bias)
+    bias = as_float32(bias)
     _C.attention_forward(
-        shape, _strided(q), _strided(k), _strided(v), _strided(out), _address(bias), _address(lse)
+        shape, _strided(q), _strided(k), _strided(v), _strided(out), address(bias), address(lse)
     )
     return out, lse
 
@@ -54,10 +55,11 @@ def attention_backward(
     dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, bias, scale, causal, dropout_p, seed,
     dq, dk, dv,
 ):  # fmt: skip
+    cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
     shape = _attention_shape(q, k, cu_q, cu_k, scale, causal, dropout_p, seed)
-    bias = _float(bias)
+    bias = as_float32(bias)
     _C.attention_backward(
-        shape, *map(_strided, (q, k, v, out, dout, dq, dk, dv)), _address(bias), _address(lse)
+        shape, *map(_strided, (q, k, v, out, dout, dq, dk, dv)), address(bias), address(lse)
     )
 
 
@@ -70,10 +72,10 @@ def layer_norm_forward(
     is_x = residual is None and linear_bias is None and dropout_p == 0
     total = torch.empty_like(x) if training and not is_x else None
     mean, rstd = (torch.empty(rows, dtype=torch.float32) if training else None for _ in range(2))
-    weight, bias, linear_bias = _float(weight), _float(bias), _float(linear_bias)
+    weight, bias, linear_bias = as_float32(weight), as_float32(bias), as_float32(linear_bias)
     _C.layer_norm_forward(
-        DTYPES[x.dtype], rows, hidden, *map(_address, (x, residual, linear_bias, weight, bias)),
-        *map(_address, (out, total, mean, rstd)), eps, dropout_p, _seed(seed),
+        DTYPES[x.dtype], rows, hidden, *map(address, (x, residual, linear_bias, weight, bias)),
+        *map(address, (out, total, mean, rstd)), eps, dropout_p, _seed(seed),
         torch.get_num_threads(),
     )  # fmt: skip
     return out, total, mean, rstd
@@ -86,10 +88,10 @@ def layer_norm_backward(dout, total, mean, rstd, weight, has_linear_bias, dropou
     dresidual = torch.empty_like(total)
     dx = torch.empty_like(total) if dropout_p > 0 else None
     dweight, dbias, dlinear_bias = (torch.empty(hidden, dtype=torch.float32) for _ in range(3))
-    weight = _float(weight)
+    weight = as_float32(weight)
     _C.layer_norm_backward(
-        DTYPES[total.dtype], rows, hidden, *map(_address, (dout, total, mean, rstd, weight)),
-        *map(_address, (dresidual, dx, dweight, dbias, dlinear_bias if has_linear_bias else None)),
+        DTYPES[total.dtype], rows, hidden, *map(address, (dout, total, mean, rstd, weight)),
+        *map(address, (dresidual, dx, dweight, dbias, dlinear_bias if has_linear_bias else None)),
         dropout_p, _seed(seed), torch.get_num_threads(),
     )  # fmt: skip
     return dx, dresidual, dweight, dbias, dlinear_bias if has_linear_bias else None
@@ -97,10 +99,10 @@ def layer_norm_backward(dout, total, mean, rstd, weight, has_linear_bias, dropou
 
 def gelu_forward(x, bias, approximate, out=None):
     out = torch.empty_like(x) if out is None else out
-    bias = _float(bias)
+    bias = as_float32(bias)
     _C.gelu_forward(
-        DTYPES[x.dtype], x.numel() // x.shape[-1], x.shape[-1], _address(x), _address(bias),
-        _address(out), APPROXIMATE[approximate], torch.get_num_threads(),
+        DTYPES[x.dtype], x.numel() // x.shape[-1], x.shape[-1], address(x), address(bias),
+        address(out), APPROXIMATE[approximate], torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -109,10 +111,10 @@ def gelu_backward(dout, x, bias, approximate):
     """Returns dx and dbias (None without a bias)."""
     dx = torch.empty_like(x)
     dbias = None if bias is None else torch.empty(x.shape[-1], dtype=torch.float32)
-    bias = _float(bias)
+    bias = as_float32(bias)
     _C.gelu_backward(
-        DTYPES[x.dtype], x.numel() // x.shape[-1], x.shape[-1], *map(_address, (dout, x, bias)),
-        _address(dx), _address(dbias), APPROXIMATE[approximate], torch.get_num_threads(),
+        DTYPES[x.dtype], x.numel() // x.shape[-1], x.shape[-1], *map(address, (dout, x, bias)),
+        address(dx), address(dbias), APPROXIMATE[approximate], torch.get_num_threads(),
     )  # fmt: skip
     return dx, dbias
 
@@ -150,12 +152,12 @@ class PackedWeight:
         weight that was changed since it was packed is packed anew."""
         if self.source != self._identity(weight):
             self._pack(weight)
-        (rows, width), bias = x.shape, _float(bias)
+        (rows, width), bias = x.shape, as_float32(bias)
         threads = torch.get_num_threads()
         size = _C.linear_scratch_size(threads) // 2  # of 16-bit elements, in floats
         scratch = workspace.take("scratch", 1, size, x)
         _C.linear_forward(
-            rows, width, self.shape[0], *map(_address, (x, self.packed, bias, out, scratch)),
+            rows, width, self.shape[0], *map(address, (x, self.packed, bias, out, scratch)),
             ACTIVATIONS[approximate], threads,
         )  # fmt: skip
         return out

@@ -287,13 +287,13 @@ class BertModel(nn.Module):
                     "attention_mask and capacity None"
                 )
             tokens = input_ids.shape[0]
-            max_seqlen = ops._check_cu_seqlens(
+            max_seqlen = ops.check_cu_seqlens(
                 "cu_seqlens", cu_seqlens, tokens, device, max_seqlen, False
             )
             packing, unpack = Packing(cu_seqlens, max_seqlen, None, 1, tokens), _identity
             if position_ids is None:
                 _, position_ids = ops.reference.sequence_of_token(cu_seqlens, tokens)
-                self._check_length(max_seqlen if ops._is_concrete(cu_seqlens) else 0)
+                self._check_length(max_seqlen if ops.is_concrete(cu_seqlens) else 0)
         else:
             packing = self._packing(input_ids, attention_mask, capacity)
             unpack = packing.unpack
@@ -373,7 +373,7 @@ def _check_ids(name, ids, limit, input_ids=None):
         wanted, shape = tuple(input_ids.shape), tuple(ids.shape)
         if shape != wanted and not (name == "position_ids" and shape == (1, *wanted[1:])):
             raise ValueError(f"{name} must have input_ids' shape {wanted}, not {shape}")
-    if ops._is_concrete(ids) and ids.numel():
+    if ops.is_concrete(ids) and ids.numel():
         low, high = (int(bound) for bound in torch.aminmax(ids))
         if low < 0 or high >= limit:
             worst = low if low < 0 else high

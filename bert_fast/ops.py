@@ -59,14 +59,14 @@ def _check_vector(name, tensor, width):
     )
 
 
-def _is_concrete(tensor):
+def is_concrete(tensor):
     """Whether the values can be looked at without tracing trouble and without a wait."""
     return (
         not torch.compiler.is_compiling() and type(tensor) is Tensor and tensor.device.type == "cpu"
     )
 
 
-def _check_cu_seqlens(name, cu_seqlens, tokens, device, max_seqlen, padded_tail):
+def check_cu_seqlens(name, cu_seqlens, tokens, device, max_seqlen, padded_tail):
     """Validates what can be seen without waiting for a device; returns max_seqlen."""
     _check(isinstance(cu_seqlens, Tensor), f"{name} must be a tensor", TypeError)
     _check(
@@ -77,7 +77,7 @@ def _check_cu_seqlens(name, cu_seqlens, tokens, device, max_seqlen, padded_tail)
         f"{name} must have shape (batch + 1,), not {_shape(cu_seqlens)}",
     )
     _check(cu_seqlens.device == device, f"{name} is on {cu_seqlens.device}, the tokens on {device}")
-    if not _is_concrete(cu_seqlens):
+    if not is_concrete(cu_seqlens):
         return tokens if max_seqlen is None else max_seqlen
     offsets = cu_seqlens.tolist()
     lengths = [end - begin for begin, end in itertools.pairwise(offsets)]
@@ -529,11 +529,11 @@ def _run_attention(
         f"bias must be (3, {num_heads}, {head_dim}), not {_shape(bias)}",
     )
     same = cu_k is cu_q
-    max_q = _check_cu_seqlens("cu_seqlens", cu_q, q.shape[0], q.device, max_q, padded_tail)
+    max_q = check_cu_seqlens("cu_seqlens", cu_q, q.shape[0], q.device, max_q, padded_tail)
     if same:
         max_k = max_q
     else:
-        max_k = _check_cu_seqlens("cu_seqlens_k", cu_k, k.shape[0], q.device, max_k, padded_tail)
+        max_k = check_cu_seqlens("cu_seqlens_k", cu_k, k.shape[0], q.device, max_k, padded_tail)
     _check(
         cu_k.shape == cu_q.shape,
         f"cu_seqlens_k has {cu_k.numel() - 1} sequences, cu_seqlens {cu_q.numel() - 1}",

@@ -1,6 +1,8 @@
 """Text in, sentence embeddings out: the checkpoint's own tokenizer and pooling around BertModel."""
 
+import contextlib
 import json
+import sys
 import warnings
 from pathlib import Path
 
@@ -208,29 +210,18 @@ def _read_json(path, default=None):
         raise CheckpointError(f"{path} is not a JSON file: {error}") from error
 
 
-class _progress:
-    """A rich progress bar as a context manager that gives ``advance(count)``; or nothing."""
+@contextlib.contextmanager
+def _progress(total, wanted):
+    """Gives ``advance(count)`` for a bar on stderr; one that does nothing where none is wanted."""
+    if wanted is None:
+        wanted = total > 1000 and sys.stderr.isatty()
+    if not wanted:
+        yield lambda count: None
+        return
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    def __init__(self, total, wanted):
-        import sys
-
-        self.bar = None
-        if wanted or (wanted is None and total > 1000 and sys.stderr.isatty()):
-            from rich.console import Console
-            from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-
-            self.bar = Progress(
-                *Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(),
-                console=Console(stderr=True), transient=True,
-            )  # fmt: skip
-            self.task = self.bar.add_task("embedding", total=total)
-
-    def __enter__(self):
-        if self.bar is None:
-            return lambda count: None
-        self.bar.start()
-        return lambda count: self.bar.advance(self.task, count)
-
-    def __exit__(self, *error):
-        if self.bar is not None:
-            self.bar.stop()
+    columns = [*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn()]
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("embedding", total=total)
+        yield lambda count: bar.advance(task, count)

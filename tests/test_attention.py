@@ -119,6 +119,16 @@ def test_strides_and_misalignment(backend):
     torch.testing.assert_close(strided, contiguous, rtol=0, atol=0)
 
 
+def test_strided_cu_seqlens(backend):
+    qkv = torch.randn(17, 3, 2, 8, requires_grad=True)
+    cu = cu_seqlens([5, 12])
+    strided = torch.stack([cu, cu + 99], dim=1)[:, 0]
+    assert not strided.is_contiguous()
+    outs = [ops.attention_qkv(qkv, c) for c in (cu, strided)]
+    assert torch.equal(*outs)
+    assert torch.equal(*(torch.autograd.grad(out.square().sum(), qkv)[0] for out in outs))
+
+
 def test_out_is_written_in_full(backend):
     qkv, _, _ = draw([3, 200], 2, 33)
     qkv, cu = qkv.float(), cu_seqlens([3, 200])
