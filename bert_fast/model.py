@@ -109,8 +109,7 @@ class Linear(nn.Linear):
         return ops.gelu(self.matmul(x, out, workspace), self.bias, approximate=approximate, out=out)
 
     def _use_packed(self, x):
-        packed = self.packed
-        return packed is not None and x.shape[0] >= packed.MIN_ROWS and packed.possible(self.weight)
+        return self.packed is not None and ops.can_use_packed(self.packed, self.weight, x.shape[0])
 
 
 class Attention(nn.Module):

@@ -623,6 +623,14 @@ def pack_weight(weight):
     return packed(weight) if packed.possible(weight) else None
 
 
+def can_use_packed(packed, weight, rows):
+    """Whether ``rows`` rows go through a packed weight: enough of them, a weight that is still of
+    the right kind, and no other backend asked for."""
+    if rows < packed.MIN_ROWS or not packed.possible(weight):
+        return False
+    return backends.choose("gelu", "cpu", weight.dtype, needs_grad=False) == "cpu"
+
+
 def gelu(x, bias=None, *, approximate="none", backend=None, out=None):
     """GELU(x + bias) (Hendrycks & Gimpel 2016): exact by erf, or ``approximate="tanh"``.
 

@@ -160,6 +160,21 @@ def test_prepacked_model_follows_its_weights():
     assert outputs(packed, ids).dtype == torch.float64
 
 
+@needs_amx
+def test_another_backend_is_obeyed(monkeypatch):
+    packed, ids = model().prepack(), torch.randint(1, 40, (3, 20))
+    wanted = outputs(packed, ids)
+
+    def fail(*args):
+        raise AssertionError("the packed weight was used")
+
+    monkeypatch.setattr(type(packed.layers[0].attention.qkv.packed), "forward", fail)
+    with bert_fast.use_backend("eager"):
+        torch.testing.assert_close(outputs(packed, ids), wanted, rtol=0, atol=2e-6)
+    with pytest.raises(AssertionError, match="was used"):
+        outputs(packed, ids)
+
+
 def test_prepacked_model_still_trains():
     packed, ids = model().prepack(), torch.randint(1, 40, (3, 20))
     before = outputs(packed, ids)
