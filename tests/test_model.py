@@ -72,8 +72,11 @@ def test_outputs_losses_and_gradients(tmp_path, name):
     torchs_gradients = {k: v.clone() for k, v in torchs_gradients.items()}
     truth, true_loss = run(theirs.double(), torch.float64)
     assert_within(found, torchs, truth, name="hidden, pooled")
-    torch.testing.assert_close(loss, torchs_loss)
-    torch.testing.assert_close(loss.double(), true_loss, rtol=1e-4, atol=1e-4)
+    # The loss is one sum of many signs, and may come out near zero: its error is measured by what
+    # was summed.
+    summed = (truth[0] * weights).abs().sum() + truth[1].square().sum()
+    assert (loss - true_loss).abs() < 1e-6 * summed
+    assert (loss - torchs_loss).abs() < 1e-6 * summed
     assert (found[0] - torchs[0]).abs().max() < 2e-5
     wanted = named_gradients(theirs)
     assert gradients.keys() == wanted.keys()
