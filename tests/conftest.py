@@ -111,3 +111,16 @@ def gradients():
 
 def cu_seqlens(lengths):
     return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()] if lengths else [0]).int()
+
+
+def same_bits_at_any_thread_count(run):
+    """Asserts that run(), a tuple of tensors, gives the same bits on 1, 2, 3 and 2 threads."""
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 2):
+            torch.set_num_threads(count)
+            results.append(run())
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

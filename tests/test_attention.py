@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import DTYPES, assert_within, cu_seqlens
+from conftest import DTYPES, assert_within, cu_seqlens, same_bits_at_any_thread_count
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -161,16 +161,12 @@ def test_nan_and_large_scores_are_not_hidden(backend):
 def test_bitwise_repeatable_at_any_thread_count():
     qkv, _, dout = (t.float() for t in draw([300, 5, 77], 3, 64))
     qkv.requires_grad_()
-    runs, threads = [], torch.get_num_threads()
-    try:
-        for count in (1, 2, 2):
-            torch.set_num_threads(count)
-            out = ops.attention_qkv(qkv, cu_seqlens([300, 5, 77]), dropout_p=0.1, seed=1)
-            runs.append((out, *torch.autograd.grad(out, qkv, dout)))
-    finally:
-        torch.set_num_threads(threads)
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+    def run():
+        out = ops.attention_qkv(qkv, cu_seqlens([300, 5, 77]), dropout_p=0.1, seed=1)
+        return out, *torch.autograd.grad(out, qkv, dout)
+
+    same_bits_at_any_thread_count(run)
 
 
 def test_dropout_statistics(backend):

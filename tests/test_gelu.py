@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import DTYPES, assert_within
+from conftest import DTYPES, assert_within, same_bits_at_any_thread_count
 
 import bert_fast
 from bert_fast import ops
@@ -114,16 +114,13 @@ def test_non_contiguous_and_misaligned(backend):
 
 def test_bitwise_repeatable_at_any_thread_count():
     x, bias = torch.randn(2000, 64, requires_grad=True), torch.randn(64, requires_grad=True)
-    dout, runs, threads = torch.randn(2000, 64), [], torch.get_num_threads()
-    try:
-        for count in (1, 2, 2):
-            torch.set_num_threads(count)
-            out = ops.gelu(x, bias)
-            runs.append((out, *torch.autograd.grad(out, (x, bias), dout)))
-    finally:
-        torch.set_num_threads(threads)
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+    dout = torch.randn(2000, 64)
+
+    def run():
+        out = ops.gelu(x, bias)
+        return out, *torch.autograd.grad(out, (x, bias), dout)
+
+    same_bits_at_any_thread_count(run)
 
 
 BAD = [

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import DTYPES, assert_within
+from conftest import DTYPES, assert_within, same_bits_at_any_thread_count
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -115,18 +115,14 @@ def test_constant_rows_are_not_nan(backend):
 def test_bitwise_repeatable_at_any_thread_count():
     x, weight, bias, residual, linear_bias, dout = (t.float() for t in draw(2000, 96))
     inputs = [t.requires_grad_() for t in (x, weight, bias, residual, linear_bias)]
-    runs, threads = [], torch.get_num_threads()
-    try:
-        for count in (1, 2, 2):
-            torch.set_num_threads(count)
-            out = ops.layer_norm(
-                x, weight, bias, residual=residual, linear_bias=linear_bias, dropout_p=0.1, seed=3
-            )
-            runs.append((out, *torch.autograd.grad(out, inputs, dout)))
-    finally:
-        torch.set_num_threads(threads)
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
+
+    def run():
+        out = ops.layer_norm(
+            x, weight, bias, residual=residual, linear_bias=linear_bias, dropout_p=0.1, seed=3
+        )
+        return out, *torch.autograd.grad(out, inputs, dout)
+
+    same_bits_at_any_thread_count(run)
 
 
 @settings(deadline=None, max_examples=30)

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import assert_within
+from conftest import assert_within, same_bits_at_any_thread_count
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -106,17 +106,13 @@ def test_infinities_stay_and_nan_is_seen():
 
 @needs_amx
 def test_bitwise_the_same_at_any_thread_count():
-    x, weight, threads = torch.randn(700, 384), torch.randn(1536, 384), torch.get_num_threads()
-    outs = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            packed = ops.pack_weight(weight)
-            outs.append(packed.forward(x, weight, None, None, torch.empty(700, 1536), Workspace()))
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(outs[0], outs[1])
-    assert torch.equal(outs[0], outs[2])
+    x, weight = torch.randn(700, 384), torch.randn(1536, 384)
+
+    def run():
+        packed = ops.pack_weight(weight)
+        return (packed.forward(x, weight, None, None, torch.empty(700, 1536), Workspace()),)
+
+    same_bits_at_any_thread_count(run)
 
 
 def model():
