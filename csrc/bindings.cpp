@@ -31,7 +31,7 @@ Strided strided(const StridedTensor& t) {
 
 AttentionShape attention_shape(int dtype, int64_t batch, int64_t num_heads, int64_t head_dim,
                                int64_t total_q, int64_t total_k, Address cu_q, Address cu_k,
-                               float scale, bool causal, float dropout_p, uint64_t seed,
+                               float scale, bool causal, double dropout_p, uint64_t seed,
                                int num_threads) {
   return {static_cast<DType>(dtype), batch, num_heads, head_dim, total_q, total_k,
           pointer<int32_t>(cu_q), pointer<int32_t>(cu_k), scale, causal, dropout_p, seed,
@@ -78,7 +78,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("layer_norm_forward",
         [](int dtype, int64_t rows, int64_t hidden, Address x, Address residual,
            Address linear_bias, Address weight, Address bias, Address out, Address sum,
-           Address mean, Address rstd, double eps, float dropout_p, uint64_t seed,
+           Address mean, Address rstd, double eps, double dropout_p, uint64_t seed,
            int num_threads) {
           cpu_kernels().layer_norm_forward(
               {static_cast<DType>(dtype), rows, hidden, pointer(x), pointer(residual),
@@ -91,7 +91,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("layer_norm_backward",
         [](int dtype, int64_t rows, int64_t hidden, Address dout, Address sum, Address mean,
            Address rstd, Address weight, Address dsum, Address dx, Address dweight, Address dbias,
-           Address dlinear_bias, float dropout_p, uint64_t seed, int num_threads) {
+           Address dlinear_bias, double dropout_p, uint64_t seed, int num_threads) {
           cpu_kernels().layer_norm_backward(
               {static_cast<DType>(dtype), rows, hidden, pointer(dout), pointer(sum),
                pointer<float>(mean), pointer<float>(rstd), pointer<float>(weight), pointer(dsum),

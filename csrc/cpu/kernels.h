@@ -21,7 +21,7 @@ struct AttentionShape {
   const int32_t *cu_q, *cu_k;   // (batch + 1)
   float scale;
   bool causal;                  // aligned to the bottom right: the last query sees the last key
-  float dropout_p;
+  double dropout_p;
   uint64_t seed;
   int num_threads;
 };
@@ -48,7 +48,7 @@ struct LayerNormForward {
   void *out, *sum;              // sum: what was normalised, kept for backward, or null
   float *mean, *rstd;           // (rows) or null
   double eps;
-  float dropout_p;
+  double dropout_p;
   uint64_t seed;
   int num_threads;
 };
@@ -61,7 +61,7 @@ struct LayerNormBackward {
   void *dsum, *dx;              // dx: dsum through the dropout mask; null when dropout_p == 0
   float *dweight, *dbias;       // (hidden)
   float *dlinear_bias;          // (hidden) or null
-  float dropout_p;
+  double dropout_p;
   uint64_t seed;
   int num_threads;
 };

@@ -260,10 +260,10 @@ BERT_FAST_INLINE void multiply_wide(vu a, uint32_t m, vu& high, vu& low) {
 
 // factors[col] = 0 where the element is dropped, else 1 / (1 - p), for the columns [0, width) of
 // the row that counter words c1..c3 name. `factors` has room for width rounded up to 4 * kWidth.
-inline void dropout_row(float* factors, int64_t width, uint64_t seed, float p, uint32_t first_col,
+inline void dropout_row(float* factors, int64_t width, uint64_t seed, double p, uint32_t first_col,
                         uint32_t c1, uint32_t c2, uint32_t c3) {
   const uint32_t threshold = dropout_threshold(p);
-  const float keep = 1.0f / (1.0f - p);
+  const float keep = static_cast<float>(1.0 / (1.0 - p));
   const vu lanes = bit_cast<vu>(lane_index());
   for (int64_t col = 0; col < width; col += 4 * kWidth) {
     vu word[4] = {lanes + (first_col + static_cast<uint32_t>(col)) / 4, vu{} + c1, vu{} + c2, vu{} + c3};
