@@ -2,14 +2,13 @@
 
 import statistics
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from bert_fast.text import SentenceEncoder, batches_by_tokens, pool
+from bert_fast.text import SentenceEncoder
 
 
 @dataclass
@@ -53,10 +52,7 @@ class HuggingFace:
             mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
             hidden = self.model(input_ids=padded, attention_mask=mask).last_hidden_state
             cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int()
-            pooled = pool(hidden[mask.bool()], cu_seqlens, self.encoder.pooling)
-            if self.encoder.normalize:
-                pooled = torch.nn.functional.normalize(pooled, dim=1)
-            out[batch] = pooled.numpy()
+            out[batch] = self.encoder.pool(hidden[mask.bool()], cu_seqlens).numpy()
         return out
 
 
@@ -64,22 +60,13 @@ def compare(directory, texts, rounds=3, batch_tokens=4096):
     """Embeds ``texts`` by Hugging Face (eager, sdpa) and by us, ``rounds`` times in turn, after one
     warm-up on a few texts. Tokenization is done once and timed for none. Returns Rows, ours last,
     and the number of tokens."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        encoder = SentenceEncoder(directory, dtype=torch.float32)
-        ids, _ = encoder.tokenize(texts)
-
-    def ours(ids):
-        out = np.empty((len(ids), encoder.model.config.hidden_size), dtype=np.float32)
-        for batch in batches_by_tokens([len(i) for i in ids], batch_tokens):
-            out[batch] = encoder._embed([ids[i] for i in batch])
-        return out
-
+    encoder = SentenceEncoder(directory, dtype=torch.float32)
+    ids = encoder.tokenize(texts)
     runners = {
         "HF sdpa, in order": HuggingFace(directory, encoder, "sdpa", in_order=True).encode,
         "HF eager, sorted": HuggingFace(directory, encoder, "eager").encode,
         "HF sdpa, sorted": HuggingFace(directory, encoder, "sdpa").encode,
-        "bert_fast": ours,
+        "bert_fast": lambda ids: encoder.encode_ids(ids, batch_tokens),
     }
     rows = {name: Row(name, [], None) for name in runners}
     for runner in runners.values():

@@ -351,10 +351,10 @@ class BertModel(nn.Module):
     def _pool(self, x, cu_seqlens):
         if self.pooler is None:
             return None
-        first = cu_seqlens[:-1].long().clamp(max=max(x.shape[0] - 1, 0))
-        empty = (cu_seqlens.diff() == 0)[:, None]
         if x.shape[0] == 0:
-            return x.new_zeros(first.shape[0], x.shape[1])
+            return x.new_zeros(cu_seqlens.numel() - 1, x.shape[1])
+        first = cu_seqlens[:-1].long().clamp(max=x.shape[0] - 1)
+        empty = (cu_seqlens.diff() == 0)[:, None]
         return torch.tanh(self.pooler(x[first])).masked_fill(empty, 0)
 
 

@@ -50,10 +50,14 @@ class SentenceEncoder:
         self.tokenizer.enable_truncation(self.max_seqlen)
 
     def tokenize(self, texts):
-        """A list of int64 arrays of ids, and how many texts were cut to ``max_seqlen`` tokens."""
+        """A list of int64 arrays of ids; warns of texts that were cut to ``max_seqlen`` tokens."""
         encodings = self.tokenizer.encode_batch(list(texts))
-        truncated = sum(bool(encoding.overflowing) for encoding in encodings)
-        return [np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings], truncated
+        if truncated := sum(bool(encoding.overflowing) for encoding in encodings):
+            warnings.warn(
+                f"{truncated} of {len(encodings)} texts were cut to {self.max_seqlen} tokens",
+                stacklevel=3,
+            )
+        return [np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings]
 
     def encode(self, texts, *, batch_tokens=4096, progress=None):
         """Embeddings of a list of texts, as one fp32 array (len(texts), hidden).
@@ -75,18 +79,23 @@ class SentenceEncoder:
                 raise TypeError(f"texts[{i}] must be a string, not {type(text).__name__}")
         if batch_tokens < 1:
             raise ValueError(f"batch_tokens must be at least 1, not {batch_tokens}")
-        ids, truncated = self.tokenize(texts)
-        if truncated:
-            warnings.warn(
-                f"{truncated} of {len(texts)} texts were cut to {self.max_seqlen} tokens",
-                stacklevel=2,
-            )
-        out = np.empty((len(texts), self.model.config.hidden_size), dtype=np.float32)
+        ids = self.tokenize(texts)
         with _progress(len(texts), progress) as advance:
-            for batch in batches_by_tokens([len(i) for i in ids], batch_tokens):
-                out[batch] = self._embed([ids[i] for i in batch])
-                advance(len(batch))
+            return self.encode_ids(ids, batch_tokens, advance)
+
+    def encode_ids(self, ids, batch_tokens=4096, advance=lambda count: None):
+        """:meth:`encode` of texts that :meth:`tokenize` has tokenized; ``advance`` is told how many
+        are done."""
+        out = np.empty((len(ids), self.model.config.hidden_size), dtype=np.float32)
+        for batch in batches_by_tokens([len(i) for i in ids], batch_tokens):
+            out[batch] = self._embed([ids[i] for i in batch])
+            advance(len(batch))
         return out
+
+    def pool(self, hidden, cu_seqlens):
+        """Packed token vectors to sentence embeddings, as the checkpoint's own files say."""
+        pooled = pool(hidden.float(), cu_seqlens, self.pooling)
+        return F.normalize(pooled, dim=1) if self.normalize else pooled
 
     @torch.inference_mode()
     def _embed(self, sequences):
@@ -97,10 +106,7 @@ class SentenceEncoder:
         hidden, _, _ = self.model(
             tokens.to(device), cu_seqlens=cu_seqlens.to(device), max_seqlen=int(lengths.max())
         )
-        pooled = pool(hidden.float(), cu_seqlens.to(device), self.pooling)
-        if self.normalize:
-            pooled = F.normalize(pooled, dim=1)
-        return pooled.cpu().numpy()
+        return self.pool(hidden, cu_seqlens.to(device)).cpu().numpy()
 
 
 def pool(hidden, cu_seqlens, how):

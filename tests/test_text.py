@@ -84,8 +84,8 @@ def test_vocabulary_file_is_enough(tmp_path, encoder):
     assert plain.pooling == "mean"
     assert not plain.normalize
     text = ["Élan: it's a naïve, under-rated film!"]
-    assert [i.tolist() for i in plain.tokenize(text)[0]] == [
-        i.tolist() for i in encoder.tokenize(text)[0]
+    assert [i.tolist() for i in plain.tokenize(text)] == [
+        i.tolist() for i in encoder.tokenize(text)
     ]
     (tmp_path / "vocab.txt").unlink()
     with pytest.raises(bert_fast.CheckpointError, match=r"neither tokenizer\.json nor vocab\.txt"):
