@@ -15,7 +15,7 @@ SHAPES = [  # lengths, num_heads, head_dim: odd sizes, empty and length-1 sequen
     ([1], 1, 16),
     ([7, 0, 1, 63], 3, 64),
     ([127, 40], 2, 32),
-    ([513], 1, 64),
+    ([513], 2, 64),
     ([130, 129], 2, 80),
     ([17, 5], 2, 256),
     ([33, 2], 1, 20),
@@ -69,10 +69,10 @@ def test_lse(backend):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("q_lengths", [[5, 0, 130, 1], [1, 1, 1, 1]])
+@pytest.mark.parametrize("q_lengths", [[5, 0, 130, 1], [1, 1, 1, 1] * 8])
 def test_cross_attention(backend, gradients, causal, q_lengths):
     # One query over more than a block of keys sees the rounding of one lse: no ratio bounds that.
-    k_lengths = [150 if max(q_lengths) > 1 else 120, 3, 0, 9]
+    k_lengths = [150 if max(q_lengths) > 1 else 120, 3, 0, 9] * (len(q_lengths) // 4)
     q = torch.randn(sum(q_lengths), 2, 40, dtype=torch.float64)
     k, v = torch.randn(2, sum(k_lengths), 2, 40, dtype=torch.float64)
     dout = torch.randn_like(q)
@@ -216,7 +216,17 @@ def test_drawn_shapes_long(lengths, heads, head_dim, causal, dropout_p, dtype):
     check_drawn(lengths, heads, head_dim, causal, dropout_p, dtype)
 
 
-def check_drawn(lengths, heads, head_dim, causal, dropout_p, dtype):
+def check_drawn(lengths, *rest):
+    """A sequence's rows share their keys, so their errors move together, and with few sequences and
+    heads the root mean square is nearly a single draw, which may exceed the allowance by chance
+    (1 in 100 at one head of size 1). A fault exceeds it on 16 times as many sequences as well."""
+    try:
+        check_once(lengths, *rest)
+    except AssertionError:
+        check_once(lengths * 16, *rest)
+
+
+def check_once(lengths, heads, head_dim, causal, dropout_p, dtype):
     qkv, _, dout = (t.to(dtype) for t in draw(lengths, heads, head_dim))
     cu = cu_seqlens(lengths)
 
