@@ -1,7 +1,7 @@
 # make demo   the main job: a real search by a real BERT, ours beside Hugging Face's
 # make test   lint and tests, minutes;  make test-full adds what takes longer
 # make build  the extension in place, incremental;  make bench  the speed bars
-# make gpu OUT=DIR [PARTS="test op sanitize"] [LIMIT=540]   what only a GPU can show; needs no .venv
+# make gpu OUT=DIR [PARTS="test op"] [LIMIT=540]   what only a GPU can show; needs no .venv
 # make carry  the extension for such a machine (CROSS_PYTHON, CROSS_ARCHS), built here
 
 PYTHON ?= python3
@@ -11,6 +11,7 @@ OUT ?= out/gpu
 LIMIT ?= 540
 CROSS_PYTHON ?= python3.12
 CROSS_ARCHS ?= 90a
+export BERT_FAST_CACHE ?= $(CURDIR)/.cache
 
 .PHONY: demo test test-full bench gpu carry build clean
 

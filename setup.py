@@ -163,7 +163,7 @@ class NinjaBuild(build_ext):
 
 
 setup(
-    packages=["bert_fast", "bert_fast.kernels"],
+    packages=["bert_fast", "bert_fast.bench", "bert_fast.kernels"],
     package_dir={"bert_fast": "bert_fast", "bert_fast.kernels": "kernels"},
     ext_modules=[Extension("bert_fast._C", sources=[])],
     cmdclass={"build_ext": NinjaBuild},

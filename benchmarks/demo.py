@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from benchmarks import data
+from bert_fast.bench import data
 from bert_fast.compare import compare, report
 
 QUESTIONS = [

@@ -4,7 +4,7 @@ Builds the extension for this GPU (or uses one that was carried here), then runs
 each in a process of its own that is stopped when time is up. Whatever a part has written by then
 stays: every file in the output folder is complete or ends at a whole line.
 
-    make gpu OUT=DIR [PARTS="test op sanitize"] [LIMIT=540]
+    make gpu OUT=DIR [PARTS="test op model layer train sweep sanitize"] [LIMIT=540]
 """
 
 import argparse
@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import time
-from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,15 +23,25 @@ SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 def parts(out):
     """Name -> commands, in the order of their worth. Each command's output goes to NAME.log."""
     python = sys.executable
-    return {
-        "test": [[python, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider"]],
-        "op": [[python, "-m", "benchmarks.gpu_ops", "--json", str(out / "op.json")]],
-        "sanitize": [
-            ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1",
-             python, "-m", "benchmarks.gpu_ops", "--once"]
-            for tool in SANITIZER_TOOLS
-        ],
+    bench = [python, "-m", "bert_fast.cli", "bench"]
+    options = {
+        "op": ["--seconds", "2"],
+        "model": ["--seconds", "3", "--peers", "HF", "torch.compile default"],
+        "layer": ["--seconds", "2"],
+        "train": ["--seconds", "4", "--peers", "HF", "torch.compile default"],
+        "sweep": ["seqlen", "--seconds", "1"],
+    }
+    tests = [python, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"]
+    measured = {
+        level: [[*bench, level, *some, "--device", "cuda", "--json", str(out / f"{level}.json"),
+                 "--plot", str(out / f"{level}.png")]]
+        for level, some in options.items()
     }  # fmt: skip
+    sanitized = [
+        ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *tests, "tests/test_cuda.py"]
+        for tool in SANITIZER_TOOLS
+    ]
+    return {"test": [[*tests, "-v"]], **measured, "sanitize": sanitized}
 
 
 def run_parts(chosen, commands, out, limit):
@@ -71,36 +80,6 @@ def _run(command, log, seconds):
             return "out of time"
 
 
-def environment():
-    """The device and everything whose version could change a result."""
-    import torch
-
-    driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    commit = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-
-    def said(command):
-        try:
-            return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-        except OSError:
-            return None
-
-    try:
-        import triton
-    except ImportError:
-        triton = None
-    return {
-        "device": torch.cuda.get_device_name(),
-        "compute capability": ".".join(map(str, torch.cuda.get_device_capability())),
-        "driver": said(driver),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": triton and triton.__version__,
-        "python": sys.version.split()[0],
-        "commit": said(commit),
-        "date": date.today().isoformat(),
-    }
-
-
 def build(log):
     """A ready-made extension with CUDA kernels, or one built for this GPU alone."""
     ready = "from bert_fast import _C; assert _C.cuda_archs"
@@ -137,7 +116,10 @@ def main():
     if unknown := set(chosen) - set(commands):
         options.error(f"--parts: {', '.join(unknown)}: choose from {', '.join(commands)}")
     out.mkdir(parents=True, exist_ok=True)
-    facts = environment() | {"extension": build(out / "build.log")}
+    extension = build(out / "build.log")
+    from bert_fast.bench import report  # the package, once it is built
+
+    facts = report.environment("cuda") | {"extension": extension}
     (out / "environment.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     print(", ".join(f"{name}: {value}" for name, value in facts.items()), flush=True)
     status = run_parts(chosen, commands, out, args.limit - (time.monotonic() - begin))

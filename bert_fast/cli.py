@@ -97,6 +97,8 @@ def compare(args):
 
 
 def parser():
+    from bert_fast.bench.command import add_parser
+
     root = argparse.ArgumentParser(prog="bert-fast", description=bert_fast.__doc__)
     root.add_argument("--version", action="version", version=bert_fast.__version__)
     commands = root.add_subparsers(dest="command", required=True)
@@ -125,6 +127,7 @@ def parser():
     sub.add_argument("--limit", type=int, help="the first texts alone")
     sub.add_argument("--rounds", type=int, default=3, help="timed rounds, interleaved (default 3)")
     sub.add_argument("--plot", help="write the times as a PNG")
+    add_parser(commands)
     return root
 
 
@@ -132,11 +135,10 @@ def main(argv=None):
     args = parser().parse_args(argv)
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
-        args.function(args)
+        return args.function(args) or 0
     except (ValueError, OSError, ImportError, bert_fast.BackendUnavailableError) as error:
         print(f"bert-fast {args.command}: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

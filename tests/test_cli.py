@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import data
+from bert_fast.bench import data
 from bert_fast.cli import main
 
 

@@ -10,7 +10,7 @@ import transformers
 from conftest import assert_within, cu_seqlens
 
 import bert_fast
-from benchmarks import data
+from bert_fast.bench import data
 
 CONFIGS = {
     "tiny": {

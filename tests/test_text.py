@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bert_fast
-from benchmarks import data
+from bert_fast.bench import data
 from bert_fast.text import batches_by_tokens, pool, read_texts
 
 

