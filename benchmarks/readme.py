@@ -1,4 +1,4 @@
-"""Writes the README's measured tables from benchmarks/results/*/bars.json, between its markers.
+"""Writes the README's measured tables from benchmarks/results/*/*.json, between its markers.
 
 python -m benchmarks.readme
 """
@@ -6,22 +6,78 @@ python -m benchmarks.readme
 import json
 from pathlib import Path
 
+from bert_fast.bench.command import lines
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- measured: written by benchmarks.readme -->", "<!-- /measured -->"
 PEERS = ["HF sdpa", "torch.compile default", "ONNX Runtime", "OpenVINO", "CTranslate2"]
 PEERS += ["GEMMs alone", "bert_fast, not prepacked"]
+GPU_LEVELS = ("op", "layer", "model", "train")  # as make gpu names their files
 
 
-def tables():
-    """The Markdown of every device's results."""
-    return "\n\n".join(_device(path) for path in sorted(RESULTS.glob("*/bars.json")))
+def tables(results=RESULTS):
+    """The Markdown of every device's results; for a GPU, "not measured" where there are none."""
+    parts = [_device(path) for path in sorted(results.glob("*/bars.json"))]
+    parts += [_growth(path) for path in sorted(results.glob("*/sweep-batch.json"))]
+    for level in GPU_LEVELS:
+        found = sorted(results.glob(f"*/{level}.json"))
+        parts += [_level(path) for path in found]
+        if not found:
+            parts.append(f"On an NVIDIA GPU, `bert-fast bench {level}`: *not measured*.")
+    return "\n\n".join(parts)
+
+
+def _level(path):
+    """A level's rows: ours, the best of the others, and the share of the possible."""
+    result, facts = _read(path)
+    table = [
+        f"{facts['device']}, driver {facts['driver']}, torch {facts['torch']}, "
+        f"triton {facts.get('triton')}, {facts['date']}:",
+        "",
+        "| work | ours, ms | % of possible | the best other | its time over ours |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in result["rows"]:
+        times = {name: r for name, r in row["results"].items() if "ms" in r}
+        if (ours := times.get("bert_fast")) is None:
+            table.append(f"| {row['work']} | no kernel of ours | | | |")
+            continue
+        others = {
+            name: r["ms"] for name, r in times.items()
+            if name not in row["ceilings"] and not name.startswith("bert_fast")
+        }  # fmt: skip
+        best = min(others, key=others.get, default=None)
+        ratio = f"`{best}` | {others[best] / ours['ms']:.2f}x" if best else " | "
+        possible = f"{ours['possible']:.0%}" if "possible" in ours else ""
+        table.append(f"| {row['work']} | {ours['ms']:.3f} | {possible} | {ratio} |")
+    return "\n".join(table)
+
+
+def _read(path):
+    result = json.loads(path.read_text(encoding="utf-8"))
+    return result, result["environment"]
+
+
+def _growth(path):
+    """How time grows with real tokens, as a line through every contestant's times."""
+    result, facts = _read(path)
+    found = [
+        f"{name} {1e3 * slope:.2f} ms (from {start:.2f}; no point further than {off:.0%})"
+        for name, (start, slope, off) in lines("batch", result["rows"]).items()
+        if name in ("bert_fast", "HF sdpa")
+    ]
+    tokens = [row["tokens"] for row in result["rows"]]
+    return (
+        f"Time grows linearly with real tokens: {result['rows'][0]['work'].partition(',')[0]}, "
+        f"128 long, {min(tokens):,} to {max(tokens):,} real tokens on the {facts['device']}: "
+        f"for each 1,000, {'; '.join(found)}."
+    )
 
 
 def _device(path):
-    result = json.loads(path.read_text(encoding="utf-8"))
-    facts = result["environment"]
-    lines = [
+    result, facts = _read(path)
+    table = [
         f"{facts['device']}, {facts['threads']} threads, {facts['cpu kernels']}, fp32, "
         f"torch {facts['torch']}, transformers {facts['transformers']}, {facts['date']}. Each row "
         "is one run, contestants in turn, medians; a peer's figure is its time over ours. "
@@ -32,16 +88,16 @@ def _device(path):
     ]
     others = []
     for row in result["rows"]:
-        times = {name: r["ms"] for name, r in row["results"].items()}
-        ours, work = times["bert_fast"], row["work"].partition(";")[0]
-        if "GEMMs alone" in times:
+        times = {name: r["ms"] for name, r in row["results"].items() if "ms" in r}
+        ours, work = times["bert_fast"], row["work"].rpartition(",")[0]
+        if row["kind"] == "model":
             ratios = [f"{times[p] / ours:.2f}x" if p in times else "-" for p in PEERS]
-            lines.append(f"| {work} | {ours:.0f} | " + " | ".join(ratios) + " |")
+            table.append(f"| {work} | {ours:.0f} | " + " | ".join(ratios) + " |")
         else:
-            (peer,) = (name for name in times if name != "bert_fast")
+            (peer,) = row["bars"]
             others.append(f"| {work} | {ours:.2f} | `{peer}` | {times[peer] / ours:.2f}x |")
-    lines += ["", "| work | ours, ms | peer | |", "| --- | --- | --- | --- |", *others]
-    return "\n".join(lines)
+    table += ["", "| work | ours, ms | peer | |", "| --- | --- | --- | --- |", *others]
+    return "\n".join(table)
 
 
 def rewritten(readme):

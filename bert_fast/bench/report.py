@@ -1,6 +1,7 @@
 """Rows as a table, JSON and plots; and what moved between two JSON files."""
 
 import contextlib
+import itertools
 import json
 import platform
 import statistics
@@ -77,7 +78,7 @@ def table(row):
         ms = result["ms"]
         shown.add_row(
             name, f"{ms:.3f}", f"{low:.3f} - {high:.3f}", f"{ms / ours:.2f}" if ours else "",
-            _rate(row, ms), f"{100 * result['possible']:.0f}" if "possible" in result else "",
+            _rate(row, name, ms), f"{100 * result['possible']:.0f}" if "possible" in result else "",
             f"{result['error']:.2f}" if "error" in result else "",
         )  # fmt: skip
     if row["kind"] == "train":
@@ -91,7 +92,9 @@ def table(row):
     return shown
 
 
-def _rate(row, ms):
+def _rate(row, name, ms):
+    if name.startswith("copy"):
+        return f"{row['bytes'] / ms / 1e6:,.0f} GB/s"
     if row["tokens"] and row["kind"] in ("layer", "model", "train"):
         return f"{row['tokens'] / ms * 1e3:,.0f} tokens/s"
     if row["flops"]:
@@ -256,20 +259,25 @@ def plot_sweep(axis, rows, path):
     figure, panels = plt.subplots(
         1, 1 + varied, figsize=(6 * (1 + varied), 4), squeeze=False, layout="constrained"
     )
+    dashes = itertools.cycle(["--", ":"])
     for name in dict.fromkeys(name for row in rows for name in row["results"]):
-        points = [(row, row["results"][name]) for row in rows if name in row["results"]]
-        points = [(row, result["ms"]) for row, result in points if "ms" in result]
+        points = [(row, row["results"].get(name, {}).get("ms")) for row in rows]
+        points = [(row, ms) for row, ms in points if ms is not None]
         style = {"color": "#d9480f", "linewidth": 2.5} if name == OURS else {}
-        if points and name in points[0][0]["ceilings"]:
-            style = {"color": "#adb5bd", "linestyle": "--"}
+        if any(name in row["ceilings"] for row in rows):
+            style = {"color": "#868e96", "linestyle": next(dashes)}
+        style |= {"label": name, "marker": "o", "markersize": 3}
         ms = [ms for _, ms in points]
-        panels[0, 0].plot(
-            [row["x"] for row, _ in points], ms, marker="o", ms=3, label=name, **style
-        )
+        panels[0, 0].plot([row["x"] for row, _ in points], ms, **style)
         if varied:
-            panels[0, 1].plot([row["tokens"] for row, _ in points], ms, marker="o", ms=3, **style)
-    panels[0, 0].set(xscale="log" if axis != "padding" else "linear", yscale="log", xlabel=axis,
-                     ylabel="ms")  # fmt: skip
+            panels[0, 1].plot([row["tokens"] for row, _ in points], ms, **style)
+    panels[0, 0].set(yscale="log", xlabel=axis, ylabel="ms")
+    swept = [row["x"] for row in rows]
+    if min(swept) > 0:
+        panels[0, 0].set_xscale("log")
+    panels[0, 0].set_xticks(swept, [f"{x:g}" for x in swept])
+    panels[0, 0].minorticks_off()
+    figure.suptitle(f"over {axis}: {rows[0]['work']} and on", fontsize=9)
     if varied:
         panels[0, 1].set(xlabel="real tokens", ylabel="ms", xlim=(0, None), ylim=(0, None))
     panels[0, 0].legend(fontsize=8, frameon=False)
