@@ -49,7 +49,7 @@ def main():
     result = {"environment": report.environment(), "ceilings": before, "rows": []}
     console.print(report.title(result["environment"]))
     for work, bars in rows():
-        # In training the reference draws its masks in plain PyTorch, ten times slower than all else.
+        # In training the reference draws its masks in plain PyTorch: ten times as slow as others.
         some = [peer for peer in who if work.kind != "train" or not isinstance(peer, SLOW_TRAINERS)]
         row = measure(work, some, args.seconds) | {"bars": bars}
         result["rows"].append(row)

@@ -81,7 +81,11 @@ def _run(command, log, seconds):
 
 
 def build(log):
-    """A ready-made extension with CUDA kernels, or one built for this GPU alone."""
+    """A ready-made extension with CUDA kernels, or one built for this GPU alone; and kernels/ where
+    an installation has it."""
+    link = ROOT / "bert_fast" / "kernels"
+    if not link.exists():
+        link.symlink_to("../kernels")
     ready = "from bert_fast import _C; assert _C.cuda_archs"
     if subprocess.run([sys.executable, "-c", ready], cwd=ROOT, capture_output=True).returncode == 0:
         return "carried"

@@ -20,11 +20,10 @@ def tables(results=RESULTS):
     """The Markdown of every device's results; for a GPU, "not measured" where there are none."""
     parts = [_device(path) for path in sorted(results.glob("*/bars.json"))]
     parts += [_growth(path) for path in sorted(results.glob("*/sweep-batch.json"))]
-    for level in GPU_LEVELS:
-        found = sorted(results.glob(f"*/{level}.json"))
-        parts += [_level(path) for path in found]
-        if not found:
-            parts.append(f"On an NVIDIA GPU, `bert-fast bench {level}`: *not measured*.")
+    found = {level: sorted(results.glob(f"*/{level}.json")) for level in GPU_LEVELS}
+    parts += [_level(path) for paths in found.values() for path in paths]
+    if missing := [f"`bert-fast bench {level}`" for level, paths in found.items() if not paths]:
+        parts.append(f"On an NVIDIA GPU *not measured*: {', '.join(missing)}.")
     return "\n\n".join(parts)
 
 

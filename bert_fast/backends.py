@@ -5,7 +5,7 @@ name   what it is                 runs
 ====== ========================== =====================================
 eager  bert_fast/reference.py     anywhere, every dtype; always there
 cpu    csrc/cpu (C++)             CPU tensors: float32, bfloat16, float16
-triton kernels/                   CUDA tensors
+triton kernels/                   CUDA tensors; with TRITON_INTERPRET=1, CPU tensors, slowly
 cuda   csrc/cuda (CUDA C++)       CUDA tensors
 ====== ========================== =====================================
 """
@@ -28,12 +28,17 @@ class Support:
     device: str
     dtypes: tuple = LOW_PRECISION
     backward: bool = True
+    largest: float = float("inf")  # head_dim of attention, the last dimension of others
 
 
 OPS = ("attention", "layer_norm", "gelu")
 SUPPORT = {
     "cpu": {op: Support("cpu") for op in OPS},
-    "triton": {},
+    "triton": {
+        "attention": Support("cuda", largest=256),
+        "layer_norm": Support("cuda", largest=16384),
+        "gelu": Support("cuda"),
+    },
     "cuda": {"gelu": Support("cuda", backward=False)},
 }
 BACKENDS = ("eager", *SUPPORT)
@@ -64,15 +69,20 @@ def _try_load(name):
         if name in ("cpu", "cuda"):
             return f"the compiled extension bert_fast._C does not import ({error})"
     if name == "triton":
-        if not SUPPORT["triton"]:
-            return "this version of bert_fast has no Triton kernels yet"
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed"
+        if interpreted(name):
+            return importlib.import_module(MODULES[name])
     if name == "cuda" and _C.cuda_archs is None:
         return "bert_fast was built without CUDA (no nvcc was found; build with BERT_FAST_CUDA=on)"
     if name in ("cuda", "triton") and not torch.cuda.is_available():
         return "torch sees no CUDA device"
     return importlib.import_module(MODULES[name])
+
+
+def interpreted(name):
+    """Whether the backend's kernels run in Triton's interpreter, on CPU tensors."""
+    return name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def why_unavailable(name):
@@ -83,7 +93,7 @@ def why_unavailable(name):
     return found if isinstance(found, str) else None
 
 
-def why_not(name, op, device, dtype, needs_grad):
+def why_not(name, op, device, dtype, needs_grad, size=0):
     """Why the backend cannot run this call, or None where it can."""
     if name == "eager":
         return None
@@ -92,13 +102,17 @@ def why_not(name, op, device, dtype, needs_grad):
     support = SUPPORT[name].get(op)
     if support is None:
         return f"it has no {op} kernel yet"
-    if device != support.device:
-        return f"it runs on {support.device} tensors, and these are on {device}"
+    wanted = "cpu" if interpreted(name) else support.device
+    if device != wanted:
+        return f"it runs on {wanted} tensors, and these are on {device}"
     if dtype not in support.dtypes:
         known = ", ".join(str(d).removeprefix("torch.") for d in support.dtypes)
         return f"its {op} takes {known}, not {str(dtype).removeprefix('torch.')}"
     if needs_grad and not support.backward:
         return f"its {op} has no backward yet"
+    if size > support.largest:
+        what = "head_dim" if op == "attention" else "a last dimension"
+        return f"its {op} takes {what} up to {support.largest}, not {size}"
     return None
 
 
@@ -108,9 +122,10 @@ def check_name(name, source):
     return name
 
 
-def choose(op, device, dtype, needs_grad, backend=None):
+def choose(op, device, dtype, needs_grad, backend=None, size=0):
     """The backend's name for one call. An argument beats :func:`use_backend`, which beats the
-    environment's BERT_FAST_BACKEND, which beats the table ``AUTO``.
+    environment's BERT_FAST_BACKEND, which beats the table ``AUTO``. ``size`` is attention's
+    head_dim, layer_norm's last dimension.
 
     Raises:
         BackendUnavailableError: a backend was asked for by name and cannot run this call.
@@ -122,11 +137,11 @@ def choose(op, device, dtype, needs_grad, backend=None):
         name = os.environ.get("BERT_FAST_BACKEND") or "auto"
         check_name(name, "the environment variable BERT_FAST_BACKEND")
     if name != "auto":
-        if (reason := why_not(name, op, device, dtype, needs_grad)) is not None:
+        if (reason := why_not(name, op, device, dtype, needs_grad, size)) is not None:
             raise BackendUnavailableError(f"backend {name!r} cannot run {op} here: {reason}")
         return name
     for name in AUTO.get(device, ()):
-        if why_not(name, op, device, dtype, needs_grad) is None:
+        if why_not(name, op, device, dtype, needs_grad, size) is None:
             return name
     return "eager"
 
@@ -134,6 +149,11 @@ def choose(op, device, dtype, needs_grad, backend=None):
 # A traced graph keeps the backend it was traced with. This is what the decorator
 # torch.compiler.assume_constant_result sets; the decorator imports all of Dynamo, 0.8 s, at once.
 choose._dynamo_marked_constant = True
+
+
+def import_module(name):
+    """A backend's module, whether or not it can run here."""
+    return importlib.import_module(MODULES[name])
 
 
 def module(name):

@@ -96,6 +96,29 @@ def compare(args):
     report(rows, tokens, args.plot)
 
 
+def inspect(args):
+    """What the compiler made of the Triton kernels: registers, shared memory, instructions."""
+    from rich.console import Console
+
+    from bert_fast import inspect
+    from bert_fast.checkpoint import atomic_path
+
+    if unknown := set(args.chips) - set(inspect.CHIPS):
+        known = ", ".join(map(str, inspect.CHIPS))
+        raise ValueError(f"--chips: {', '.join(map(str, unknown))}: choose from {known}")
+    compiled = list(inspect.inspect(args.chips, args.names, args.full))
+    console = Console(width=None if Console().is_terminal else 180)
+    console.print(inspect.table(compiled))
+    faults = [(c, fault) for c in compiled for fault in c.faults()]
+    for c, fault in faults:
+        console.print(f"[red]{c.work}: {c.kernel} on {c.chip}: {fault}[/red]")
+    if args.json:
+        rows = [vars(c) | {"ctas": c.ctas, "faults": c.faults()} for c in compiled]
+        with atomic_path(args.json) as path:
+            Path(path).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    return 1 if faults else 0
+
+
 def parser():
     from bert_fast.bench.command import add_parser
 
@@ -128,6 +151,12 @@ def parser():
     sub.add_argument("--rounds", type=int, default=3, help="timed rounds, interleaved (default 3)")
     sub.add_argument("--plot", help="write the times as a PNG")
     add_parser(commands)
+    sub = command(inspect)
+    sub.add_argument("--chips", type=int, nargs="+", default=[90], help="compute capabilities, as "
+                     "80 or 90 (default)")  # fmt: skip
+    sub.add_argument("--names", default="", help="works whose name contains this")
+    sub.add_argument("--full", action="store_true", help="every dtype, head_dim and flag")
+    sub.add_argument("--json", help="write the table here, too")
     return root
 
 

@@ -542,7 +542,7 @@ def _run_attention(
     scale = 1.0 / math.sqrt(head_dim) if softmax_scale is None else float(softmax_scale)
     _check(math.isfinite(scale), f"softmax_scale must be finite, not {softmax_scale}")
     needs_grad = _needs_grad(*tensors, bias)
-    name = backends.choose("attention", q.device.type, q.dtype, needs_grad, backend)
+    name = backends.choose("attention", q.device.type, q.dtype, needs_grad, backend, head_dim)
     if out is not None:
         _check_out(out, q, needs_grad)
     options = (cu_q, cu_k, max_q, max_k, bias, scale, causal, dropout_p, seed)
@@ -595,7 +595,7 @@ def layer_norm(
     )
     seed = _check_dropout(dropout_p, seed, x.device)
     needs_grad = _needs_grad(x, weight, bias, residual, linear_bias)
-    name = backends.choose("layer_norm", x.device.type, x.dtype, needs_grad, backend)
+    name = backends.choose("layer_norm", x.device.type, x.dtype, needs_grad, backend, x.shape[-1])
     if out is not None:
         _check_out(out, x, needs_grad)
     if name == "eager":

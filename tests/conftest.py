@@ -1,5 +1,7 @@
 """What the tests share: backends and instruction sets to run on, poisoned memory, the allowance."""
 
+import contextlib
+import importlib.util
 import os
 
 import pytest
@@ -9,6 +11,8 @@ import bert_fast
 from bert_fast import _C
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if not torch.cuda.is_available():  # Triton's kernels then run in its interpreter, on CPU tensors
+    os.environ["TRITON_INTERPRET"] = "1"
 # A test that asks for a backend by the environment says so itself.
 os.environ.pop("BERT_FAST_BACKEND", None)
 
@@ -29,16 +33,25 @@ def _isas():
 
 
 ISAS = _isas()
+HAS_GPU, HAS_TRITON = torch.cuda.is_available(), importlib.util.find_spec("triton") is not None
+TRITON = [
+    pytest.param("triton", marks=pytest.mark.skipif(
+        HAS_GPU, reason="interpreted, and this machine has a GPU: there it is triton-cuda")),
+    pytest.param("triton-cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(
+        not HAS_GPU, reason="needs an NVIDIA GPU; its interpreted twin ran without one")]),
+] if HAS_TRITON else []  # fmt: skip
 
 
-@pytest.fixture(params=["eager", *(f"cpu-{isa}" for isa in ISAS)])
+@pytest.fixture(params=["eager", *(f"cpu-{isa}" for isa in ISAS), *TRITON])
 def backend(request):
-    """Every backend that runs CPU tensors, the C++ one in each instruction set."""
-    name, _, isa = request.param.partition("-")
+    """Every backend: C++ in each instruction set, Triton interpreted, or on a GPU, where all the
+    test's tensors then are."""
+    name, _, variant = request.param.partition("-")
     best = _C.cpu_isa()
-    if isa:
-        _C.set_cpu_isa(isa)
-    with bert_fast.use_backend(name):
+    if name == "cpu":
+        _C.set_cpu_isa(variant)
+    on = torch.device("cuda") if variant == "cuda" else contextlib.nullcontext()
+    with bert_fast.use_backend(name), on:
         yield name
     _C.set_cpu_isa(best)
 

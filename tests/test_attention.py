@@ -12,7 +12,7 @@ import bert_fast
 from bert_fast import ops
 
 SHAPES = [  # lengths, num_heads, head_dim: odd sizes, empty and length-1 sequences, two key blocks
-    ([1], 1, 16),
+    ([1, 5], 2, 16),  # with lone keys alone PyTorch is exact by chance, and no yardstick
     ([7, 0, 1, 63], 3, 64),
     ([127, 40], 2, 32),
     ([513], 2, 64),
@@ -39,6 +39,8 @@ def draw(lengths, num_heads, head_dim):
 def test_forward_and_backward(
     backend, gradients, lengths, num_heads, head_dim, dtype, causal, dropout_p
 ):
+    if backend == "triton":  # the interpreter is slow, and its blocks are smaller
+        lengths = [min(length, 140) for length in lengths]
     qkv, bias, dout = draw(lengths, num_heads, head_dim)
     cu = cu_seqlens(lengths)
     options = {"causal": causal, "dropout_p": dropout_p, "seed": SEED}

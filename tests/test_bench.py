@@ -365,3 +365,22 @@ def test_on_a_gpu_a_copy_takes_what_its_bytes_take():
     assert 200e9 < row["bytes"] / (copied["ms"] * 1e-3) < 10e12
     assert 0.1 < row["results"]["torch.nn.functional"]["possible"] < 1.1
     assert row["results"]["torch.nn.functional"]["host_us"] > 0
+
+
+def test_results_become_the_readmes_tables(tmp_path):
+    from benchmarks.readme import tables
+
+    assert "On an NVIDIA GPU *not measured*: `bert-fast bench op`" in tables(tmp_path)
+    peers = {"torch.nn.functional": {"ms": 3.0}, "copy": {"ms": 0.9}, "bad": {"refused": "wrong"}}
+    row = {"work": "w", "kind": "gelu", "ceilings": ["copy"]}
+    rows = [
+        row | {"results": {"bert_fast": {"ms": 1.5, "possible": 0.6}, **peers}},
+        row | {"results": peers},
+    ]
+    (tmp_path / "gpu").mkdir()
+    facts = {"device": "D", "driver": "1", "torch": "2", "date": "today"}
+    report.write(tmp_path / "gpu" / "op.json", {"environment": facts, "rows": rows})
+    shown = tables(tmp_path)
+    assert "| w | 1.500 | 60% | `torch.nn.functional` | 2.00x |" in shown
+    assert "| w | no kernel of ours | | | |" in shown
+    assert "not measured*: `bert-fast bench layer`" in shown

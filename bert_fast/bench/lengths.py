@@ -29,7 +29,7 @@ def draw(distribution, batch, seqlen, share=0.65, order="random", batches=1, see
             spread = torch.linspace((2 * share - 1) * seqlen, seqlen, batch)
         else:  # a power whose mean is the share: most are short, and one is full
             spread = seqlen * ((torch.arange(batch) + 0.5) / batch) ** (1 / share - 1)
-            spread[-1:] = seqlen
+        spread[-1:] = seqlen
         return [spread.round().long().clamp(min=1).tolist()] * batches
     known = torch.tensor(corpus(distribution)).clamp(max=seqlen)
     order_of = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))

@@ -332,6 +332,7 @@ class Layer(Model):
     """One encoder layer: hidden states of one batch in, hidden states out."""
 
     kind = "layer"
+    pause = 0.0
     graphs = True
 
     def __post_init__(self):
