@@ -1,1 +1,17 @@
-"""Triton kernels, one file an op. None yet: the ``triton`` backend says so when asked for."""
+"""The ``triton`` backend: one file an op, each with its forward, backward and their launch.
+
+The functions here take tensors that ops.py has validated, with the signatures of bert_fast/cpu.py.
+"""
+
+from bert_fast.kernels.attention import attention_backward, attention_forward
+from bert_fast.kernels.gelu import gelu_backward, gelu_forward
+from bert_fast.kernels.layer_norm import layer_norm_backward, layer_norm_forward
+
+__all__ = [
+    "attention_backward",
+    "attention_forward",
+    "gelu_backward",
+    "gelu_forward",
+    "layer_norm_backward",
+    "layer_norm_forward",
+]

@@ -1,0 +1,103 @@
+"""What the kernels share: dropout's random numbers, sums in a fixed order, launch settings."""
+
+import functools
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, for tests
+
+MULTIPLIER_0, MULTIPLIER_1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
+WEYL_0, WEYL_1 = tl.constexpr(0x9E3779B9), tl.constexpr(0xBB67AE85)
+INTERPRETING = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def dot(a, b, total, PRECISION: tl.constexpr):
+    """total + a b, summed in float32."""
+    if INTERPRETING:  # it multiplies bfloat16 as if it were integers
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def keep_mask(seed, cut, rows, group, c2, c3, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """Which elements dropout keeps, (ROWS, 4 * GROUPS): Philox4x32-10 (Salmon et al. 2011) by
+    position, as in bert_fast/reference.py. A counter (group, row, c2, c3) gives the words of four
+    neighbouring columns; those below ``cut`` are dropped.
+
+    rows: (ROWS,) row numbers; group: the first column / 4.
+    """
+    zero = tl.zeros((ROWS, GROUPS), tl.uint32)
+    w0 = zero + (group + tl.arange(0, GROUPS)).to(tl.uint32)[None, :]
+    w1 = zero + rows.to(tl.uint32)[:, None]
+    w2 = (zero + c2).to(tl.uint32)
+    w3 = (zero + c3).to(tl.uint32)
+    key0, key1 = zero + seed.to(tl.uint32), zero + (seed >> 32).to(tl.uint32)
+    by0, by1 = zero + MULTIPLIER_0, zero + MULTIPLIER_1
+    for _ in tl.static_range(10):
+        high0, high1 = tl.umulhi(w0, by0), tl.umulhi(w2, by1)
+        w1, w3, w0, w2 = w2 * by1, w0 * by0, high1 ^ w1 ^ key0, high0 ^ w3 ^ key1
+        key0 += WEYL_0
+        key1 += WEYL_1
+    # join puts a new last dimension: [.., i, j] is word 2 i + j.
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(ROWS, 4 * GROUPS)
+    return words.to(tl.int64) >= cut
+
+
+@triton.jit(do_not_specialize=["count"])
+def sum_partials(partials, out, count, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """out[c] = sum over count of partials[count, c], always in the same order.
+
+    partials: (count, width) float32; out: (width,) float32. Grid: blocks of columns.
+    """
+    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for begin in range(0, count, ROWS):
+        row = begin + tl.arange(0, ROWS)
+        inside = (row < count)[:, None] & (col < width)[None, :]
+        total += tl.load(partials + row[:, None] * width + col[None, :], inside, 0.0)
+    tl.store(out + col, tl.sum(total, 0), col < width)
+
+
+def summed(partials):
+    """The column sums of a (count, width) float32 tensor, by one kernel, in a fixed order."""
+    count, width = partials.shape
+    out = torch.empty(width, dtype=torch.float32, device=partials.device)
+    if width:
+        sum_partials[(triton.cdiv(width, 64),)](partials, out, count, width, ROWS=32, BLOCK=64)
+    return out
+
+
+@functools.cache
+def processors(device):
+    """Streaming multiprocessors of the device; a few where there is none (the interpreter)."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+compiling_for = 80  # for bert-fast inspect and the interpreter, which have no device
+
+
+@functools.cache
+def _capability(device):
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def capability(device):
+    """The chip's compute capability as one number, 90 for 9.0."""
+    return _capability(device) if device.type == "cuda" else compiling_for
+
+
+def threshold(dropout_p):
+    """Words below it are dropped: the reference's own cut."""
+    return int(dropout_p * 2**32)
+
+
+def seed_or(seed, other):
+    """The seed's tensor; kernels without dropout read nothing, but a pointer must be given."""
+    return other if seed is None else seed
