@@ -120,8 +120,10 @@ def test_import_time():
 
 
 CHECK = """
-import importlib.util, sys, torch, bert_fast, bert_fast.kernels
+import importlib.util, pathlib, sys, torch, bert_fast, bert_fast.bench
 from bert_fast import _C
+(kernels,) = importlib.util.find_spec("bert_fast.kernels").submodule_search_locations  # no triton
+assert kernels.startswith(sys.argv[1]) and pathlib.Path(kernels, "attention.py").is_file()
 assert bert_fast.__file__.startswith(sys.argv[1]), bert_fast.__file__
 assert importlib.util.find_spec("kernels") is None
 qkv, cu = torch.randn(9, 3, 2, 16), torch.tensor([0, 4, 9]).int()
