@@ -373,9 +373,10 @@ def attention_backward(
     numbers = heads, scale, threshold(dropout_p), 1.0 / (1.0 - dropout_p)
     seed = seed_or(seed, cu_q)
     if total_q:
-        _delta[(triton.cdiv(total_q, 32), heads)](
+        block = 2048 // BLOCK_D
+        _delta[(triton.cdiv(total_q, block), heads)](
             dout, out, delta, *_strides(dout, out), total_q, HEAD_DIM=head_dim, BLOCK_D=BLOCK_D,
-            BLOCK=32,
+            BLOCK=block,
         )  # fmt: skip
         _backward_q[(total_q // BLOCK_M + batch + 1, heads)](
             *inputs, dq, cu_q, cu_k, seed, *_strides(dout, q, k, v, dq), batch, total_q, *numbers,
