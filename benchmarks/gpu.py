@@ -124,8 +124,8 @@ def main():
     from bert_fast.bench import report  # the package, once it is built
 
     facts = report.environment("cuda") | {"extension": extension}
-    (out / "environment.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    print(", ".join(f"{name}: {value}" for name, value in facts.items()), flush=True)
+    report.write(out / "environment.json", facts)
+    print(report.title(facts), flush=True)
     status = run_parts(chosen, commands, out, args.limit - (time.monotonic() - begin))
     return 0 if set(status.values()) == {"ok"} else 1
 

@@ -62,6 +62,11 @@ def _load(name):
     return _modules[name]
 
 
+def import_module(name):
+    """A backend's module, whether or not it can run here."""
+    return importlib.import_module(MODULES[name])
+
+
 def _try_load(name):
     try:
         from bert_fast import _C
@@ -72,12 +77,12 @@ def _try_load(name):
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed"
         if interpreted(name):
-            return importlib.import_module(MODULES[name])
+            return import_module(name)
     if name == "cuda" and _C.cuda_archs is None:
         return "bert_fast was built without CUDA (no nvcc was found; build with BERT_FAST_CUDA=on)"
     if name in ("cuda", "triton") and not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    return importlib.import_module(MODULES[name])
+    return import_module(name)
 
 
 def interpreted(name):
@@ -149,11 +154,6 @@ def choose(op, device, dtype, needs_grad, backend=None, size=0):
 # A traced graph keeps the backend it was traced with. This is what the decorator
 # torch.compiler.assume_constant_result sets; the decorator imports all of Dynamo, 0.8 s, at once.
 choose._dynamo_marked_constant = True
-
-
-def import_module(name):
-    """A backend's module, whether or not it can run here."""
-    return importlib.import_module(MODULES[name])
 
 
 def module(name):

@@ -8,7 +8,6 @@ run: the same types, flags, tiles and alignments.
 import contextlib
 import functools
 import itertools
-import os
 import re
 import subprocess
 import tempfile
@@ -194,7 +193,7 @@ def recorded(chip=80):
 
     from bert_fast.kernels import common
 
-    common.compiling_for = chip
+    before, common.compiling_for = common.compiling_for, chip
     launches, run = [], JITFunction.run
 
     def record(kernel, *args, grid, warmup=False, num_warps=4, num_stages=3, **kwargs):
@@ -220,7 +219,7 @@ def recorded(chip=80):
     try:
         yield launches
     finally:
-        JITFunction.run = run
+        JITFunction.run, common.compiling_for = run, before
 
 
 def _type_of(value):
@@ -268,7 +267,7 @@ def _cuobjdump(flag, cubin):
 def inspect(chips, names="", full=False):
     """Compiled kernels of the works whose name contains ``names``, for each chip; launches that are
     specialised alike once."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if backends.interpreted("triton"):
         raise ValueError("TRITON_INTERPRET is set: nothing would be compiled")
     seen = set()
     for name, work, call in cases(full):

@@ -104,7 +104,8 @@ def run(args):
     console.print(", ".join(f"{name}: {value:,.0f}" for name, value in before.items()))
     result = {"level": args.level, "environment": facts, "ceilings": before, "rows": []}
     blocks = BLOCKS if args.level in ("op", "layer") or not args.quick else 2
-    for x, work in listed:
+    while listed:
+        x, work = listed.pop(0)  # its checkpoint and tensors end with it
         row = measure(work, who, seconds, args.rounds, blocks)
         if x is not None:
             row["x"] = x
@@ -112,7 +113,6 @@ def run(args):
         console.print(report.table(row))
         if args.json:  # as soon as it exists: time may run out
             report.write(args.json, result)
-        work.__dict__.clear()  # its checkpoint and tensors
     for name, reason in report.absences(result["rows"]).items():
         console.print(f"not here: {name}: {reason}", highlight=False)
     result["noise"] = noise(result["rows"], before, ceilings(args.device, dtype, args.quick))
@@ -131,9 +131,8 @@ def run(args):
         else:
             report.plot_rows(result["rows"], args.plot)
         console.print(f"Plot: {args.plot}")
-    wrong = [row["work"] for row in result["rows"]
-             if "refused" in row["results"].get(report.OURS, {})]  # fmt: skip
-    return 1 if wrong else 0
+    ours = [row["results"].get(report.OURS, {}) for row in result["rows"]]
+    return 1 if any("refused" in found for found in ours) else 0
 
 
 def lines(over, rows):
