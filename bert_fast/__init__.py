@@ -2,7 +2,14 @@
 
 from bert_fast.backends import BackendUnavailableError, use_backend
 from bert_fast.model import BertConfig, BertModel, BertOutput
-from bert_fast.ops import attention, attention_qkv, gelu, layer_norm
+from bert_fast.ops import (
+    attention,
+    attention_qkv,
+    embedding_layer_norm,
+    gelu,
+    layer_norm,
+    linear_gelu,
+)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -14,8 +21,10 @@ __all__ = [
     "SentenceEncoder",
     "attention",
     "attention_qkv",
+    "embedding_layer_norm",
     "gelu",
     "layer_norm",
+    "linear_gelu",
     "use_backend",
 ]
 

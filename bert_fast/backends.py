@@ -15,8 +15,17 @@ import contextvars
 import importlib
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+
+
+def cache_directory():
+    """Where what was fetched or found out stays: BERT_FAST_CACHE, or ~/.cache/bert_fast."""
+    path = Path(os.environ.get("BERT_FAST_CACHE") or Path.home() / ".cache" / "bert_fast")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
 
 LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,15 +38,20 @@ class Support:
     dtypes: tuple = LOW_PRECISION
     backward: bool = True
     largest: float = float("inf")  # head_dim of attention, the last dimension of others
+    largest_before_80: float = float("inf")  # on chips of compute capability 7.5
 
 
 OPS = ("attention", "layer_norm", "gelu")
+# What is otherwise done by other ops, one after another, on whatever backends those choose.
+COMPOSED = ("linear_gelu", "embedding_layer_norm")
 SUPPORT = {
     "cpu": {op: Support("cpu") for op in OPS},
     "triton": {
-        "attention": Support("cuda", largest=256),
+        "attention": Support("cuda", largest=256, largest_before_80=128),
         "layer_norm": Support("cuda", largest=16384),
         "gelu": Support("cuda"),
+        "linear_gelu": Support("cuda"),
+        "embedding_layer_norm": Support("cuda", largest=16384),
     },
     "cuda": {"gelu": Support("cuda", backward=False)},
 }
@@ -47,6 +61,9 @@ MODULES = {"cpu": "bert_fast.cpu", "triton": "bert_fast.kernels", "cuda": "bert_
 # What `auto` tries, in order, by the tensors' device. Triton stands before CUDA C++ by rule and
 # not by measurement: no GPU has compared them yet.
 AUTO = {"cpu": ("cpu", "eager"), "cuda": ("triton", "cuda", "eager")}
+# Ops that `auto` leaves alone but on these compute capabilities, each with the measurement that put
+# it there. linear_gelu has to beat cuBLAS followed by gelu, and no chip has been measured.
+ONLY_WHERE_MEASURED = {"linear_gelu": {}}
 
 _override = contextvars.ContextVar("bert_fast_backend", default=None)
 _modules = {}  # name -> module, or the reason why there is none
@@ -106,7 +123,7 @@ def why_not(name, op, device, dtype, needs_grad, size=0):
         return reason
     support = SUPPORT[name].get(op)
     if support is None:
-        return f"it has no {op} kernel yet"
+        return f"it has no {op} kernel"
     wanted = "cpu" if interpreted(name) else support.device
     if device != wanted:
         return f"it runs on {wanted} tensors, and these are on {device}"
@@ -115,9 +132,12 @@ def why_not(name, op, device, dtype, needs_grad, size=0):
         return f"its {op} takes {known}, not {str(dtype).removeprefix('torch.')}"
     if needs_grad and not support.backward:
         return f"its {op} has no backward yet"
-    if size > support.largest:
+    largest = support.largest
+    if size > support.largest_before_80 and _capability(device) < (8, 0):
+        largest = support.largest_before_80
+    if size > largest:
         what = "head_dim" if op == "attention" else "a last dimension"
-        return f"its {op} takes {what} up to {support.largest}, not {size}"
+        return f"its {op} takes {what} up to {largest}, not {size}"
     return None
 
 
@@ -130,7 +150,7 @@ def check_name(name, source):
 def choose(op, device, dtype, needs_grad, backend=None, size=0):
     """The backend's name for one call. An argument beats :func:`use_backend`, which beats the
     environment's BERT_FAST_BACKEND, which beats the table ``AUTO``. ``size`` is attention's
-    head_dim, layer_norm's last dimension.
+    head_dim, layer_norm's last dimension. Of an op in ``COMPOSED``, "eager" means: call the others.
 
     Raises:
         BackendUnavailableError: a backend was asked for by name and cannot run this call.
@@ -142,13 +162,22 @@ def choose(op, device, dtype, needs_grad, backend=None, size=0):
         name = os.environ.get("BERT_FAST_BACKEND") or "auto"
         check_name(name, "the environment variable BERT_FAST_BACKEND")
     if name != "auto":
+        if op in COMPOSED and op not in SUPPORT.get(name, ()):
+            return "eager"
         if (reason := why_not(name, op, device, dtype, needs_grad, size)) is not None:
             raise BackendUnavailableError(f"backend {name!r} cannot run {op} here: {reason}")
         return name
+    if op in ONLY_WHERE_MEASURED and _capability(device) not in ONLY_WHERE_MEASURED[op]:
+        return "eager"
     for name in AUTO.get(device, ()):
         if why_not(name, op, device, dtype, needs_grad, size) is None:
             return name
     return "eager"
+
+
+def _capability(device):
+    """Of the current GPU; a recent one's for tensors that are elsewhere."""
+    return torch.cuda.get_device_capability() if device == "cuda" else (8, 0)
 
 
 # A traced graph keeps the backend it was traced with. This is what the decorator

@@ -36,6 +36,7 @@ class Chip:
 # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; data sheets.
 KIB, REGISTERS = 1024, 65536
 CHIPS = {
+    75: Chip("T4", 64 * KIB, 64 * KIB, 32, "HMMA", 0.32, 65),  # in fp16; it has no bf16
     80: Chip("A100", 163 * KIB, 164 * KIB, 64, "HMMA", 2.04, 312),
     89: Chip("RTX 4090", 99 * KIB, 100 * KIB, 48, "HMMA", 1.01, 165),
     90: Chip("H100", 227 * KIB, 228 * KIB, 64, "HGMMA", 3.35, 989),
@@ -54,6 +55,7 @@ class Launch:
     aligned: tuple  # argument numbers that are multiples of 16
     num_warps: int
     num_stages: int
+    debug: bool  # its device_assert is compiled
 
 
 @dataclass
@@ -101,7 +103,8 @@ class Compiled:
         # older tensor-core instruction on any chip.
         small = "of 256" in self.work and "backward" in self.work
         wanted = f"{chip.products}|HMMA" if small else chip.products
-        products = self.kernel in PRODUCTS and "float32" not in self.work
+        # Triton has no tensor-core path for 7.5.
+        products = self.kernel in PRODUCTS and "float32" not in self.work and self.chip >= 80
         if products and not re.fullmatch(wanted, self.products):
             found.append(f"its matrix products are {self.products or 'none'}, not {wanted}")
         if self.widest_load < 128:
@@ -118,7 +121,8 @@ MATRIX = re.compile(r"(HMMA|HGMMA|IMMA|QMMA|UTC\w*MMA)\b")
 # ------------------------------------------------------------------------------------------------
 
 
-PRODUCTS = ("attention.forward", "attention.backward_q", "attention.backward_kv")
+PRODUCTS = ("attention.forward", "attention.backward_q", "attention.backward_kv",
+            "linear_gelu.forward", "linear_gelu.backward")  # fmt: skip
 
 
 def cases(full=False):
@@ -129,7 +133,7 @@ def cases(full=False):
     seed = meta(1, dtype=torch.int64)
     # float16 compiles as bfloat16 does.
     dtypes = [torch.bfloat16, torch.float32] if full else [torch.bfloat16]
-    sizes = [(64, 512), (64, 64), (32, 128), (80, 512), (128, 512), (256, 512)]
+    sizes = [(64, 512), (64, 128), (64, 64), (32, 128), (80, 512), (128, 512), (256, 512)]
     for dtype, (head_dim, longest), (causal, dropout_p), backward in itertools.product(
         dtypes, sizes if full else sizes[:2], [(False, 0.0), (full, 0.1)], (False, True)
     ):
@@ -174,6 +178,33 @@ def cases(full=False):
         function = kernels.gelu_backward if backward else kernels.gelu_forward
         name = f"{work}{', tanh' * (approximate == 'tanh')}"
         yield name, work, functools.partial(function, *[x] * (1 + backward), vector, approximate)
+    for dtype, (width, out_width), approximate, backward in itertools.product(
+        dtypes, ((768, 3072), (1024, 4096)) if full else ((768, 3072),),
+        ("none", "tanh") if full else ("none",), (False, True),
+    ):  # fmt: skip
+        work = works.LinearGelu(
+            dtype, "meta", backward, rows=16384, width=width, out_width=out_width
+        )
+        x, y = meta(16384, width, dtype=dtype), meta(16384, out_width, dtype=dtype)
+        weight, vector = meta(out_width, width, dtype=dtype), meta(out_width)
+        name = f"{work}{', tanh' * (approximate == 'tanh')}"
+        if backward:
+            call = functools.partial(
+                kernels.linear_gelu_backward, y, y, vector, weight, approximate
+            )
+        else:
+            call = functools.partial(
+                kernels.linear_gelu_forward, x, weight, vector, approximate, True
+            )
+        yield name, work, call
+    for dtype in dtypes:
+        work = works.LayerNorm(dtype, "meta", rows=16384, width=768)
+        ids, tables = meta(16384, dtype=torch.int64), (meta(n, 768) for n in (30522, 512, 2))
+        call = functools.partial(
+            kernels.embedding_forward, ids, ids, ids, *tables, meta(768), meta(768), 1e-12, dtype,
+            True,
+        )  # fmt: skip
+        yield str(work).replace("layer_norm", "embedding + layer_norm"), work, call
 
 
 # ------------------------------------------------------------------------------------------------
@@ -196,7 +227,10 @@ def recorded(chip=80):
     before, common.compiling_for = common.compiling_for, chip
     launches, run = [], JITFunction.run
 
-    def record(kernel, *args, grid, warmup=False, num_warps=4, num_stages=3, **kwargs):
+    def record(
+        kernel, *args, grid, warmup=False, num_warps=4, num_stages=3, debug=False,
+        sanitize_overflow=True, **kwargs,
+    ):  # fmt: skip
         given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         signature, constants, aligned = [], [], []
         for i, parameter in enumerate(kernel.params):
@@ -211,9 +245,10 @@ def recorded(chip=80):
             signature.append((name, kind))
         launches.append(
             Launch(
-                kernel, tuple(signature), tuple(constants), tuple(aligned), num_warps, num_stages
+                kernel, tuple(signature), tuple(constants), tuple(aligned), num_warps, num_stages,
+                debug,
             )
-        )
+        )  # fmt: skip
 
     JITFunction.run = record
     try:
@@ -226,6 +261,8 @@ def _type_of(value):
     """Triton's type of an argument."""
     if isinstance(value, torch.Tensor):
         return TYPES[value.dtype]
+    if hasattr(value, "block_shape"):
+        return f"tensordesc<{TYPES[value.base.dtype][1:]}{list(value.block_shape)}>"
     if isinstance(value, float):
         return "fp32"
     return "i32" if isinstance(value, (str, bool)) or -(2**31) <= value < 2**31 else "i64"
@@ -244,7 +281,10 @@ def compile(launch, chip):
     )  # fmt: skip
     kernel = triton.compile(
         source, target=GPUTarget("cuda", chip, 32),
-        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
+        options={
+            "num_warps": launch.num_warps, "num_stages": launch.num_stages, "debug": launch.debug,
+            "sanitize_overflow": False,
+        },
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:
         cubin = Path(scratch) / "kernel.cubin"

@@ -106,7 +106,7 @@ class Linear(nn.Linear):
         """GELU(x Wᵀ + bias)"""
         if out is not None and self._use_packed(x):
             return self.packed.forward(x, self.weight, self.bias, approximate, out, workspace)
-        return ops.gelu(self.matmul(x, out, workspace), self.bias, approximate=approximate, out=out)
+        return ops.linear_gelu(x, self.weight, self.bias, approximate=approximate, out=out)
 
     def _use_packed(self, x):
         return self.packed is not None and ops.can_use_packed(self.packed, self.weight, x.shape[0])
@@ -189,13 +189,10 @@ class Embeddings(nn.Module):
 
     def forward(self, input_ids, position_ids, token_type_ids):
         """Packed ids (total_tokens,); token_type_ids None means all 0."""
-        rest = self.position(position_ids)
-        if token_type_ids is not None:
-            rest = rest + self.token_type(token_type_ids)
-        x = ops.layer_norm(
-            self.word(input_ids), self.norm.weight, self.norm.bias, residual=rest,
-            linear_bias=self.token_type.weight[0] if token_type_ids is None else None,
-            eps=self.norm.eps,
+        x = ops.embedding_layer_norm(
+            input_ids, position_ids, token_type_ids, self.word.weight, self.position.weight,
+            self.token_type.weight, self.norm.weight, self.norm.bias, eps=self.norm.eps,
+            padding_idx=self.word.padding_idx,
         )  # fmt: skip
         return self.dropout(x)
 

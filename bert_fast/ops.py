@@ -13,6 +13,7 @@ import itertools
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bert_fast import backends, reference
@@ -117,7 +118,15 @@ def _check_dropout(dropout_p, seed, device):
     return torch.tensor([seed], dtype=torch.int64, device=device)
 
 
-def _check_out(out, like, needs_grad):
+def _check_approximate(approximate):
+    _check(
+        approximate in ("none", "tanh"),
+        f"approximate must be 'none' or 'tanh', not {approximate!r}",
+    )
+
+
+def _check_out(out, like, needs_grad, device=None):
+    device = device or like.device
     _check(
         not needs_grad,
         "out= writes in place, which autograd cannot follow: call without out, or under "
@@ -125,8 +134,8 @@ def _check_out(out, like, needs_grad):
         RuntimeError,
     )
     _check(
-        out.shape == like.shape and out.dtype == like.dtype and out.device == like.device,
-        f"out must be {_shape(like)} {like.dtype} on {like.device}, "
+        out.shape == like.shape and out.dtype == like.dtype and out.device == device,
+        f"out must be {_shape(like)} {like.dtype} on {device}, "
         f"not {_shape(out)} {out.dtype} on {out.device}",
     )
     _check(out.is_contiguous(), "out must be contiguous")
@@ -271,6 +280,49 @@ def _gelu_backward(dout, x, bias, approximate, backend):
     return dx, x.new_empty(0, dtype=torch.float32) if dbias is None else dbias
 
 
+@_define(
+    "linear_gelu(Tensor x, Tensor weight, Tensor? bias, str approximate, bool training, "
+    "str backend) -> (Tensor, Tensor)"
+)
+def _linear_gelu(x, weight, bias, approximate, training, backend):
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    out, product = backends.module(backend).linear_gelu_forward(
+        rows, weight.contiguous(), bias, approximate, training
+    )
+    out = out.view(*x.shape[:-1], weight.shape[0])
+    return out, x.new_empty(0) if product is None else product.view_as(out)
+
+
+@_define(
+    "linear_gelu_backward(Tensor dout, Tensor product, Tensor? bias, Tensor weight, "
+    "str approximate, str backend) -> (Tensor, Tensor, Tensor)"
+)
+def _linear_gelu_backward(dout, product, bias, weight, approximate, backend):
+    width = dout.shape[-1]
+    dx, dproduct, dbias = backends.module(backend).linear_gelu_backward(
+        dout.reshape(-1, width).contiguous(), product.view(-1, width), bias, weight.contiguous(),
+        approximate,
+    )  # fmt: skip
+    dx = dx.view(*dout.shape[:-1], weight.shape[1])
+    dbias = dout.new_empty(0, dtype=torch.float32) if dbias is None else dbias
+    return dx, dproduct.view(dout.shape), dbias
+
+
+@_define(
+    "embedding_layer_norm(Tensor input_ids, Tensor position_ids, Tensor? token_type_ids, "
+    "Tensor word, Tensor position, Tensor token_type, Tensor weight, Tensor bias, float eps, "
+    "int padding_idx, ScalarType dtype, bool training, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+def _embedding_layer_norm(input_ids, position_ids, token_type_ids, *rest):
+    *tables, weight, bias, eps, _, dtype, training, backend = rest
+    ids = (None if i is None else i.contiguous() for i in (input_ids, position_ids, token_type_ids))
+    out, *saved = backends.module(backend).embedding_forward(
+        *ids, *(t.contiguous() for t in tables), weight, bias, eps, dtype, training
+    )
+    return out, *(out.new_empty(0) if t is None else t for t in saved)
+
+
 # ---- fake: shapes and dtypes alone ----
 
 
@@ -330,6 +382,32 @@ def _(x, bias, approximate, backend):
 def _(dout, x, bias, approximate, backend):
     width = 0 if bias is None else x.shape[-1]
     return _contiguous_like(x), x.new_empty((width,), dtype=torch.float32)
+
+
+@_fake("linear_gelu")
+def _(x, weight, bias, approximate, training, backend):
+    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return out, x.new_empty(out.shape if training else (0,))
+
+
+@_fake("linear_gelu_backward")
+def _(dout, product, bias, weight, approximate, backend):
+    dx = dout.new_empty((*dout.shape[:-1], weight.shape[1]))
+    return (
+        dx,
+        _contiguous_like(dout),
+        dout.new_empty((0 if bias is None else dout.shape[-1],), dtype=torch.float32),
+    )
+
+
+@_fake("embedding_layer_norm")
+def _(input_ids, position_ids, token_type_ids, word, *rest):
+    *_, dtype, training, _ = rest
+    rows, width = input_ids.numel() if training else 0, word.shape[1]
+    out = word.new_empty((input_ids.numel(), width), dtype=dtype)
+    total = out.new_empty((rows, width) if training else (0,))
+    kind = torch.float32 if training else dtype
+    return out, total, *(word.new_empty((rows,), dtype=kind) for _ in range(2))
 
 
 # ---- autograd ----
@@ -407,13 +485,57 @@ def _gelu_autograd(ctx, dout):
     return dx, None if bias is None else dbias.to(bias.dtype), None, None
 
 
+def _save_linear_gelu(ctx, inputs, output):
+    x, weight, bias, ctx.approximate, _, ctx.backend = inputs
+    _, product = output
+    ctx.mark_non_differentiable(product)
+    ctx.save_for_backward(x, weight, bias, product)
+
+
+def _linear_gelu_autograd(ctx, dout, _):
+    x, weight, bias, product = ctx.saved_tensors
+    dx, dproduct, dbias = torch.ops.bert_fast.linear_gelu_backward(
+        dout, product, bias, weight, ctx.approximate, ctx.backend
+    )
+    dweight = None
+    if ctx.needs_input_grad[1]:
+        dweight = dproduct.reshape(-1, dproduct.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+    return dx, dweight, None if bias is None else dbias.to(bias.dtype), None, None, None
+
+
+def _save_embedding_layer_norm(ctx, inputs, output):
+    *ids, word, position, token_type, weight, bias, _, ctx.padding_idx, _, _, ctx.backend = inputs
+    _, total, mean, rstd = output
+    ctx.mark_non_differentiable(total, mean, rstd)
+    ctx.save_for_backward(*ids, total, mean, rstd, weight)
+    ctx.tables = [(t.shape[0], t.dtype) for t in (word, position, token_type)]
+    ctx.bias_dtype = bias.dtype
+
+
+def _embedding_layer_norm_autograd(ctx, dout, *_):
+    *ids, total, mean, rstd, weight = ctx.saved_tensors
+    _, dsum, dweight, dbias, _ = torch.ops.bert_fast.layer_norm_backward(
+        dout, total, mean, rstd, weight, False, 0.0, None, ctx.backend
+    )
+    if ids[2] is None:
+        ids[2] = torch.zeros_like(ids[0])
+    dtables = [
+        torch.ops.aten.embedding_dense_backward(dsum.to(dtype), i, count, padding, False)
+        if needed else None
+        for i, (count, dtype), padding, needed in zip(
+            ids, ctx.tables, (ctx.padding_idx, -1, -1), ctx.needs_input_grad[3:6], strict=True
+        )
+    ]  # fmt: skip
+    return *[None] * 3, *dtables, dweight.to(weight.dtype), dbias.to(ctx.bias_dtype), *[None] * 5
+
+
 def _no_second_order(ctx, *_):
     raise NotImplementedError(
         "bert_fast's kernels have no second derivative; backend='eager' has every one"
     )
 
 
-for _name in ("attention", "attention_qkv", "layer_norm", "gelu"):
+for _name in ("attention", "attention_qkv", "layer_norm", "gelu", "linear_gelu"):
     torch.library.register_autograd(f"bert_fast::{_name}_backward", _no_second_order, lib=_library)
 
 for _name, _backward, _save in (
@@ -421,6 +543,8 @@ for _name, _backward, _save in (
     ("attention_qkv", _attention_qkv_autograd, _save_attention),
     ("layer_norm", _layer_norm_autograd, _save_layer_norm),
     ("gelu", _gelu_autograd, _save_gelu),
+    ("linear_gelu", _linear_gelu_autograd, _save_linear_gelu),
+    ("embedding_layer_norm", _embedding_layer_norm_autograd, _save_embedding_layer_norm),
 ):
     torch.library.register_autograd(
         f"bert_fast::{_name}", _backward, setup_context=_save, lib=_library
@@ -429,6 +553,8 @@ _register_autocast("attention", 3)
 _register_autocast("attention_qkv", 1)
 _register_autocast("layer_norm", 2)
 _register_autocast("gelu", 0)
+_register_autocast("linear_gelu", 2)
+_register_autocast("embedding_layer_norm", 0)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -649,10 +775,7 @@ def gelu(x, bias=None, *, approximate="none", backend=None, out=None):
     _check_tensors(("x", x), bias=bias)
     _check(x.ndim >= 1 and x.shape[-1] >= 1, f"x must be (..., width), not {_shape(x)}")
     _check_vector("bias", bias, x.shape[-1])
-    _check(
-        approximate in ("none", "tanh"),
-        f"approximate must be 'none' or 'tanh', not {approximate!r}",
-    )
+    _check_approximate(approximate)
     needs_grad = _needs_grad(x, bias)
     name = backends.choose("gelu", x.device.type, x.dtype, needs_grad, backend)
     if out is not None:
@@ -663,3 +786,126 @@ def gelu(x, bias=None, *, approximate="none", backend=None, out=None):
     if out is not None:
         return backends.module(name).gelu_forward(x.contiguous(), bias, approximate, out=out)
     return torch.ops.bert_fast.gelu(x, bias, approximate, name)
+
+
+def linear_gelu(x, weight, bias=None, *, approximate="none", backend=None, out=None):
+    """GELU(x Wᵀ + bias): a linear layer and the activation after it.
+
+    One kernel where the backend has one and it is known to win (see :mod:`bert_fast.backends`), or
+    was asked for by name; else torch's product and :func:`gelu`.
+
+    Args:
+        x: (..., width).
+        weight: (out_width, width), x's dtype.
+        bias: (out_width,), any float dtype.
+        approximate, backend: as in :func:`gelu`.
+        out: (..., out_width), written and returned; inference alone.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+        BackendUnavailableError: the backend asked for cannot run this.
+    """
+    _check_tensors(("x", x), weight=weight, bias=bias)
+    x, weight = _autocast(x, weight)
+    _check(x.ndim >= 1 and x.shape[-1] >= 1, f"x must be (..., width), not {_shape(x)}")
+    _check_same_dtype(("x", x), weight=weight)
+    _check(
+        weight.ndim == 2 and weight.shape[0] >= 1 and weight.shape[1] == x.shape[-1],
+        f"weight must be (out_width, {x.shape[-1]}), not {_shape(weight)}",
+    )
+    _check_vector("bias", bias, weight.shape[0])
+    _check_approximate(approximate)
+    needs_grad = _needs_grad(x, weight, bias)
+    name = backends.choose("linear_gelu", x.device.type, x.dtype, needs_grad, backend)
+    if out is not None:
+        like = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device="meta")
+        _check_out(out, like, needs_grad, x.device)
+    if name != "eager":
+        result, _ = torch.ops.bert_fast.linear_gelu(x, weight, bias, approximate, needs_grad, name)
+        return result if out is None else out.copy_(result)
+    if out is None:
+        return gelu(F.linear(x, weight), bias, approximate=approximate, backend=backend)
+    product = torch.mm(x.reshape(-1, x.shape[-1]), weight.t(), out=out.view(-1, weight.shape[0]))
+    return gelu(product, bias, approximate=approximate, backend=backend, out=product).view(
+        out.shape
+    )
+
+
+def _check_in_tables(ids, tables):
+    """What torch's embedding checks, where the values can be seen; on a device the kernel does."""
+    for (name, tensor), table in zip(ids.items(), tables, strict=True):
+        if tensor is not None and is_concrete(tensor) and tensor.numel():
+            low, high = (int(bound) for bound in torch.aminmax(tensor))
+            _check(
+                low >= 0 and high < len(table),
+                f"{name} out of range: {low} to {high}, the table has 0 to {len(table) - 1}",
+                IndexError,
+            )
+
+
+def embedding_layer_norm(
+    input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, *,
+    eps=1e-12, padding_idx=None, backend=None,
+):  # fmt: skip
+    """LN(word[input_ids] + position[position_ids] + token_type[token_type_ids]) · weight + bias.
+
+    Args:
+        input_ids, position_ids, token_type_ids: packed, (total_tokens,), int32 or int64;
+            token_type_ids None means all 0. Ids outside of their tables are torch's own errors.
+        word, position, token_type: embedding tables, (number, hidden).
+        weight, bias, eps: layer-norm's, as in :func:`layer_norm`.
+        padding_idx: the row of ``word`` that gets no gradient.
+
+    Returns:
+        (total_tokens, hidden); under autocast in its dtype, else in the tables'.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+        BackendUnavailableError: the backend asked for cannot run this.
+    """
+    _check_tensors(
+        ("word", word), position=position, token_type=token_type, weight=weight, bias=bias
+    )
+    _check_same_dtype(("word", word), position=position, token_type=token_type)
+    for name, table in (("word", word), ("position", position), ("token_type", token_type)):
+        _check(
+            table.ndim == 2 and table.shape[1] == word.shape[1] >= 1,
+            f"{name} must be (number, {word.shape[-1]}), not {_shape(table)}",
+        )
+    ids = {
+        "input_ids": input_ids, "position_ids": position_ids, "token_type_ids": token_type_ids
+    }  # fmt: skip
+    for name, tensor in ids.items():
+        if tensor is None and name == "token_type_ids":
+            continue
+        _check(
+            isinstance(tensor, Tensor) and tensor.dtype in (torch.int32, torch.int64),
+            f"{name} must be an int64 or int32 tensor", TypeError,
+        )  # fmt: skip
+        _check(
+            tensor.ndim == 1 and tensor.shape == input_ids.shape,
+            f"{name} must be packed, (total_tokens,), and like input_ids, not {_shape(tensor)}",
+        )
+        _check(tensor.device == word.device, f"{name} is on {tensor.device}, word on {word.device}")
+    _check_vector("weight", weight, word.shape[1])
+    _check_vector("bias", bias, word.shape[1])
+    needs_grad = _needs_grad(word, position, token_type, weight, bias)
+    device, width = word.device.type, word.shape[1]
+    name = backends.choose("embedding_layer_norm", device, word.dtype, needs_grad, backend, width)
+    if name != "eager":
+        _check_in_tables(ids, (word, position, token_type))
+        on = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if on else word.dtype
+        return torch.ops.bert_fast.embedding_layer_norm(
+            input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps,
+            -1 if padding_idx is None else padding_idx, dtype, needs_grad, name,
+        )[0]  # fmt: skip
+    rest, first = F.embedding(position_ids, position), None
+    if token_type_ids is None:
+        first = token_type[0]
+    else:
+        rest = rest + F.embedding(token_type_ids, token_type)
+    return layer_norm(
+        F.embedding(input_ids, word, padding_idx), weight, bias, residual=rest, linear_bias=first,
+        eps=eps, backend=backend,
+    )  # fmt: skip

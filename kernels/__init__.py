@@ -4,14 +4,19 @@ The functions here take tensors that ops.py has validated, with the signatures o
 """
 
 from bert_fast.kernels.attention import attention_backward, attention_forward
+from bert_fast.kernels.embedding import embedding_forward
 from bert_fast.kernels.gelu import gelu_backward, gelu_forward
 from bert_fast.kernels.layer_norm import layer_norm_backward, layer_norm_forward
+from bert_fast.kernels.linear_gelu import linear_gelu_backward, linear_gelu_forward
 
 __all__ = [
     "attention_backward",
     "attention_forward",
+    "embedding_forward",
     "gelu_backward",
     "gelu_forward",
     "layer_norm_backward",
     "layer_norm_forward",
+    "linear_gelu_backward",
+    "linear_gelu_forward",
 ]

@@ -19,7 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from bert_fast.kernels.common import INTERPRETED, capability, dot, keep_mask, seed_or, threshold
+from bert_fast.kernels import tuning
+from bert_fast.kernels.common import capability, dot, keep_mask, precision, seed_or, threshold
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -296,33 +297,38 @@ def _backward_kv(
 # Launch
 # ------------------------------------------------------------------------------------------------
 
-# The padded head_dim -> BLOCK_M, BLOCK_N, warps, stages; float32 (plain FMA) apart, then by chip:
-# 90 and 100 have instructions of 64 rows, the others share mma.sync. What spills no register and
-# fits the shared memory of every chip (`bert-fast inspect`); no time has been measured yet.
+# The padded head_dim -> BLOCK_M, BLOCK_N, warps, stages; plain FMA (float32, and any dtype before
+# 8.0) apart, then by chip: 90 and 100 have instructions of 64 rows, the others share mma.sync. What
+# spills no register and fits every chip's shared memory (`bert-fast inspect`); no time has been
+# measured yet.
 FORWARD = {
-    "float32": {32: (64, 32, 8, 2), 64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 16, 1)},
+    "fma": {32: (64, 32, 8, 2), 64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 16, 1)},
     "mma": {32: (64, 64, 4, 3), 64: (64, 32, 4, 3), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
     90: {32: (128, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 32, 8, 2), 256: (64, 32, 8, 1)},
     100: {32: (128, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 32, 8, 2), 256: (64, 32, 8, 1)},
 }
 BACKWARD = {
-    "float32": {32: (32, 32, 8, 1), 64: (32, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 32, 16, 1)},
+    "fma": {32: (32, 32, 8, 1), 64: (32, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 16, 1)},
     "mma": {32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (64, 32, 8, 1), 256: (16, 32, 8, 1)},
     90: {32: (64, 64, 4, 2), 64: (64, 64, 8, 2), 128: (64, 32, 8, 1), 256: (32, 32, 8, 1)},
     100: {32: (64, 64, 4, 2), 64: (64, 64, 8, 2), 128: (64, 64, 8, 1), 256: (32, 32, 8, 1)},
 }
 
 
-def settings(table, head_dim, dtype, device):
+# Forward on tensor cores, head_dim <= 64, where no sequence is longer than this: one block of keys.
+SHORT = {64: (64, 64, 4, 1), 128: (128, 128, 8, 1)}
+
+
+def settings(table, head_dim, dtype, device, longest):
     """BLOCK_D and the table's entry for it."""
     block_d, chip = max(32, triton.next_power_of_2(head_dim)), capability(device)
-    kind = "float32" if dtype == torch.float32 else chip if chip in table else "mma"
+    fma = dtype == torch.float32 or chip < 80  # Triton has no tensor-core instruction for 7.5
+    kind = "fma" if fma else chip if chip in table else "mma"
+    if table is FORWARD and not fma and block_d <= 64:
+        for short, entry in SHORT.items():
+            if longest <= short:
+                return block_d, *entry
     return block_d, *table[kind][block_d]
-
-
-def _precision():
-    """float32 in true float32, unless torch may use TF32."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 and not INTERPRETED else "ieee"
 
 
 def _strides(*tensors):
@@ -332,8 +338,21 @@ def _strides(*tensors):
 def _common(q, bias, causal, dropout_p):
     return {
         "CAUSAL": causal, "DROPOUT": dropout_p > 0, "HAS_BIAS": bias is not None,
-        "HEAD_DIM": q.shape[2], "PRECISION": _precision(),
+        "HEAD_DIM": q.shape[2], "PRECISION": precision(),
     }  # fmt: skip
+
+
+def _candidates(block_d):
+    """What BERT_FAST_AUTOTUNE tries beside the table."""
+    blocks = [(128, 128), (128, 64), (64, 128), (64, 64), (64, 32), (32, 32)]
+    fitting = [pair for pair in blocks if sum(pair) * block_d <= 32768] or [(32, 32)]
+    return [(*pair, warps, stages) for pair in fitting for warps in (4, 8) for stages in (1, 2, 3)]
+
+
+def _kind(q, longest, causal, bias, dropout_p):
+    """What the fastest settings depend on; lengths by powers of two."""
+    longest = triton.next_power_of_2(max(longest, 1))
+    return q.dtype, q.shape[1:], longest, causal, bias is not None, dropout_p > 0
 
 
 def attention_forward(
@@ -344,15 +363,21 @@ def attention_forward(
     out = q.new_empty(q.shape) if out is None else out
     lse = torch.empty(heads, total_q, dtype=torch.float32, device=q.device)
     batch = cu_q.numel() - 1
-    if total_q:
-        BLOCK_D, BLOCK_M, BLOCK_N, warps, stages = settings(FORWARD, head_dim, q.dtype, q.device)
+    block_d, *table = settings(FORWARD, head_dim, q.dtype, q.device, max_k)
+
+    def launch(chosen):
+        BLOCK_M, BLOCK_N, warps, stages = chosen
         _forward[(total_q // BLOCK_M + batch + 1, heads)](
             q, k, v, q if bias is None else bias.contiguous(), out, lse, cu_q, cu_k,
             seed_or(seed, cu_q), *_strides(q, k, v, out), batch, total_q, heads, scale,
             threshold(dropout_p), 1.0 / (1.0 - dropout_p), ONE_BLOCK=max_k <= BLOCK_N,
-            BLOCK_D=BLOCK_D, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=warps, num_stages=stages,
+            BLOCK_D=block_d, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=warps, num_stages=stages,
             **_common(q, bias, causal, dropout_p),
         )  # fmt: skip
+
+    if total_q:
+        kind = _kind(q, max_k, causal, bias, dropout_p)
+        tuning.run("attention.forward", kind, tuple(table), _candidates(block_d), launch)
     return out, lse
 
 
@@ -363,27 +388,37 @@ def attention_backward(
     cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
     (total_q, heads, head_dim), total_k = q.shape, k.shape[0]
     batch = cu_q.numel() - 1
-    BLOCK_D, BLOCK_M, BLOCK_N, warps, stages = settings(BACKWARD, head_dim, q.dtype, q.device)
+    block_d, *table = settings(BACKWARD, head_dim, q.dtype, q.device, max_k)
     delta = torch.empty_like(lse)
-    blocks = {"BLOCK_D": BLOCK_D, "BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}
-    launch = {"num_warps": warps, "num_stages": stages}
-    common = _common(q, bias, causal, dropout_p) | blocks | launch
+    common = _common(q, bias, causal, dropout_p) | {"BLOCK_D": block_d}
+    kind = _kind(q, max_k, causal, bias, dropout_p)
     bias = q if bias is None else bias.contiguous()
     inputs = dout, q, k, v, bias, lse, delta
     numbers = heads, scale, threshold(dropout_p), 1.0 / (1.0 - dropout_p)
     seed = seed_or(seed, cu_q)
-    if total_q:
-        block = 2048 // BLOCK_D
-        _delta[(triton.cdiv(total_q, block), heads)](
-            dout, out, delta, *_strides(dout, out), total_q, HEAD_DIM=head_dim, BLOCK_D=BLOCK_D,
-            BLOCK=block,
-        )  # fmt: skip
+
+    def launch_q(chosen):
+        BLOCK_M, BLOCK_N, warps, stages = chosen
         _backward_q[(total_q // BLOCK_M + batch + 1, heads)](
             *inputs, dq, cu_q, cu_k, seed, *_strides(dout, q, k, v, dq), batch, total_q, *numbers,
-            **common,
+            **common, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=warps, num_stages=stages,
         )  # fmt: skip
-    if total_k:
+
+    def launch_kv(chosen):
+        BLOCK_M, BLOCK_N, warps, stages = chosen
         _backward_kv[(total_k // BLOCK_N + batch + 1, heads)](
             *inputs, dk, dv, cu_q, cu_k, seed, *_strides(dout, q, k, v, dk, dv), batch, total_q,
-            total_k, *numbers, **common,
+            total_k, *numbers, **common, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=warps,
+            num_stages=stages,
         )  # fmt: skip
+
+    candidates = _candidates(2 * block_d)
+    if total_q:
+        block = 2048 // block_d
+        _delta[(triton.cdiv(total_q, block), heads)](
+            dout, out, delta, *_strides(dout, out), total_q, HEAD_DIM=head_dim, BLOCK_D=block_d,
+            BLOCK=block,
+        )  # fmt: skip
+        tuning.run("attention.backward_q", kind, tuple(table), candidates, launch_q)
+    if total_k:
+        tuning.run("attention.backward_kv", kind, tuple(table), candidates, launch_kv)

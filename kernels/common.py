@@ -62,10 +62,11 @@ def sum_partials(partials, out, count, width, ROWS: tl.constexpr, BLOCK: tl.cons
     tl.store(out + col, tl.sum(total, 0), col < width)
 
 
-def summed(partials):
+def summed(partials, out=None):
     """The column sums of a (count, width) float32 tensor, by one kernel, in a fixed order."""
     count, width = partials.shape
-    out = torch.empty(width, dtype=torch.float32, device=partials.device)
+    if out is None:
+        out = torch.empty(width, dtype=torch.float32, device=partials.device)
     if width:
         sum_partials[(triton.cdiv(width, 64),)](partials, out, count, width, ROWS=32, BLOCK=64)
     return out
@@ -91,6 +92,11 @@ def _capability(device):
 def capability(device):
     """The chip's compute capability as one number, 90 for 9.0."""
     return _capability(device) if device.type == "cuda" else compiling_for
+
+
+def precision():
+    """float32 in true float32, unless torch may use TF32."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 and not INTERPRETED else "ieee"
 
 
 def threshold(dropout_p):

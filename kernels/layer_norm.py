@@ -20,6 +20,24 @@ from bert_fast.kernels.common import keep_mask, processors, seed_or, summed, thr
 STREAM = tl.constexpr(0xFFFFFFFF)  # dropout's fourth counter word: no attention's sequence
 
 
+@triton.jit
+def normalise(s, weight, bias, out, mean, rstd, row, col, rows, width, eps, SAVE: tl.constexpr):
+    """Stores LN(s) * weight + bias of whole rows and, with SAVE, their mean and rstd."""
+    inside = (row < rows)[:, None] & (col < width)[None, :]
+    s = tl.where(inside, s, 0.0)
+    center = tl.sum(s, 1) / width
+    deviation = tl.where(inside, s - center[:, None], 0.0)
+    inverse = 1.0 / tl.sqrt(tl.sum(deviation * deviation, 1) / width + eps)
+    if SAVE:
+        tl.store(mean + row, center, row < rows)
+        tl.store(rstd + row, inverse, row < rows)
+    gain = tl.load(weight + col, col < width, 0.0).to(tl.float32)[None, :]
+    shift = tl.load(bias + col, col < width, 0.0).to(tl.float32)[None, :]
+    y = deviation * inverse[:, None] * gain + shift
+    at = row.to(tl.int64)[:, None] * width + col[None, :]
+    tl.store(out + at, y.to(out.dtype.element_ty), inside)
+
+
 @triton.jit(do_not_specialize=["rows", "cut"])
 def _forward(
     x,  # (rows, width)
@@ -60,17 +78,7 @@ def _forward(
         s += tl.load(residual + at, inside, 0.0).to(tl.float32)
     if SAVE_TOTAL:
         tl.store(total + at, s.to(total.dtype.element_ty), inside)
-    s = tl.where(inside, s, 0.0)
-    center = tl.sum(s, 1) / width
-    deviation = tl.where(inside, s - center[:, None], 0.0)
-    inverse = 1.0 / tl.sqrt(tl.sum(deviation * deviation, 1) / width + eps)
-    if SAVE_STATISTICS:
-        tl.store(mean + row, center, row < rows)
-        tl.store(rstd + row, inverse, row < rows)
-    gain = tl.load(weight + col, col < width, 0.0).to(tl.float32)[None, :]
-    shift = tl.load(bias + col, col < width, 0.0).to(tl.float32)[None, :]
-    y = deviation * inverse[:, None] * gain + shift
-    tl.store(out + at, y.to(out.dtype.element_ty), inside)
+    normalise(s, weight, bias, out, mean, rstd, row, col, rows, width, eps, SAVE_STATISTICS)
 
 
 @triton.jit(do_not_specialize=["rows", "cut"])
@@ -127,7 +135,7 @@ def _backward(
         tl.store(at + 2 * programs * width, dlinear_bias, col < width)
 
 
-def _tile(width, elements):
+def tile(width, elements):
     """Rows and columns of a program's tile, of about so many elements, and its warps. Not measured:
     what spills no register (`bert-fast inspect`)."""
     block = max(16, triton.next_power_of_2(width))
@@ -147,7 +155,7 @@ def layer_norm_forward(
         torch.empty(rows, dtype=torch.float32, device=x.device) if training else None
         for _ in range(2)
     )
-    ROWS, BLOCK, warps = _tile(width, 8192 // x.element_size())
+    ROWS, BLOCK, warps = tile(width, 8192 // x.element_size())
     if rows:
         _forward[(triton.cdiv(rows, ROWS),)](
             x, x if residual is None else residual, x if linear_bias is None else linear_bias,
@@ -168,7 +176,7 @@ def layer_norm_backward(dout, total, mean, rstd, weight, has_linear_bias, dropou
     rows = total.numel() // width
     dresidual = torch.empty_like(total)
     dx = torch.empty_like(total) if dropout_p > 0 else None
-    ROWS, BLOCK, warps = _tile(width, 4096 // total.element_size())
+    ROWS, BLOCK, warps = tile(width, 4096 // total.element_size())
     programs = processors(total.device)  # it alone sets the order of the sums
     sums = 3 if has_linear_bias else 2
     partials = torch.empty(sums, programs, width, dtype=torch.float32, device=total.device)

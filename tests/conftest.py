@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import bert_fast
-from bert_fast import _C
+from bert_fast import _C, backends
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 if not torch.cuda.is_available():  # Triton's kernels then run in its interpreter, on CPU tensors
@@ -40,6 +40,12 @@ TRITON = [
     pytest.param("triton-cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(
         not HAS_GPU, reason="needs an NVIDIA GPU; its interpreted twin ran without one")]),
 ] if HAS_TRITON else []  # fmt: skip
+
+# The backends that take CPU tensors here: on drawn inputs all of them are compared.
+KERNELS = [
+    name for name in backends.SUPPORT
+    if backends.why_not(name, "gelu", "cpu", torch.float32, needs_grad=True) is None
+]  # fmt: skip
 
 
 @pytest.fixture(params=["eager", *(f"cpu-{isa}" for isa in ISAS), *TRITON])
@@ -109,17 +115,17 @@ def _largest(x):
     return x.abs().max().item()
 
 
+def run_with_gradients(function, inputs, dout, dtype):
+    """Runs function(*inputs) and its backward; returns output and gradients, detached."""
+    inputs = [None if t is None else t.detach().to(dtype).requires_grad_() for t in inputs]
+    out = function(*inputs)
+    wanted = [t for t in inputs if t is not None]
+    return [out.detach(), *torch.autograd.grad(out, wanted, dout.to(out.dtype))]
+
+
 @pytest.fixture
 def gradients():
-    """Runs function(*inputs) and its backward; returns output and gradients, detached."""
-
-    def run(function, inputs, dout, dtype):
-        inputs = [None if t is None else t.detach().to(dtype).requires_grad_() for t in inputs]
-        out = function(*inputs)
-        wanted = [t for t in inputs if t is not None]
-        return [out.detach(), *torch.autograd.grad(out, wanted, dout.to(out.dtype))]
-
-    return run
+    return run_with_gradients
 
 
 def cu_seqlens(lengths):

@@ -4,7 +4,15 @@ import math
 
 import pytest
 import torch
-from conftest import DTYPES, assert_within, same_bits_at_any_thread_count
+from conftest import (
+    DTYPES,
+    KERNELS,
+    assert_within,
+    run_with_gradients,
+    same_bits_at_any_thread_count,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import bert_fast
 from bert_fast import ops
@@ -12,16 +20,12 @@ from bert_fast import ops
 SHAPES = [(1, 16), (7, 3072), (63, 77), (513, 16), (0, 64), (2, 5, 33)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("approximate", ["none", "tanh"])
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_forward_and_backward(backend, gradients, dtype, shape, approximate, with_bias):
+def check(gradients, dtype, shape, approximate, with_bias, backend=None):
     x, dout = torch.randn(2, *shape, dtype=torch.float64) * 3
     bias = torch.randn(shape[-1], dtype=torch.float64) if with_bias else None
     x, dout, bias = (t if t is None else t.to(dtype).double() for t in (x, dout, bias))
 
-    def run(x, bias, backend=None):
+    def run(x, bias, backend=backend):
         return ops.gelu(x, bias, approximate=approximate, backend=backend)
 
     def eager(x, bias):
@@ -33,6 +37,36 @@ def test_forward_and_backward(backend, gradients, dtype, shape, approximate, wit
         gradients(eager, (x, bias), dout, torch.float64),
         name="out, dx, dbias",
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_forward_and_backward(backend, gradients, dtype, shape, approximate, with_bias):
+    check(gradients, dtype, shape, approximate, with_bias)
+
+
+drawn = given(
+    shape=st.tuples(st.integers(0, 70), st.integers(1, 300)),
+    approximate=st.sampled_from(["none", "tanh"]),
+    with_bias=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**30),
+)
+
+
+def check_drawn(shape, approximate, with_bias, dtype, seed):
+    """All backends that take CPU tensors, on the same inputs."""
+    for name in KERNELS:
+        torch.manual_seed(seed)
+        check(run_with_gradients, dtype, shape, approximate, with_bias, backend=name)
+
+
+test_drawn_shapes = settings(deadline=None, max_examples=25)(drawn(check_drawn))
+test_drawn_shapes_long = pytest.mark.full(
+    settings(deadline=None, max_examples=150)(drawn(check_drawn))
+)
 
 
 def every_value(dtype):

@@ -5,7 +5,13 @@ import math
 
 import pytest
 import torch
-from conftest import DTYPES, assert_within, same_bits_at_any_thread_count
+from conftest import (
+    DTYPES,
+    KERNELS,
+    assert_within,
+    run_with_gradients,
+    same_bits_at_any_thread_count,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -125,20 +131,25 @@ def test_bitwise_repeatable_at_any_thread_count():
     same_bits_at_any_thread_count(run)
 
 
-@settings(deadline=None, max_examples=30)
-@given(
+drawn = given(
     shape=st.tuples(st.integers(0, 70), st.integers(4, 300)),
     options=st.tuples(st.booleans(), st.booleans(), st.sampled_from([0.0, 0.2])),
     dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**30),
 )
-def test_drawn_shapes(shape, options, dtype):
-    def gradients(function, inputs, dout, dtype):
-        inputs = [None if t is None else t.detach().to(dtype).requires_grad_() for t in inputs]
-        out = function(*inputs)
-        wanted = [t for t in inputs if t is not None]
-        return [out.detach(), *torch.autograd.grad(out, wanted, dout.to(out.dtype))]
 
-    check(gradients, dtype, *options, shape, backend="cpu")
+
+def check_drawn(shape, options, dtype, seed):
+    """All backends that take CPU tensors, on the same inputs."""
+    for name in KERNELS:
+        torch.manual_seed(seed)
+        check(run_with_gradients, dtype, *options, shape, backend=name)
+
+
+test_drawn_shapes = settings(deadline=None, max_examples=25)(drawn(check_drawn))
+test_drawn_shapes_long = pytest.mark.full(
+    settings(deadline=None, max_examples=150)(drawn(check_drawn))
+)
 
 
 BAD = [

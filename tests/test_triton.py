@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import cu_seqlens
+from conftest import HAS_GPU, cu_seqlens
 
 import bert_fast
 from bert_fast import ops
@@ -36,8 +36,11 @@ def compiling(*command, cwd=ROOT):
     )  # fmt: skip
 
 
-# Falls short: the widest heads in float32, where no tile that was tried leaves a register free.
-WIDE_FLOAT32 = re.compile(r"attention, .* heads of 256, .*float32")
+# Falls short: the widest heads with dropout in float32, where no tile that was tried leaves a
+# register free; and before 8.0 those heads' backward needs more shared memory than there is, which
+# backends.SUPPORT knows.
+WIDE_FLOAT32 = re.compile(r"attention, .* heads of 256, .*dropout 0.1, backward, float32")
+TOO_WIDE_FOR_75 = re.compile(r"attention, .* heads of 256, .*backward")
 
 
 def inspected(tmp_path, *options):
@@ -49,12 +52,14 @@ def inspected(tmp_path, *options):
 
 def check(rows):
     """No spill, no more shared memory than the chip has, tensor cores, 16-byte loads."""
+    rows = [r for r in rows if not (r["chip"] == 75 and TOO_WIDE_FOR_75.match(r["work"]))]
     short = [row for row in rows if WIDE_FLOAT32.match(row["work"])]
-    assert all(row["spills"] <= 64 for row in short)
+    assert all(row["spills"] <= 16 for row in short)
     rows = [row for row in rows if row not in short]
     assert not [row for row in rows if row["faults"]]
     kernels = {row["kernel"] for row in rows}
     assert {"attention.forward", "attention.backward_q", "attention.backward_kv"} <= kernels
+    assert {"linear_gelu.forward", "linear_gelu.backward", "embedding.forward"} <= kernels
     assert {"layer_norm.forward", "layer_norm.backward", "gelu.forward", "gelu.backward"} <= kernels
     assert all(row["spills"] == 0 and row["widest_load"] == 128 for row in rows)
 
@@ -74,7 +79,7 @@ def test_all_variants_compile_for_every_chip(tmp_path):
         return inspected(folder, "--full", "--chips", *chips)
 
     with ThreadPoolExecutor() as pool:
-        for rows in pool.map(some, [("80", "90", "120"), ("89", "100")]):
+        for rows in pool.map(some, [("80", "90", "120"), ("75", "89", "100")]):
             check(rows)
 
 
@@ -82,12 +87,14 @@ COUNTED = """
 import itertools, torch
 from bert_fast import inspect
 from bert_fast.kernels import attention_forward, attention_backward, gelu_forward, gelu_backward
-from bert_fast.kernels import layer_norm_forward, layer_norm_backward
+from bert_fast.kernels import layer_norm_forward, layer_norm_backward, embedding_forward
+from bert_fast.kernels import linear_gelu_forward, linear_gelu_backward
 
 def meta(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 vector, seed = meta(768, dtype=torch.float32), meta(1, dtype=torch.int64)
+weight = meta(96, 768)
 with inspect.recorded() as launches:
     for total in [1, 2, 15, 16, *range(17, 8000, 173)]:
         batch = total % 37 + 1
@@ -100,6 +107,10 @@ with inspect.recorded() as launches:
         layer_norm_backward(out, s, mean, rstd, vector, True, 0.1, seed)
         gelu_forward(x, vector, "none")
         gelu_backward(x, x, vector, "none")
+        y, product = linear_gelu_forward(x, weight, vector[:96], "none", True)
+        linear_gelu_backward(y, product, vector[:96], weight, "none")
+        ids = meta(total, dtype=torch.int64)
+        embedding_forward(ids, ids, ids, *[meta(9, 768)] * 3, vector, vector, 1e-12, x.dtype, True)
 names = {launch.kernel.__module__ + launch.kernel.__name__ for launch in launches}
 print(len(launches), len(names), len(set(launches)))
 """
@@ -109,8 +120,8 @@ def test_nothing_recompiles_when_token_counts_change():
     answer = compiling("-c", COUNTED)
     assert answer.returncode == 0, answer.stderr
     launches, kernels, compilations = map(int, answer.stdout.split())
-    assert launches >= 50 * 9
-    assert kernels == 9
+    assert launches >= 50 * 12
+    assert kernels == 12
     assert compilations == kernels
 
 
@@ -130,6 +141,26 @@ def test_a_fault_in_the_compiled_code_would_be_seen():
         assert said in Compiled(**(vars(good) | change)).faults()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not HAS_GPU,
+    reason="needs an NVIDIA GPU; that the launches read no value is "
+    "seen without one where token counts change: meta tensors have none",
+)
+def test_a_cuda_graph_captures_the_model():
+    config = bert_fast.BertConfig(vocab_size=50, hidden_size=64, num_attention_heads=1)
+    model = bert_fast.BertModel(config).cuda().half().eval()
+    ids = torch.randint(1, 50, (4, 40), device="cuda")
+    mask = (torch.arange(40) < torch.tensor([40, 3, 0, 17])[:, None]).long().cuda()
+    with torch.no_grad(), bert_fast.use_backend("triton"):
+        wanted = [t.clone() for t in model(ids, mask, capacity=80)[:2]]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = model(ids, mask, capacity=80)
+        graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(found[:2], wanted, strict=True))
+
+
 def test_what_it_does_not_take_is_said():
     if torch.cuda.is_available():
         pytest.skip("on a GPU these are CUDA tensors, in the op's own tests")
@@ -139,6 +170,39 @@ def test_what_it_does_not_take_is_said():
     x = torch.randn(2, 20000)
     with pytest.raises(bert_fast.BackendUnavailableError, match="last dimension up to 16384"):
         ops.layer_norm(x, x[0], x[0], backend="triton")
+
+
+def test_autotune_searches_once_and_keeps_the_fastest(monkeypatch, tmp_path):
+    """With a clock of our own: the seventh call is the fastest."""
+    from bert_fast.kernels import tuning
+
+    monkeypatch.setenv("BERT_FAST_CACHE", str(tmp_path))
+    monkeypatch.setenv("BERT_FAST_AUTOTUNE", "1")
+    timed = []
+
+    def clock(call):
+        timed.append(call.args[0])
+        call()
+        return 0.1 if len(timed) == 7 else 1.0
+
+    monkeypatch.setattr(tuning, "_milliseconds", clock)
+    qkv, cu = torch.randn(130, 3, 1, 16), cu_seqlens([70, 60])
+    with bert_fast.use_backend("triton"), torch.device("cuda" if HAS_GPU else "cpu"):
+        qkv, cu = (t.cuda() if HAS_GPU else t for t in (qkv, cu))
+        first = ops.attention_qkv(qkv, cu, max_seqlen=70)
+        assert len(timed) > 10
+        (kept,) = json.loads((tmp_path / "tuned.json").read_text()).values()
+        assert tuple(kept) == timed[6]
+        searched = len(timed)
+        again = ops.attention_qkv(qkv[:100].clone(), cu_seqlens([70, 30]).to(cu), max_seqlen=70)
+        assert len(timed) == searched  # a batch of another size is no other kind
+        assert torch.equal(again[:70], first[:70])
+        (tmp_path / "tuned.json").write_text("{")
+        with pytest.raises(ValueError, match=r"tuned.json is not what BERT_FAST_AUTOTUNE wrote"):
+            ops.attention_qkv(qkv, cu, max_seqlen=70)
+        monkeypatch.delenv("BERT_FAST_AUTOTUNE")
+        ops.attention_qkv(qkv, cu, max_seqlen=70)
+    assert len(timed) == searched
 
 
 # file, what is there, what a tired hand might write, and the tests that must notice
@@ -169,11 +233,20 @@ MUTANTS = [
     ("gelu", "range(tl.program_id(1) * ROWS, rows,", "range(tl.program_id(1) * ROWS, rows - ROWS,"),
     ("gelu", "bias + at % width", "bias + at % (width - 1)"),
     ("gelu", "u * DENSITY * tl.exp(-0.5 * u * u)", "DENSITY * tl.exp(-0.5 * u * u)"),
+    ("linear_gelu", "first = number // per_group * GROUP", "first = number // per_group"),
+    ("linear_gelu", "(r < rows)[:, None] & (c < cols)[None, :], 0.0)",
+     "(r < rows)[:, None] & (c < cols + 1)[None, :], 0.0)"),
+    ("linear_gelu", "u, at = halves[i], col + i * HALF", "u, at = halves[i], col"),
+    ("linear_gelu", "at = partials + row_tile.to(tl.int64) * out_width + c", "at = partials + c"),
+    ("linear_gelu", "dz = dy.to(tl.float32) * gelu_gradient(u, TANH)", "dz = dy.to(tl.float32)"),
+    ("embedding", "s += _row_of(position, position_ids,", "s += _row_of(position, input_ids,"),
+    ("embedding", "table + i[:, None] * width + col", "table + i[:, None] * (width - 1) + col"),
     ("common", "for begin in range(0, count, ROWS):", "for begin in range(0, count - 1, ROWS):"),
 ]  # fmt: skip
 NOTICE = {
     "attention": "tests/test_attention.py", "layer_norm": "tests/test_layer_norm.py",
     "gelu": "tests/test_gelu.py", "common": "tests/test_gelu.py",
+    "linear_gelu": "tests/test_linear_gelu.py", "embedding": "tests/test_embedding.py",
 }  # fmt: skip
 
 

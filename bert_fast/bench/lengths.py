@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from bert_fast.backends import cache_directory
 from bert_fast.bench import data
 from bert_fast.checkpoint import atomic_path
 
@@ -41,7 +42,7 @@ def draw(distribution, batch, seqlen, share=0.65, order="random", batches=1, see
 
 def corpus(name):
     """Token counts of the texts, in the corpus's order; counted once, then kept in the cache."""
-    path = data.cache() / "lengths.json"
+    path = cache_directory() / "lengths.json"
     if not path.is_file():
         from tokenizers import Tokenizer
 
