@@ -1,13 +1,13 @@
 """Which kernels run: four backends, a table of what ``auto`` prefers, three ways to override it.
 
-====== ========================== =====================================
+====== ========================== ==========================================================
 name   what it is                 runs
-====== ========================== =====================================
+====== ========================== ==========================================================
 eager  bert_fast/reference.py     anywhere, every dtype; always there
 cpu    csrc/cpu (C++)             CPU tensors: float32, bfloat16, float16
 triton kernels/                   CUDA tensors; with TRITON_INTERPRET=1, CPU tensors, slowly
-cuda   csrc/cuda (CUDA C++)       CUDA tensors
-====== ========================== =====================================
+cuda   csrc/cuda (CUDA C++)       CUDA tensors; with BERT_FAST_CUDA_HOST, CPU tensors, slowly
+====== ========================== ==========================================================
 """
 
 import contextlib
@@ -53,7 +53,11 @@ SUPPORT = {
         "linear_gelu": Support("cuda"),
         "embedding_layer_norm": Support("cuda", largest=16384),
     },
-    "cuda": {"gelu": Support("cuda", backward=False)},
+    "cuda": {
+        "attention": Support("cuda", largest=256, largest_before_80=128),
+        "layer_norm": Support("cuda", largest=8192),
+        "gelu": Support("cuda"),
+    },
 }
 BACKENDS = ("eager", *SUPPORT)
 MODULES = {"cpu": "bert_fast.cpu", "triton": "bert_fast.kernels", "cuda": "bert_fast.cuda"}
@@ -95,6 +99,8 @@ def _try_load(name):
             return "the package triton is not installed"
         if interpreted(name):
             return import_module(name)
+    if name == "cuda" and interpreted(name):
+        return import_module(name)
     if name == "cuda" and _C.cuda_archs is None:
         return "bert_fast was built without CUDA (no nvcc was found; build with BERT_FAST_CUDA=on)"
     if name in ("cuda", "triton") and not torch.cuda.is_available():
@@ -103,7 +109,10 @@ def _try_load(name):
 
 
 def interpreted(name):
-    """Whether the backend's kernels run in Triton's interpreter, on CPU tensors."""
+    """Whether the backend's kernels run on CPU tensors: in Triton's interpreter, or compiled for
+    the CPU (csrc/host)."""
+    if name == "cuda":
+        return bool(os.environ.get("BERT_FAST_CUDA_HOST"))
     return name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 
 

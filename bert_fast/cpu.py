@@ -15,7 +15,7 @@ def address(tensor):
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _strided(tensor):
+def strided(tensor):
     return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
 
 
@@ -28,11 +28,11 @@ def _seed(seed):
     return 0 if seed is None else int(seed) & 0xFFFFFFFFFFFFFFFF
 
 
-def _attention_shape(q, k, cu_q, cu_k, scale, causal, dropout_p, seed):
-    return _C.AttentionShape(
+def attention_shape(q, k, cu_q, cu_k, scale, causal, dropout_p, seed=0, module=_C):
+    return module.AttentionShape(
         dtype=DTYPES[q.dtype], batch=cu_q.numel() - 1, num_heads=q.shape[1], head_dim=q.shape[2],
         total_q=q.shape[0], total_k=k.shape[0], cu_q=cu_q.data_ptr(), cu_k=cu_k.data_ptr(),
-        scale=scale, causal=causal, dropout_p=dropout_p, seed=_seed(seed),
+        scale=scale, causal=causal, dropout_p=dropout_p, seed=seed,
         num_threads=torch.get_num_threads(),
     )  # fmt: skip
 
@@ -43,10 +43,10 @@ def attention_forward(
     cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
     out = q.new_empty(q.shape) if out is None else out
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    shape = _attention_shape(q, k, cu_q, cu_k, scale, causal, dropout_p, seed)
+    shape = attention_shape(q, k, cu_q, cu_k, scale, causal, dropout_p, _seed(seed))
     bias = as_float32(bias)
     _C.attention_forward(
-        shape, _strided(q), _strided(k), _strided(v), _strided(out), address(bias), address(lse)
+        shape, strided(q), strided(k), strided(v), strided(out), address(bias), address(lse)
     )
     return out, lse
 
@@ -56,10 +56,10 @@ def attention_backward(
     dq, dk, dv,
 ):  # fmt: skip
     cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
-    shape = _attention_shape(q, k, cu_q, cu_k, scale, causal, dropout_p, seed)
+    shape = attention_shape(q, k, cu_q, cu_k, scale, causal, dropout_p, _seed(seed))
     bias = as_float32(bias)
     _C.attention_backward(
-        shape, *map(_strided, (q, k, v, out, dout, dq, dk, dv)), address(bias), address(lse)
+        shape, *map(strided, (q, k, v, out, dout, dq, dk, dv)), address(bias), address(lse)
     )
 
 

@@ -1,14 +1,18 @@
 // The only file that knows Python. Pointers arrive as integers: bert_fast/cpu.py and
 // bert_fast/cuda.py have checked the tensors they came from and keep them alive for the call.
+//
+// Compiled twice: as bert_fast._C, and with BERT_FAST_HOST as the test module _cuda_host, whose CUDA
+// kernels run on the CPU.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "cpu/kernels.h"
-#ifdef BERT_FAST_WITH_CUDA
+#if defined(BERT_FAST_WITH_CUDA) || defined(BERT_FAST_HOST)
 #include "cuda/kernels.h"
 #endif
 
@@ -38,6 +42,133 @@ AttentionShape attention_shape(int dtype, int64_t batch, int64_t num_heads, int6
           num_threads};
 }
 
+// ---- what a call's arguments are, on either kind of processor ----
+
+AttentionForward attention_forward(const AttentionShape& shape, StridedTensor q, StridedTensor k,
+                                   StridedTensor v, StridedTensor out, Address bias, Address lse) {
+  return {shape, strided(q), strided(k), strided(v), strided(out), pointer<float>(bias),
+          pointer<float>(lse)};
+}
+
+AttentionBackward attention_backward(const AttentionShape& shape, StridedTensor q, StridedTensor k,
+                                     StridedTensor v, StridedTensor out, StridedTensor dout,
+                                     StridedTensor dq, StridedTensor dk, StridedTensor dv,
+                                     Address bias, Address lse) {
+  return {shape, strided(q), strided(k), strided(v), strided(out), strided(dout), strided(dq),
+          strided(dk), strided(dv), pointer<float>(bias), pointer<float>(lse)};
+}
+
+LayerNormForward layer_norm_forward(int dtype, int64_t rows, int64_t hidden, Address x,
+                                    Address residual, Address linear_bias, Address weight,
+                                    Address bias, Address out, Address sum, Address mean,
+                                    Address rstd, double eps, double dropout_p, uint64_t seed,
+                                    int num_threads) {
+  return {static_cast<DType>(dtype), rows, hidden, pointer(x), pointer(residual),
+          pointer<float>(linear_bias), pointer<float>(weight), pointer<float>(bias), pointer(out),
+          pointer(sum), pointer<float>(mean), pointer<float>(rstd), eps, dropout_p, seed,
+          num_threads};
+}
+
+LayerNormBackward layer_norm_backward(int dtype, int64_t rows, int64_t hidden, Address dout,
+                                      Address sum, Address mean, Address rstd, Address weight,
+                                      Address dsum, Address dx, Address dweight, Address dbias,
+                                      Address dlinear_bias, double dropout_p, uint64_t seed,
+                                      int num_threads) {
+  return {static_cast<DType>(dtype), rows, hidden, pointer(dout), pointer(sum),
+          pointer<float>(mean), pointer<float>(rstd), pointer<float>(weight), pointer(dsum),
+          pointer(dx), pointer<float>(dweight), pointer<float>(dbias),
+          pointer<float>(dlinear_bias), dropout_p, seed, num_threads};
+}
+
+GeluForward gelu_forward(int dtype, int64_t rows, int64_t width, Address x, Address bias,
+                         Address out, int approximate, int num_threads) {
+  return {static_cast<DType>(dtype), rows, width, pointer(x), pointer<float>(bias), pointer(out),
+          static_cast<Gelu>(approximate), num_threads};
+}
+
+GeluBackward gelu_backward(int dtype, int64_t rows, int64_t width, Address dout, Address x,
+                           Address bias, Address dx, Address dbias, int approximate,
+                           int num_threads) {
+  return {static_cast<DType>(dtype), rows, width, pointer(dout), pointer(x), pointer<float>(bias),
+          pointer(dx), pointer<float>(dbias), static_cast<Gelu>(approximate), num_threads};
+}
+
+void bind_shapes(py::module_& m) {
+  py::class_<AttentionShape>(m, "AttentionShape", py::module_local())
+      .def(py::init(&attention_shape), py::kw_only(), py::arg("dtype"), py::arg("batch"),
+           py::arg("num_heads"), py::arg("head_dim"), py::arg("total_q"), py::arg("total_k"),
+           py::arg("cu_q"), py::arg("cu_k"), py::arg("scale"), py::arg("causal"),
+           py::arg("dropout_p"), py::arg("seed"), py::arg("num_threads"));
+}
+
+// ---- CUDA ----
+
+#if defined(BERT_FAST_WITH_CUDA) || defined(BERT_FAST_HOST)
+
+// device, stream, seed, scratch, longest_k, programs
+using CallTuple = std::tuple<int, Address, Address, Address, int64_t, int>;
+
+std::string shape_of(const AttentionShape& a) {
+  return std::to_string(a.total_q) + " and " + std::to_string(a.total_k) + " tokens, " +
+         std::to_string(a.num_heads) + " heads of " + std::to_string(a.head_dim);
+}
+std::string by(int64_t rows, int64_t width) {
+  return std::to_string(rows) + " x " + std::to_string(width);
+}
+std::string shape_of(const LayerNormForward& a) { return by(a.rows, a.hidden); }
+std::string shape_of(const LayerNormBackward& a) { return by(a.rows, a.hidden); }
+std::string shape_of(const GeluForward& a) { return by(a.rows, a.width); }
+std::string shape_of(const GeluBackward& a) { return by(a.rows, a.width); }
+
+template <class Args, class... P>
+void bind_cuda(py::module_& m, const char* name, Args (*arguments)(P...),
+               const char* (*run)(const Args&, const cuda::Call&)) {
+  m.def(name,
+        [=](P... given, CallTuple c) {
+          const Args args = arguments(given...);
+          const int device = std::get<0>(c);
+          const cuda::Call call = {device, pointer(std::get<1>(c)), pointer<uint64_t>(std::get<2>(c)),
+                                   pointer<float>(std::get<3>(c)), std::get<4>(c), std::get<5>(c)};
+          if (const char* error = run(args, call)) {
+            throw std::runtime_error(std::string(name) + " (" + shape_of(args) + ") on cuda:" +
+                                     std::to_string(device) + ": " + error);
+          }
+        },
+        py::call_guard<py::gil_scoped_release>());
+}
+
+void bind_cuda(py::module_& m) {
+  bind_cuda(m, "cuda_attention_forward", attention_forward, cuda::attention_forward);
+  bind_cuda(m, "cuda_attention_backward", attention_backward, cuda::attention_backward);
+  bind_cuda(m, "cuda_layer_norm_forward", layer_norm_forward, cuda::layer_norm_forward);
+  bind_cuda(m, "cuda_layer_norm_backward", layer_norm_backward, cuda::layer_norm_backward);
+  bind_cuda(m, "cuda_gelu_forward", gelu_forward, cuda::gelu_forward);
+  bind_cuda(m, "cuda_gelu_backward", gelu_backward, cuda::gelu_backward);
+}
+
+#endif
+
+}  // namespace
+
+#ifdef BERT_FAST_HOST
+
+PYBIND11_MODULE(_cuda_host, m) {
+  bind_shapes(m);
+  bind_cuda(m);
+}
+
+#else
+
+namespace {
+
+// The table is asked at every call: BERT_FAST_CPU_ISA's kernels can be changed at run time.
+template <class Args, class... P>
+void bind_cpu(py::module_& m, const char* name, Args (*arguments)(P...),
+              void (*CpuKernels::*kernel)(const Args&)) {
+  m.def(name, [=](P... given) { (cpu_kernels().*kernel)(arguments(given...)); },
+        py::call_guard<py::gil_scoped_release>());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -51,73 +182,13 @@ PYBIND11_MODULE(_C, m) {
     }
   });
 
-  py::class_<AttentionShape>(m, "AttentionShape")
-      .def(py::init(&attention_shape), py::kw_only(), py::arg("dtype"), py::arg("batch"),
-           py::arg("num_heads"), py::arg("head_dim"), py::arg("total_q"), py::arg("total_k"),
-           py::arg("cu_q"), py::arg("cu_k"), py::arg("scale"), py::arg("causal"),
-           py::arg("dropout_p"), py::arg("seed"), py::arg("num_threads"));
-
-  m.def("attention_forward",
-        [](const AttentionShape& shape, StridedTensor q, StridedTensor k, StridedTensor v,
-           StridedTensor out, Address bias, Address lse) {
-          cpu_kernels().attention_forward({shape, strided(q), strided(k), strided(v), strided(out),
-                                           pointer<float>(bias), pointer<float>(lse)});
-        },
-        release_gil());
-
-  m.def("attention_backward",
-        [](const AttentionShape& shape, StridedTensor q, StridedTensor k, StridedTensor v,
-           StridedTensor out, StridedTensor dout, StridedTensor dq, StridedTensor dk,
-           StridedTensor dv, Address bias, Address lse) {
-          cpu_kernels().attention_backward({shape, strided(q), strided(k), strided(v), strided(out),
-                                            strided(dout), strided(dq), strided(dk), strided(dv),
-                                            pointer<float>(bias), pointer<float>(lse)});
-        },
-        release_gil());
-
-  m.def("layer_norm_forward",
-        [](int dtype, int64_t rows, int64_t hidden, Address x, Address residual,
-           Address linear_bias, Address weight, Address bias, Address out, Address sum,
-           Address mean, Address rstd, double eps, double dropout_p, uint64_t seed,
-           int num_threads) {
-          cpu_kernels().layer_norm_forward(
-              {static_cast<DType>(dtype), rows, hidden, pointer(x), pointer(residual),
-               pointer<float>(linear_bias), pointer<float>(weight), pointer<float>(bias),
-               pointer(out), pointer(sum), pointer<float>(mean), pointer<float>(rstd), eps,
-               dropout_p, seed, num_threads});
-        },
-        release_gil());
-
-  m.def("layer_norm_backward",
-        [](int dtype, int64_t rows, int64_t hidden, Address dout, Address sum, Address mean,
-           Address rstd, Address weight, Address dsum, Address dx, Address dweight, Address dbias,
-           Address dlinear_bias, double dropout_p, uint64_t seed, int num_threads) {
-          cpu_kernels().layer_norm_backward(
-              {static_cast<DType>(dtype), rows, hidden, pointer(dout), pointer(sum),
-               pointer<float>(mean), pointer<float>(rstd), pointer<float>(weight), pointer(dsum),
-               pointer(dx), pointer<float>(dweight), pointer<float>(dbias),
-               pointer<float>(dlinear_bias), dropout_p, seed, num_threads});
-        },
-        release_gil());
-
-  m.def("gelu_forward",
-        [](int dtype, int64_t rows, int64_t width, Address x, Address bias, Address out,
-           int approximate, int num_threads) {
-          cpu_kernels().gelu_forward({static_cast<DType>(dtype), rows, width, pointer(x),
-                                      pointer<float>(bias), pointer(out),
-                                      static_cast<Gelu>(approximate), num_threads});
-        },
-        release_gil());
-
-  m.def("gelu_backward",
-        [](int dtype, int64_t rows, int64_t width, Address dout, Address x, Address bias,
-           Address dx, Address dbias, int approximate, int num_threads) {
-          cpu_kernels().gelu_backward({static_cast<DType>(dtype), rows, width, pointer(dout),
-                                       pointer(x), pointer<float>(bias), pointer(dx),
-                                       pointer<float>(dbias), static_cast<Gelu>(approximate),
-                                       num_threads});
-        },
-        release_gil());
+  bind_shapes(m);
+  bind_cpu(m, "attention_forward", attention_forward, &CpuKernels::attention_forward);
+  bind_cpu(m, "attention_backward", attention_backward, &CpuKernels::attention_backward);
+  bind_cpu(m, "layer_norm_forward", layer_norm_forward, &CpuKernels::layer_norm_forward);
+  bind_cpu(m, "layer_norm_backward", layer_norm_backward, &CpuKernels::layer_norm_backward);
+  bind_cpu(m, "gelu_forward", gelu_forward, &CpuKernels::gelu_forward);
+  bind_cpu(m, "gelu_backward", gelu_backward, &CpuKernels::gelu_backward);
 
   m.def("linear_available", &linear_available);
   m.def("linear_packed_size", &linear_packed_size);
@@ -141,21 +212,10 @@ PYBIND11_MODULE(_C, m) {
 
 #ifdef BERT_FAST_WITH_CUDA
   m.attr("cuda_archs") = BERT_FAST_CUDA_ARCHS;
-  m.def("cuda_gelu_forward",
-        [](int dtype, int64_t rows, int64_t width, Address x, Address bias, Address out,
-           int approximate, int device, Address stream) {
-          const char* error = cuda::gelu_forward(
-              {static_cast<DType>(dtype), rows, width, pointer(x), pointer<float>(bias),
-               pointer(out), static_cast<Gelu>(approximate), 0},
-              device, pointer(stream));
-          if (error) {
-            throw std::runtime_error("gelu_forward (" + std::to_string(rows) + " x " +
-                                     std::to_string(width) + ") on cuda:" +
-                                     std::to_string(device) + ": " + error);
-          }
-        },
-        release_gil());
+  bind_cuda(m);
 #else
   m.attr("cuda_archs") = py::none();
 #endif
 }
+
+#endif

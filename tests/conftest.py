@@ -4,15 +4,26 @@ import contextlib
 import importlib.util
 import os
 
+import cuda_host
 import pytest
 import torch
-
-import bert_fast
-from bert_fast import _C, backends
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 if not torch.cuda.is_available():  # Triton's kernels then run in its interpreter, on CPU tensors
     os.environ["TRITON_INTERPRET"] = "1"
+    try:  # and the CUDA kernels are compiled for the CPU
+        if "BERT_FAST_CUDA_HOST" not in os.environ:
+            module = cuda_host.build(cuda_host.ROOT / "build" / "cuda_host")
+            os.environ["BERT_FAST_CUDA_HOST"] = str(module)
+        NO_CUDA_HOST = ""
+    except cuda_host.Unavailable as reason:
+        NO_CUDA_HOST = str(reason)
+else:
+    NO_CUDA_HOST = "this machine has a GPU: there it is cuda-gpu"
+
+import bert_fast
+from bert_fast import _C, backends
+
 # A test that asks for a backend by the environment says so itself.
 os.environ.pop("BERT_FAST_BACKEND", None)
 
@@ -46,17 +57,24 @@ KERNELS = [
     name for name in backends.SUPPORT
     if backends.why_not(name, "gelu", "cpu", torch.float32, needs_grad=True) is None
 ]  # fmt: skip
+NO_GPU = backends.why_unavailable("cuda") if HAS_GPU else "none here"
+CUDA = [
+    pytest.param("cuda-host", marks=pytest.mark.skipif(
+        bool(NO_CUDA_HOST), reason=f"the CUDA kernels are not run on the CPU: {NO_CUDA_HOST}")),
+    pytest.param("cuda-gpu", marks=[pytest.mark.gpu, pytest.mark.skipif(
+        NO_GPU is not None, reason=f"needs an NVIDIA GPU: {NO_GPU}; its host twin ran without")]),
+]  # fmt: skip
 
 
-@pytest.fixture(params=["eager", *(f"cpu-{isa}" for isa in ISAS), *TRITON])
+@pytest.fixture(params=["eager", *(f"cpu-{isa}" for isa in ISAS), *TRITON, *CUDA])
 def backend(request):
-    """Every backend: C++ in each instruction set, Triton interpreted, or on a GPU, where all the
-    test's tensors then are."""
+    """Every backend: C++ in each instruction set, Triton interpreted, CUDA compiled for the CPU; or
+    both on a GPU, where all the test's tensors then are."""
     name, _, variant = request.param.partition("-")
     best = _C.cpu_isa()
     if name == "cpu":
         _C.set_cpu_isa(variant)
-    on = torch.device("cuda") if variant == "cuda" else contextlib.nullcontext()
+    on = torch.device("cuda") if variant in ("cuda", "gpu") else contextlib.nullcontext()
     with bert_fast.use_backend(name), on:
         yield name
     _C.set_cpu_isa(best)

@@ -42,6 +42,7 @@ def test_wrong_names(monkeypatch):
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_unavailable_says_why(name, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("BERT_FAST_CUDA_HOST", raising=False)
     monkeypatch.setattr(backends, "_modules", {})
     reason = backends.why_unavailable(name)
     with pytest.raises(bert_fast.BackendUnavailableError, match=name) as error:
@@ -56,8 +57,11 @@ def test_cpu_says_what_it_takes():
         chosen(device="cuda", backend="cpu")
 
 
-def test_cuda_gelu_has_no_backward_yet(monkeypatch):
+def test_a_kernel_without_backward_is_not_chosen_for_training(monkeypatch):
+    monkeypatch.delenv("BERT_FAST_CUDA_HOST", raising=False)
     monkeypatch.setitem(backends._modules, "cuda", object())
+    forward_only = {"gelu": backends.Support("cuda", backward=False)}
+    monkeypatch.setitem(backends.SUPPORT, "cuda", forward_only)
     assert chosen(device="cuda") == "cuda"
     assert chosen(device="cuda", needs_grad=True) == "eager"
     with pytest.raises(bert_fast.BackendUnavailableError, match="no backward yet"):

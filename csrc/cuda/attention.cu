@@ -1,0 +1,303 @@
+// Attention's entry points on CUDA, delta, and the kernels in plain FMA: float32, and what the chip
+// has no tensor-core instruction for. Derivation of the gradient: kernels/attention.py.
+#include <type_traits>
+
+#include "attention.h"
+
+namespace bert_fast {
+namespace cuda {
+namespace {
+
+constexpr int kSide = 16, kThreads = kSide * kSide;  // a tile has 16 rows, a thread one pair
+constexpr int kMostColumns = 256 / kSide;            // of head_dim, a thread
+constexpr int kProducts = kSide * (kSide + 1);
+
+// The tiles of a CTA in shared memory, in float, rows padded against bank conflicts.
+struct Tiles {
+  int stride;
+  __device__ float* operator()(int i) const {
+    return reinterpret_cast<float*>(shared_memory()) + i * kSide * stride;
+  }
+};
+
+size_t shared_bytes(int head_dim, int tiles, int products) {
+  return (tiles * kSide * (head_dim | 1) + products * kProducts) * sizeof(float);
+}
+
+template <class T>
+__device__ void load_tile(float* to, int stride, const Strided& t, int begin, int first, int length,
+                          int head, int head_dim, const float* bias) {
+  for (int i = threadIdx.x; i < kSide * head_dim; i += kThreads) {
+    const int row = i / head_dim, d = i % head_dim;
+    float value = 0.0f;
+    if (first + row < length) {
+      value = to_float(row_of<T>(t, static_cast<int64_t>(begin) + first + row, head)[d]);
+      if (bias) value += bias[head * head_dim + d];
+    }
+    to[row * stride + d] = value;
+  }
+}
+
+__device__ __forceinline__ float dot(const float* a, const float* b, int n) {
+  float sum = 0.0f;
+  for (int d = 0; d < n; ++d) sum += a[d] * b[d];
+  return sum;
+}
+
+__device__ __forceinline__ float row_max(float x) {
+  for (int mask = kSide / 2; mask; mask /= 2) x = fmaxf(x, shuffle_xor(x, mask));
+  return x;
+}
+__device__ __forceinline__ float side_sum(float x) {
+  for (int mask = kSide / 2; mask; mask /= 2) x += shuffle_xor(x, mask);
+  return x;
+}
+
+__device__ __forceinline__ float factor(const Dropout& drop, int row, int column, int head,
+                                        int sequence) {
+  if (!drop.seed) return 1.0f;
+  const Words words = philox(*drop.seed, column / 4, row, head, sequence);
+  return words.w[column % 4] >= drop.cut ? drop.scale : 0.0f;
+}
+
+// total[j] += sum over i of weights[i] tile[i][c + 16 j]
+__device__ __forceinline__ void accumulate(float (&total)[kMostColumns], const float* weights,
+                                           const float* tile, int stride, int c, int head_dim) {
+#pragma unroll
+  for (int j = 0; j < kMostColumns; ++j) {
+    const int d = c + kSide * j;
+    if (d >= head_dim) break;
+    for (int i = 0; i < kSide; ++i) total[j] += weights[i] * tile[i * stride + d];
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void store_row(const Strided& t, int64_t row, int head, int c, int head_dim,
+                                          const float (&total)[kMostColumns], float scale) {
+#pragma unroll
+  for (int j = 0; j < kMostColumns; ++j) {
+    const int d = c + kSide * j;
+    if (d < head_dim) row_of<T>(t, row, head)[d] = from_float<T>(total[j] * scale);
+  }
+}
+
+// Grid of every kernel here: (tiles of rows, heads). Thread (r, c) has row r, and column c of pairs.
+template <class T>
+__global__ void __launch_bounds__(kThreads) forward_kernel(AttentionForward a, Dropout drop) {
+  const int batch = static_cast<int>(a.batch), head_dim = static_cast<int>(a.head_dim);
+  const Tile tile = find_tile(a.cu_q, batch, static_cast<int>(a.total_q), kSide);
+  if (tile.first >= tile.length) return;
+  int k_begin;
+  const int k_length = span(a.cu_k, batch, tile.sequence, k_begin), head = blockIdx.y;
+  const Tiles tiles = {head_dim | 1};
+  float *q = tiles(0), *k = tiles(1), *v = tiles(2), *products = tiles(3);
+  const int r = threadIdx.x / kSide, c = threadIdx.x % kSide, row = tile.first + r;
+  const int part = static_cast<int>(a.num_heads) * head_dim;  // of the bias
+  load_tile<T>(q, tiles.stride, a.q, tile.begin, tile.first, tile.length, head, head_dim, a.bias);
+  float top = -INFINITY, norm = 0.0f, total[kMostColumns] = {};
+  int last = k_length;
+  if (a.causal) last = min(last, tile.first + kSide + k_length - tile.length);
+  for (int first = 0; first < last; first += kSide) {
+    barrier();
+    load_tile<T>(k, tiles.stride, a.k, k_begin, first, k_length, head, head_dim,
+                 a.bias ? a.bias + part : nullptr);
+    load_tile<T>(v, tiles.stride, a.v, k_begin, first, k_length, head, head_dim,
+                 a.bias ? a.bias + 2 * part : nullptr);
+    barrier();
+    float score = dot(q + r * tiles.stride, k + c * tiles.stride, head_dim) * a.scale * kLog2e;
+    if (!seen(row, first + c, tile.length, k_length, a.causal)) score = -INFINITY;
+    const float new_top = fmaxf(top, row_max(score));
+    const float finite = new_top == -INFINITY ? 0.0f : new_top;
+    const float shrink = exp2_fast(top - finite), weight = exp2_fast(score - finite);
+    top = new_top;
+    norm = norm * shrink + side_sum(weight);
+    products[r * (kSide + 1) + c] = weight * factor(drop, row, first + c, head, tile.sequence);
+    barrier();
+#pragma unroll
+    for (int j = 0; j < kMostColumns; ++j) total[j] *= shrink;
+    accumulate(total, products + r * (kSide + 1), v, tiles.stride, c, head_dim);
+  }
+  if (row >= tile.length) return;
+  const int64_t at = static_cast<int64_t>(tile.begin) + row;
+  store_row<T>(a.out, at, head, c, head_dim, total, norm > 0 ? 1.0f / norm : 0.0f);
+  if (c == 0) a.lse[head * a.total_q + at] = norm > 0 ? (top + log2f(norm)) * kLn2 : -INFINITY;
+}
+
+// delta = rowsum(dO * O), a warp a row. Grid: (blocks of rows, heads).
+template <class T>
+__global__ void __launch_bounds__(kThreads) delta_kernel(AttentionBackward a, float* delta) {
+  const int64_t row =
+      static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
+  if (row >= a.total_q) return;
+  const int head = blockIdx.y;
+  float sum = 0.0f;
+  for (int d = threadIdx.x % kWarp; d < a.head_dim; d += kWarp) {
+    sum += to_float(row_of<T>(a.dout, row, head)[d]) * to_float(row_of<T>(a.out, row, head)[d]);
+  }
+  sum = warp_sum(sum);
+  if (threadIdx.x % kWarp == 0) delta[head * a.total_q + row] = sum;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) dq_kernel(AttentionBackward a, Dropout drop,
+                                                      const float* delta) {
+  const int batch = static_cast<int>(a.batch), head_dim = static_cast<int>(a.head_dim);
+  const Tile tile = find_tile(a.cu_q, batch, static_cast<int>(a.total_q), kSide);
+  if (tile.first >= tile.length) return;
+  int k_begin;
+  const int k_length = span(a.cu_k, batch, tile.sequence, k_begin), head = blockIdx.y;
+  const Tiles tiles = {head_dim | 1};
+  float *q = tiles(0), *dout = tiles(1), *k = tiles(2), *v = tiles(3), *products = tiles(4);
+  const int r = threadIdx.x / kSide, c = threadIdx.x % kSide, row = tile.first + r;
+  const int part = static_cast<int>(a.num_heads) * head_dim;
+  load_tile<T>(q, tiles.stride, a.q, tile.begin, tile.first, tile.length, head, head_dim, a.bias);
+  load_tile<T>(dout, tiles.stride, a.dout, tile.begin, tile.first, tile.length, head, head_dim, nullptr);
+  const int64_t at = static_cast<int64_t>(tile.begin) + row;
+  const float log = row < tile.length ? a.lse[head * a.total_q + at] * kLog2e : -INFINITY;
+  const float center = row < tile.length ? delta[head * a.total_q + at] : 0.0f;
+  float total[kMostColumns] = {};
+  int last = k_length;
+  if (a.causal) last = min(last, tile.first + kSide + k_length - tile.length);
+  for (int first = 0; first < last; first += kSide) {
+    barrier();
+    load_tile<T>(k, tiles.stride, a.k, k_begin, first, k_length, head, head_dim,
+                 a.bias ? a.bias + part : nullptr);
+    load_tile<T>(v, tiles.stride, a.v, k_begin, first, k_length, head, head_dim,
+                 a.bias ? a.bias + 2 * part : nullptr);
+    barrier();
+    const float score = dot(q + r * tiles.stride, k + c * tiles.stride, head_dim) * a.scale * kLog2e;
+    float dscore = 0.0f;
+    if (seen(row, first + c, tile.length, k_length, a.causal)) {
+      const float dweight = dot(dout + r * tiles.stride, v + c * tiles.stride, head_dim) *
+                            factor(drop, row, first + c, head, tile.sequence);
+      dscore = exp2_fast(score - log) * (dweight - center);
+    }
+    products[r * (kSide + 1) + c] = dscore;
+    barrier();
+    accumulate(total, products + r * (kSide + 1), k, tiles.stride, c, head_dim);
+  }
+  if (row < tile.length) store_row<T>(a.dq, at, head, c, head_dim, total, a.scale);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) dkv_kernel(AttentionBackward a, Dropout drop,
+                                                       const float* delta) {
+  const int batch = static_cast<int>(a.batch), head_dim = static_cast<int>(a.head_dim);
+  const Tile tile = find_tile(a.cu_k, batch, static_cast<int>(a.total_k), kSide);
+  if (tile.first >= tile.length) return;
+  int q_begin;
+  const int q_length = span(a.cu_q, batch, tile.sequence, q_begin), head = blockIdx.y;
+  const Tiles tiles = {head_dim | 1};
+  float *k = tiles(0), *v = tiles(1), *q = tiles(2), *dout = tiles(3);
+  float *weights = tiles(4), *dscores = weights + kProducts;
+  const int r = threadIdx.x / kSide, c = threadIdx.x % kSide, column = tile.first + r;
+  const int part = static_cast<int>(a.num_heads) * head_dim;
+  load_tile<T>(k, tiles.stride, a.k, tile.begin, tile.first, tile.length, head, head_dim,
+               a.bias ? a.bias + part : nullptr);
+  load_tile<T>(v, tiles.stride, a.v, tile.begin, tile.first, tile.length, head, head_dim,
+               a.bias ? a.bias + 2 * part : nullptr);
+  float dk[kMostColumns] = {}, dv[kMostColumns] = {};
+  // Causal: from the first query that sees the tile's first key.
+  const int start = a.causal ? max(0, tile.first - (tile.length - q_length)) / kSide * kSide : 0;
+  for (int first = start; first < q_length; first += kSide) {
+    barrier();
+    load_tile<T>(q, tiles.stride, a.q, q_begin, first, q_length, head, head_dim, a.bias);
+    load_tile<T>(dout, tiles.stride, a.dout, q_begin, first, q_length, head, head_dim, nullptr);
+    barrier();
+    const int row = first + c;
+    float weight = 0.0f, dscore = 0.0f;
+    if (seen(row, column, q_length, tile.length, a.causal)) {
+      const int64_t at = head * a.total_q + q_begin + row;
+      const float score = dot(k + r * tiles.stride, q + c * tiles.stride, head_dim) * a.scale * kLog2e;
+      const float keep = factor(drop, row, column, head, tile.sequence);
+      weight = exp2_fast(score - a.lse[at] * kLog2e);
+      dscore = weight * (dot(v + r * tiles.stride, dout + c * tiles.stride, head_dim) * keep - delta[at]);
+      weight *= keep;
+    }
+    weights[r * (kSide + 1) + c] = weight;
+    dscores[r * (kSide + 1) + c] = dscore;
+    barrier();
+    accumulate(dv, weights + r * (kSide + 1), dout, tiles.stride, c, head_dim);
+    accumulate(dk, dscores + r * (kSide + 1), q, tiles.stride, c, head_dim);
+  }
+  if (column >= tile.length) return;
+  const int64_t at = static_cast<int64_t>(tile.begin) + column;
+  store_row<T>(a.dk, at, head, c, head_dim, dk, a.scale);
+  store_row<T>(a.dv, at, head, c, head_dim, dv, 1.0f);
+}
+
+dim3 tiles_of(int64_t total, const AttentionShape& a) {
+  return dim3(static_cast<unsigned>(total / kSide + a.batch + 1), static_cast<unsigned>(a.num_heads));
+}
+
+// What CUDA would say of such a launch; every chip has tensor cores for fp16, so there is no other.
+constexpr const char* kTooWide = "this head_dim needs more shared memory than the chip has";
+
+template <class T>
+const char* forward(const AttentionForward& a, const Dropout& drop, const Call& call) {
+  if (!a.total_q) return nullptr;
+  if constexpr (sizeof(T) == 2) {
+    if (forward_mma<T>(a, drop, call)) return nullptr;
+  }
+  if constexpr (std::is_same_v<T, fp16>) {
+    return kTooWide;
+  } else {
+    launch(forward_kernel<T>, tiles_of(a.total_q, a), kThreads,
+           shared_bytes(static_cast<int>(a.head_dim), 3, 1), call.stream, a, drop);
+  }
+  return nullptr;
+}
+
+template <class T>
+const char* backward(const AttentionBackward& a, const Dropout& drop, const Call& call) {
+  if (a.total_q) {
+    const int64_t rows = kThreads / kWarp;
+    launch(delta_kernel<T>, dim3(static_cast<unsigned>((a.total_q + rows - 1) / rows),
+                                 static_cast<unsigned>(a.num_heads)),
+           kThreads, 0, call.stream, a, call.scratch);
+  }
+  if constexpr (sizeof(T) == 2) {
+    if (backward_mma<T>(a, drop, call)) return nullptr;
+  }
+  if constexpr (std::is_same_v<T, fp16>) {
+    return kTooWide;
+  } else {
+    const size_t tiles = shared_bytes(static_cast<int>(a.head_dim), 4, 2);
+    if (a.total_q) launch(dq_kernel<T>, tiles_of(a.total_q, a), kThreads, tiles, call.stream, a, drop, call.scratch);
+    if (a.total_k) launch(dkv_kernel<T>, tiles_of(a.total_k, a), kThreads, tiles, call.stream, a, drop, call.scratch);
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+const char* attention_forward(const AttentionForward& a, const Call& call) {
+  OnDevice on(call.device);
+  const char* refused = nullptr;
+  if (on.error == cudaSuccess) {
+    const Dropout drop = dropout_of(a.dropout_p, call);
+    switch (a.dtype) {
+      case DType::kFloat32: refused = forward<float>(a, drop, call); break;
+      case DType::kBFloat16: refused = forward<bf16>(a, drop, call); break;
+      case DType::kFloat16: refused = forward<fp16>(a, drop, call); break;
+    }
+  }
+  return refused ? refused : on.message();
+}
+
+const char* attention_backward(const AttentionBackward& a, const Call& call) {
+  OnDevice on(call.device);
+  const char* refused = nullptr;
+  if (on.error == cudaSuccess) {
+    const Dropout drop = dropout_of(a.dropout_p, call);
+    switch (a.dtype) {
+      case DType::kFloat32: refused = backward<float>(a, drop, call); break;
+      case DType::kBFloat16: refused = backward<bf16>(a, drop, call); break;
+      case DType::kFloat16: refused = backward<fp16>(a, drop, call); break;
+    }
+  }
+  return refused ? refused : on.message();
+}
+
+}  // namespace cuda
+}  // namespace bert_fast

@@ -1,0 +1,48 @@
+// What the attention kernels share: which rows a CTA has, and which pairs of them count.
+#pragma once
+#include "device.h"
+
+namespace bert_fast {
+namespace cuda {
+
+constexpr float kLog2e = 1.44269504088896f, kLn2 = 0.693147180559945f;
+
+// A tile of rows of one sequence, found as in kernels/attention.py: tile t belongs to the last s
+// with cu[s] / rows + s <= t; s = batch means the rows past the last sequence, which see no keys.
+struct Tile {
+  int sequence, begin, length, first;  // first: the tile's first row in the sequence
+};
+
+__device__ __forceinline__ Tile find_tile(const int32_t* cu, int batch, int total, int rows) {
+  const int tile = blockIdx.x;
+  int low = 0, high = batch;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (cu[middle] / rows + middle <= tile) low = middle;
+    else high = middle - 1;
+  }
+  const int begin = cu[low], end = low < batch ? cu[low + 1] : total;
+  return {low, begin, end - begin, (tile - begin / rows - low) * rows};
+}
+
+__device__ __forceinline__ int span(const int32_t* cu, int batch, int sequence, int& begin) {
+  begin = cu[sequence];
+  return sequence < batch ? cu[sequence + 1] - begin : 0;
+}
+
+// Causal is aligned to the bottom right: the last query sees the last key.
+__device__ __forceinline__ bool seen(int row, int column, int q_length, int k_length, bool causal) {
+  return row < q_length && column < k_length && (!causal || column <= row + k_length - q_length);
+}
+
+template <class T>
+__device__ __forceinline__ T* row_of(const Strided& t, int64_t row, int head) {
+  return static_cast<T*>(t.data) + row * t.token + head * t.head;
+}
+
+// The kernels on tensor cores (16-bit types); false where they do not fit the chip.
+template <class T> bool forward_mma(const AttentionForward&, const Dropout&, const Call&);
+template <class T> bool backward_mma(const AttentionBackward&, const Dropout&, const Call&);
+
+}  // namespace cuda
+}  // namespace bert_fast

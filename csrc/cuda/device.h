@@ -1,0 +1,313 @@
+// What the CUDA kernels share: wrappers of the instructions they use, each with a twin for the host
+// build (../host); 16-byte packs; reductions; dropout's random numbers; the launch.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "../philox.h"
+#include "kernels.h"
+#ifdef BERT_FAST_HOST
+#include "../host/runtime.h"
+#endif
+
+namespace bert_fast {
+namespace cuda {
+
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
+constexpr int kWarp = 32;
+
+// ---- instructions ----
+
+#ifdef BERT_FAST_HOST
+
+inline unsigned char* shared_memory() { return host::shared_memory(); }
+inline void barrier() { host::barrier(); }
+inline void warp_barrier() { host::exchange("", 1, "warp_barrier"); }
+
+template <class V>
+V shuffle_xor(V value, int mask) {
+  const unsigned char* all = host::exchange(&value, sizeof(V), "shuffle_xor");
+  V found;
+  std::memcpy(&found, all + (threadIdx.x % kWarp ^ mask) * sizeof(V), sizeof(V));
+  return found;
+}
+
+inline void copy_async_16(void* shared, const void* global, bool valid) {
+  host::copy_async(shared, global, 16, valid);
+}
+inline void copy_async_commit() { host::copy_async_commit(); }
+template <int kLeft>
+void copy_async_wait() { host::copy_async_wait(kLeft); }
+
+template <bool kTransposed>
+void load_matrices(uint32_t (&r)[4], const void* row) {
+  host::check_shared(row, 16);
+  const auto* rows = reinterpret_cast<const uint16_t* const*>(
+      host::exchange(&row, sizeof(row), kTransposed ? "ldmatrix.trans" : "ldmatrix"));
+  const int lane = threadIdx.x % kWarp, i = lane / 4, j = lane % 4 * 2;
+  for (int m = 0; m < 4; ++m) {
+    const uint16_t* const* matrix = rows + 8 * m;
+    const uint16_t low = kTransposed ? matrix[j][i] : matrix[i][j];
+    const uint16_t high = kTransposed ? matrix[j + 1][i] : matrix[i][j + 1];
+    r[m] = low | static_cast<uint32_t>(high) << 16;
+  }
+}
+
+template <class T>
+float half_of(uint32_t pair, int which) {
+  const uint16_t bits = pair >> (16 * which);
+  T value;
+  std::memcpy(&value, &bits, 2);
+  return static_cast<float>(value);
+}
+
+template <class T>
+void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  const auto* all = reinterpret_cast<const uint32_t(*)[6]>(host::exchange(mine, 24, "mma"));
+  const int lane = threadIdx.x % kWarp, group = lane / 4, n = lane % 4 * 2;
+  for (int k = 0; k < 16; ++k) {
+    const int part = k % 8 / 2, high = k / 8, odd = k % 2;
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t left = all[group * 4 + part][2 * high + i / 2];
+      const uint32_t right = all[(n + i % 2) * 4 + part][4 + high];
+      c[i] += half_of<T>(left, odd) * half_of<T>(right, odd);
+    }
+  }
+}
+
+inline float exp2_fast(float x) { return std::exp2(x); }
+inline float normal_cdf(float x) { return 0.5f * erfcf(x * -0.70710678f); }
+inline uint32_t multiply_high(uint32_t a, uint32_t b) {
+  return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32);
+}
+template <class P>
+void check_pack(const void* address) { host::check_aligned(address, sizeof(P)); }
+
+#else
+
+__device__ __forceinline__ unsigned char* shared_memory() {
+  extern __shared__ __align__(128) unsigned char bert_fast_shared[];
+  return bert_fast_shared;
+}
+__device__ __forceinline__ void barrier() { __syncthreads(); }
+__device__ __forceinline__ void warp_barrier() { __syncwarp(); }
+
+template <class V>
+__device__ __forceinline__ V shuffle_xor(V value, int mask) {
+  return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// 16 bytes to shared memory, zeros where not valid.
+__device__ __forceinline__ void copy_async_16(void* shared, const void* global, bool valid) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+               "l"(global), "r"(valid ? 16 : 0) : "memory");
+#else
+  const uint4 zeros = {0, 0, 0, 0};
+  *static_cast<uint4*>(shared) = valid ? *static_cast<const uint4*>(global) : zeros;
+#endif
+}
+__device__ __forceinline__ void copy_async_commit() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int kLeft>
+__device__ __forceinline__ void copy_async_wait() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
+#endif
+}
+
+// Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
+template <bool kTransposed>
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row) {
+  if (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+  }
+}
+
+// c (16 x 8, float) += a (16 x 16) b (16 x 8), of T.
+template <class T>
+__device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
+template <>
+__device__ __forceinline__ void mma<bf16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                          uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+               "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+  __trap();  // launchers send bf16 to the FMA kernels before 8.0
+#endif
+}
+
+template <>
+__device__ __forceinline__ void mma<fp16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
+                                          uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
+               "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+  for (int half = 0; half < 2; ++half) {  // Turing's is half as deep
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, "
+                 "{%6}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(half ? b1 : b0));
+  }
+#endif
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float normal_cdf(float x) { return normcdff(x); }
+__device__ __forceinline__ uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
+template <class P>
+__device__ __forceinline__ void check_pack(const void*) {}
+
+#endif
+
+// ---- elements ----
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(fp16 x) { return __half2float(x); }
+template <class T> __device__ __forceinline__ T from_float(float x);
+template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
+template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) { return __float2bfloat16(x); }
+template <> __device__ __forceinline__ fp16 from_float<fp16>(float x) { return __float2half(x); }
+
+// Two floats as a register of two T, the first in the low half.
+template <class T>
+__device__ __forceinline__ uint32_t pack_pair(float low, float high) {
+  union { T values[2]; uint32_t bits; } u;
+  u.values[0] = from_float<T>(low);
+  u.values[1] = from_float<T>(high);
+  return u.bits;
+}
+
+// What one thread moves at once: 16 bytes, or one element where rows are not made of those.
+template <class T, int kCount>
+struct alignas(sizeof(T) * kCount) Pack {
+  T values[kCount];
+};
+
+template <class P>
+__device__ __forceinline__ P load(const void* address) {
+  check_pack<P>(address);
+  return *static_cast<const P*>(address);
+}
+template <class P>
+__device__ __forceinline__ void store(void* address, const P& pack) {
+  check_pack<P>(address);
+  *static_cast<P*>(address) = pack;
+}
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int mask = kWarp / 2; mask; mask /= 2) x += shuffle_xor(x, mask);
+  return x;
+}
+
+// ---- dropout ----
+
+struct Words {
+  uint32_t w[4];
+};
+
+// Philox4x32-10, see ../philox.h.
+__device__ __forceinline__ Words philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2,
+                                        uint32_t c3) {
+  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+#pragma unroll
+  for (int i = 0; i < kPhiloxRounds; ++i) {
+    const uint32_t high0 = multiply_high(kPhiloxM0, c0), high1 = multiply_high(kPhiloxM1, c2);
+    const uint32_t low0 = kPhiloxM0 * c0, low1 = kPhiloxM1 * c2;
+    c0 = high1 ^ c1 ^ key0, c1 = low1, c2 = high0 ^ c3 ^ key1, c3 = low0;
+    key0 += kPhiloxW0, key1 += kPhiloxW1;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+struct Dropout {
+  const uint64_t* seed;  // null: no dropout
+  uint32_t cut;          // words below it are dropped
+  float scale;           // of what is kept
+};
+
+inline Dropout dropout_of(double p, const Call& call) {
+  if (p == 0) return {nullptr, 0, 1.0f};
+  return {call.seed, dropout_threshold(p), static_cast<float>(1.0 / (1.0 - p))};
+}
+
+// ---- launch ----
+
+// The device the call is for, and what was current before.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) : device_(device) {
+    error = cudaGetDevice(&previous_);
+    if (error == cudaSuccess && previous_ != device) error = cudaSetDevice(device);
+  }
+  ~OnDevice() {
+    if (previous_ != device_) cudaSetDevice(previous_);
+  }
+  const char* message() {
+    if (error == cudaSuccess) error = cudaGetLastError();
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  }
+  cudaError_t error;
+
+ private:
+  int device_, previous_ = 0;
+};
+
+inline int device_attribute(cudaDeviceAttr attribute, int device) {
+  int value = 0;
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
+}
+
+template <class... P, class... A>
+void launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared, void* stream, A... args) {
+#ifdef BERT_FAST_HOST
+  host::run(grid, threads, shared, [&] { kernel(args...); });
+#else
+  if (shared > 48 * 1024) {
+    cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                         cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  }
+  kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(args...);
+#endif
+}
+
+inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// ---- sums over rows ----
+
+// out[sum][column] = sum over programs of partials[sum][program][column], in order.
+void sum_partials(const float* partials, int sums, int programs, int64_t width,
+                  float* const (&out)[3], void* stream);
+
+}  // namespace cuda
+}  // namespace bert_fast

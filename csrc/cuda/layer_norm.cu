@@ -1,0 +1,245 @@
+// LN(residual + dropout(x + linear_bias)) * weight + bias in one pass, and its gradient, on CUDA;
+// formulas in ../cpu/layer_norm.cpp. A row up to 1024 wide is a warp's, its elements in registers;
+// a wider one is a CTA's.
+#include <type_traits>
+
+#include "device.h"
+
+namespace bert_fast {
+namespace cuda {
+namespace {
+
+constexpr int kWarpsPerCta = 8, kCta = 512;
+// Elements of a row that a thread holds: a warp's rows are up to 1024 wide, a CTA's up to 8192.
+template <int kLanes>
+constexpr int kPerThread = kLanes == kWarp ? 32 : 16;
+
+// kLanes threads share a row: 32, several rows a CTA, or kCta.
+template <int kLanes>
+constexpr int kThreads = kLanes == kWarp ? kWarpsPerCta * kWarp : kLanes;
+
+template <int kLanes>
+__device__ __forceinline__ float row_sum(float x) {
+  x = warp_sum(x);
+  if (kLanes == kWarp) return x;
+  auto* parts = reinterpret_cast<float*>(shared_memory());
+  barrier();  // the last sum has been read
+  if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = x;
+  barrier();
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kLanes / kWarp; ++i) sum += parts[i];
+  return sum;
+}
+
+// The dropout factors of kCount columns from `column` on: whole groups of four, or one column.
+template <int kCount>
+__device__ __forceinline__ void factors(const Dropout& drop, int64_t row, int column,
+                                        float (&keep)[kCount]) {
+  const uint64_t seed = *drop.seed;
+#pragma unroll
+  for (int j = 0; j < kCount; j += 4) {
+    const Words words = philox(seed, (column + j) / 4, static_cast<uint32_t>(row), 0, kLayerNormStream);
+#pragma unroll
+    for (int i = 0; i < (kCount < 4 ? kCount : 4); ++i) {
+      const uint32_t word = kCount < 4 ? words.w[(column + i) % 4] : words.w[i];
+      keep[j + i] = word >= drop.cut ? drop.scale : 0.0f;
+    }
+  }
+}
+
+template <class T, int kCount, int kLanes>
+__global__ void __launch_bounds__(kThreads<kLanes>) forward(LayerNormForward a, Dropout drop) {
+  using P = Pack<T, kCount>;
+  constexpr int kPacks = kPerThread<kLanes> / kCount;
+  const int lane = threadIdx.x % kLanes;
+  const int64_t row =
+      static_cast<int64_t>(blockIdx.x) * (kThreads<kLanes> / kLanes) + threadIdx.x / kLanes;
+  if (row >= a.rows) return;  // a whole warp, or CTA, together
+  const int width = static_cast<int>(a.hidden);
+  const int64_t first = row * a.hidden;
+  const T *x = static_cast<const T*>(a.x) + first, *residual = static_cast<const T*>(a.residual);
+  float s[kPacks][kCount], sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kPacks; ++i) {
+    const int column = (i * kLanes + lane) * kCount;
+    const bool inside = column < width;
+    P pack = {}, rest = {};
+    if (inside) pack = load<P>(x + column);
+    if (inside && residual) rest = load<P>(residual + first + column);
+    float keep[kCount];
+    if (inside && drop.seed) factors(drop, row, column, keep);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      float value = to_float(pack.values[j]);
+      if (inside && a.linear_bias) value += a.linear_bias[column + j];
+      if (inside && drop.seed) value *= keep[j];
+      if (inside && residual) value += to_float(rest.values[j]);
+      s[i][j] = value;
+      sum += value;
+      pack.values[j] = from_float<T>(value);
+    }
+    if (inside && a.sum) store(static_cast<T*>(a.sum) + first + column, pack);
+  }
+  const float mean = row_sum<kLanes>(sum) / width;
+  sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kPacks; ++i) {
+    if ((i * kLanes + lane) * kCount >= width) continue;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) sum += (s[i][j] - mean) * (s[i][j] - mean);
+  }
+  const float rstd = 1.0f / sqrtf(row_sum<kLanes>(sum) / width + static_cast<float>(a.eps));
+  if (lane == 0 && a.mean) a.mean[row] = mean, a.rstd[row] = rstd;
+#pragma unroll
+  for (int i = 0; i < kPacks; ++i) {
+    const int column = (i * kLanes + lane) * kCount;
+    if (column >= width) continue;
+    P pack;
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      const float xhat = (s[i][j] - mean) * rstd;
+      pack.values[j] = from_float<T>(xhat * a.weight[column + j] + a.bias[column + j]);
+    }
+    store(static_cast<T*>(a.out) + first + column, pack);
+  }
+}
+
+// Grid: programs. Rows are read twice, the second time from the cache: the registers hold the sums.
+template <class T, int kCount, int kLanes>
+__global__ void __launch_bounds__(kThreads<kLanes>) backward(LayerNormBackward a, Dropout drop,
+                                                             float* partials) {
+  using P = Pack<T, kCount>;
+  constexpr int kPacks = kPerThread<kLanes> / kCount, kGroups = kThreads<kLanes> / kLanes;
+  const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
+  const int width = static_cast<int>(a.hidden);
+  const T *dout = static_cast<const T*>(a.dout), *total = static_cast<const T*>(a.sum);
+  constexpr int kSums = kPerThread<kLanes>;
+  float dweight[kSums] = {}, dbias[kSums] = {}, dlinear_bias[kSums] = {};
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * kGroups + group; row < a.rows;
+       row += static_cast<int64_t>(gridDim.x) * kGroups) {
+    const int64_t first = row * a.hidden;
+    const float mean = a.mean[row], rstd = a.rstd[row];
+    float sum = 0.0f, product = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      const int column = (i * kLanes + lane) * kCount;
+      if (column >= width) continue;
+      const P dy = load<P>(dout + first + column), s = load<P>(total + first + column);
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) {
+        const float g = to_float(dy.values[j]) * a.weight[column + j];
+        const float xhat = (to_float(s.values[j]) - mean) * rstd;
+        sum += g;
+        product += g * xhat;
+        dweight[i * kCount + j] += to_float(dy.values[j]) * xhat;
+        dbias[i * kCount + j] += to_float(dy.values[j]);
+      }
+    }
+    sum = row_sum<kLanes>(sum) / width;
+    product = row_sum<kLanes>(product) / width;
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      const int column = (i * kLanes + lane) * kCount;
+      if (column >= width) continue;
+      const P dy = load<P>(dout + first + column), s = load<P>(total + first + column);
+      float keep[kCount];
+      if (drop.seed) factors(drop, row, column, keep);
+      P dsum, dx;
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) {
+        const float g = to_float(dy.values[j]) * a.weight[column + j];
+        const float xhat = (to_float(s.values[j]) - mean) * rstd;
+        float gradient = rstd * (g - sum - xhat * product);
+        dsum.values[j] = from_float<T>(gradient);
+        if (drop.seed) gradient *= keep[j];
+        dx.values[j] = from_float<T>(gradient);
+        dlinear_bias[i * kCount + j] += gradient;
+      }
+      store(static_cast<T*>(a.dsum) + first + column, dsum);
+      if (a.dx) store(static_cast<T*>(a.dx) + first + column, dx);
+    }
+  }
+  // The groups of a CTA one after another, so that the order of the sums is fixed.
+  auto* sums = reinterpret_cast<float*>(shared_memory()) + kCta / kWarp;
+  for (int g = 0; g < kGroups; ++g) {
+    if (group == g) {
+#pragma unroll
+      for (int i = 0; i < kPacks; ++i) {
+        const int column = (i * kLanes + lane) * kCount;
+        if (column >= width) continue;
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) {
+          const float mine[3] = {dweight[i * kCount + j], dbias[i * kCount + j],
+                                 dlinear_bias[i * kCount + j]};
+#pragma unroll
+          for (int k = 0; k < 3; ++k) {
+            float* program = partials + (static_cast<int64_t>(k) * gridDim.x + blockIdx.x) * width;
+            float* slot = kGroups == 1 ? program + column + j : sums + k * width + column + j;
+            *slot = (g ? *slot : 0.0f) + mine[k];
+            if (kGroups > 1 && g == kGroups - 1) program[column + j] = *slot;
+          }
+        }
+      }
+    }
+    if (kGroups > 1) barrier();
+  }
+}
+
+template <class T, int kCount, int kLanes>
+void launch_kernel(const LayerNormForward& a, const Call& call) {
+  constexpr int kGroups = kThreads<kLanes> / kLanes;
+  launch(forward<T, kCount, kLanes>, dim3(static_cast<unsigned>((a.rows + kGroups - 1) / kGroups)),
+         kThreads<kLanes>, kCta / kWarp * sizeof(float), call.stream, a, dropout_of(a.dropout_p, call));
+}
+
+template <class T, int kCount, int kLanes>
+void launch_kernel(const LayerNormBackward& a, const Call& call) {
+  const size_t sums = kLanes == kWarp ? 3 * a.hidden : 0;
+  launch(backward<T, kCount, kLanes>, dim3(call.programs), kThreads<kLanes>,
+         (kCta / kWarp + sums) * sizeof(float), call.stream, a, dropout_of(a.dropout_p, call),
+         call.scratch);
+}
+
+template <class T, class Args>
+void by_width(const Args& a, const Call& call, bool packs) {
+  constexpr int kCount = 16 / sizeof(T);
+  packs = packs && a.hidden % kCount == 0;
+  if (a.hidden <= kPerThread<kWarp> * kWarp) {
+    packs ? launch_kernel<T, kCount, kWarp>(a, call) : launch_kernel<T, 1, kWarp>(a, call);
+  } else {
+    packs ? launch_kernel<T, kCount, kCta>(a, call) : launch_kernel<T, 1, kCta>(a, call);
+  }
+}
+
+template <class Args>
+void by_dtype(const Args& a, const Call& call, bool packs) {
+  switch (a.dtype) {
+    case DType::kFloat32: return by_width<float>(a, call, packs);
+    case DType::kBFloat16: return by_width<bf16>(a, call, packs);
+    case DType::kFloat16: return by_width<fp16>(a, call, packs);
+  }
+}
+
+}  // namespace
+
+const char* layer_norm_forward(const LayerNormForward& a, const Call& call) {
+  OnDevice on(call.device);
+  if (on.error == cudaSuccess && a.rows) {
+    by_dtype(a, call, aligned(a.x) && aligned(a.residual) && aligned(a.out) && aligned(a.sum));
+  }
+  return on.message();
+}
+
+const char* layer_norm_backward(const LayerNormBackward& a, const Call& call) {
+  OnDevice on(call.device);
+  if (on.error == cudaSuccess) {
+    by_dtype(a, call, aligned(a.dout) && aligned(a.sum) && aligned(a.dsum) && aligned(a.dx));
+    sum_partials(call.scratch, a.dlinear_bias ? 3 : 2, call.programs, a.hidden,
+                 {a.dweight, a.dbias, a.dlinear_bias}, call.stream);
+  }
+  return on.message();
+}
+
+}  // namespace cuda
+}  // namespace bert_fast
