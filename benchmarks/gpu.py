@@ -37,8 +37,9 @@ def parts(out):
                  "--plot", str(out / f"{level}.png")]]
         for level, some in options.items()
     }  # fmt: skip
+    checked = ["-k", "cuda-gpu and forward_and_backward", "tests"]
     sanitized = [
-        ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *tests, "tests/test_cuda.py"]
+        ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *tests, *checked]
         for tool in SANITIZER_TOOLS
     ]
     return {"test": [[*tests, "-v"]], **measured, "sanitize": sanitized}

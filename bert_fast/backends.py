@@ -62,8 +62,9 @@ SUPPORT = {
 BACKENDS = ("eager", *SUPPORT)
 MODULES = {"cpu": "bert_fast.cpu", "triton": "bert_fast.kernels", "cuda": "bert_fast.cuda"}
 
-# What `auto` tries, in order, by the tensors' device. Triton stands before CUDA C++ by rule and
-# not by measurement: no GPU has compared them yet.
+# What `auto` tries, in order, by the tensors' device. By rule and not by measurement, for no GPU
+# has compared them yet: Triton before CUDA C++, but on compute capability 7.5, where Triton has no
+# tensor-core path, the other way round.
 AUTO = {"cpu": ("cpu", "eager"), "cuda": ("triton", "cuda", "eager")}
 # Ops that `auto` leaves alone but on these compute capabilities, each with the measurement that put
 # it there. linear_gelu has to beat cuBLAS followed by gelu, and no chip has been measured.
@@ -178,15 +179,20 @@ def choose(op, device, dtype, needs_grad, backend=None, size=0):
         return name
     if op in ONLY_WHERE_MEASURED and _capability(device) not in ONLY_WHERE_MEASURED[op]:
         return "eager"
-    for name in AUTO.get(device, ()):
+    order = AUTO.get(device, ())
+    if _capability(device) < (8, 0):
+        order = ("cuda", "triton", "eager")
+    for name in order:
         if why_not(name, op, device, dtype, needs_grad, size) is None:
             return name
     return "eager"
 
 
 def _capability(device):
-    """Of the current GPU; a recent one's for tensors that are elsewhere."""
-    return torch.cuda.get_device_capability() if device == "cuda" else (8, 0)
+    """Of the current GPU; a recent one's where there is none."""
+    if device != "cuda" or not torch.cuda.is_available():  # not there: a fake tensor's
+        return 8, 0
+    return torch.cuda.get_device_capability()
 
 
 # A traced graph keeps the backend it was traced with. This is what the decorator

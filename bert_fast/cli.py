@@ -97,7 +97,7 @@ def compare(args):
 
 
 def inspect(args):
-    """What the compiler made of the Triton kernels: registers, shared memory, instructions."""
+    """What the compilers made of the Triton and CUDA kernels: registers, shared memory, spills."""
     from rich.console import Console
 
     from bert_fast import inspect
@@ -107,6 +107,7 @@ def inspect(args):
         known = ", ".join(map(str, inspect.CHIPS))
         raise ValueError(f"--chips: {', '.join(map(str, unknown))}: choose from {known}")
     compiled = list(inspect.inspect(args.chips, args.names, args.full))
+    compiled += inspect.cuda_kernels(args.chips, args.names)
     console = Console(width=None if Console().is_terminal else 180)
     console.print(inspect.table(compiled))
     faults = [(c, fault) for c in compiled for fault in c.faults()]

@@ -1,6 +1,7 @@
-"""``bert-fast inspect``: what the compiler made of the kernels, read from its output. Needs no GPU.
+"""``bert-fast inspect``: what the compilers made of the kernels, from their output. Needs no GPU.
 
-Each of the Triton backend's functions is called with tensors on the meta device; its launches are
+The CUDA kernels are read from the extension that is installed, for the chips it was built for. Each
+of the Triton backend's functions is called with tensors on the meta device; its launches are
 recorded instead of run, and compiled for the chip asked for. So what is inspected is what would
 run: the same types, flags, tiles and alignments.
 """
@@ -9,6 +10,7 @@ import contextlib
 import functools
 import itertools
 import re
+import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -69,7 +71,7 @@ class Compiled:
     chip: int
     num_warps: int
     registers: int
-    shared: int
+    shared: int | None  # bytes; None: CUDA C++ asks for it at the launch
     spills: int  # bytes of local memory a thread
     products: str  # the instruction of its matrix products, or ""
     widest_load: int  # bits, of a thread's load from global memory
@@ -80,7 +82,7 @@ class Compiled:
         chip = CHIPS[self.chip]
         per_warp = -(-self.registers * 32 // 256) * 256  # how they are handed out
         by_registers = REGISTERS // (per_warp * self.num_warps)
-        by_shared = chip.shared_sm // (self.shared + KIB)  # 1 KiB is the system's
+        by_shared = chip.shared_sm // ((self.shared or 0) + KIB)  # 1 KiB is the system's
         return min(by_registers, by_shared, chip.warps // self.num_warps, 32)
 
     @property
@@ -95,7 +97,7 @@ class Compiled:
         chip, found = CHIPS[self.chip], []
         if self.spills:
             found.append(f"{self.spills} bytes of registers spilled")
-        if self.shared > chip.shared:
+        if (self.shared or 0) > chip.shared:
             found.append(f"{self.shared} bytes of shared memory; the chip has {chip.shared}")
         if self.ctas < 1:
             found.append("no CTA of it fits an SM")
@@ -107,7 +109,7 @@ class Compiled:
         products = self.kernel in PRODUCTS and "float32" not in self.work and self.chip >= 80
         if products and not re.fullmatch(wanted, self.products):
             found.append(f"its matrix products are {self.products or 'none'}, not {wanted}")
-        if self.widest_load < 128:
+        if self.widest_load < 128 and self.shared is not None:  # CUDA's have narrow variants
             found.append(f"its widest load is {self.widest_load} bits")
         return found
 
@@ -295,12 +297,12 @@ def compile(launch, chip):
     return registers, kernel.metadata.shared, stack if spilled else 0, sass
 
 
-def _cuobjdump(flag, cubin):
+def _cuobjdump(*arguments):
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     return subprocess.run(
-        [str(tool), flag, str(cubin)], capture_output=True, text=True, check=True
+        [tool, *map(str, arguments)], capture_output=True, text=True, check=True
     ).stdout
 
 
@@ -333,6 +335,58 @@ def inspect(chips, names="", full=False):
                 )  # fmt: skip
 
 
+# ------------------------------------------------------------------------------------------------
+# CUDA C++
+# ------------------------------------------------------------------------------------------------
+
+# "... Function _ZN...:" and, below it, its registers and stack
+USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)")
+
+
+def cuda_kernels(chips, names=""):
+    """The CUDA kernels in bert_fast._C whose name contains ``names``, for each chip it has."""
+    from bert_fast import _C
+
+    built = {int(arch.rstrip("af")): arch for arch in (_C.cuda_archs or "").split(";") if arch}
+    for chip in chips:
+        if chip not in built:
+            continue
+        arch = f"sm_{built[chip]}"
+        usage, sass = (_cuobjdump(f, _C.__file__, "-arch", arch) for f in ("-res-usage", "-sass"))
+        code = {}
+        for part in sass.split("Function : ")[1:]:
+            symbol, _, body = part.partition("\n")
+            code[symbol.strip()] = body
+        for symbol, registers, stack in USAGE.findall(usage):
+            file, kernel = _kernel_name(symbol)
+            opcodes = set(OPCODE.findall(code.get(symbol, "")))
+            if names not in f"{file}.{kernel}" or not opcodes:
+                continue
+            products = sorted(m[1] for m in map(MATRIX.match, opcodes) if m)
+            loads = [o for o in opcodes if o.startswith(("LDG", "LDGSTS"))]
+            spilled = any(o.startswith("STL") for o in opcodes)
+            warps = 4 if file == "attention_mma" else 16 if kernel.endswith(" 512>") else 8
+            yield Compiled(
+                kernel, 0, 0, f"cuda/{file}.cu", chip, warps,
+                int(registers), None, int(stack) if spilled else 0,
+                products[0] if products else "", max(map(_bits, loads), default=0),
+            )  # fmt: skip
+
+
+def _kernel_name(symbol):
+    """File and readable name of a mangled kernel; c++filt comes with every g++."""
+    file = re.search(r"_\d+_([a-z_]+)_cu_", symbol)
+    if shutil.which("c++filt"):
+        text = subprocess.run(["c++filt", symbol], capture_output=True, text=True).stdout
+        if found := re.search(r"namespace\)::(\w+(?:<.*>)?)\(", text):
+            types = {"__nv_bfloat16": "bf16", "__half": "fp16", "(bert_fast::Gelu)0": "erf",
+                     "(bert_fast::Gelu)1": "tanh"}  # fmt: skip
+            symbol = found[1]
+            for long, short in types.items():
+                symbol = symbol.replace(long, short)
+    return file[1] if file else "", symbol
+
+
 def _bits(opcode):
     if opcode.startswith("UTMALDG"):
         return 128
@@ -354,8 +408,9 @@ def table(compiled):
         chip = f"{c.chip} ({CHIPS[c.chip].name})"
         shown.add_row(
             c.work if c.work != last else "", c.kernel, chip, f"{c.num_warps}", f"{c.registers}",
-            f"{c.shared:,}", f"{c.spills}", f"{c.ctas}", c.products, f"{c.widest_load}",
-            f"{c.flops:.3g}", f"{c.bytes:.3g}", f"{c.possible_us:.1f}",
+            "at launch" if c.shared is None else f"{c.shared:,}", f"{c.spills}", f"{c.ctas}",
+            c.products, f"{c.widest_load}", f"{c.flops:.3g}", f"{c.bytes:.3g}",
+            f"{c.possible_us:.1f}",
         )  # fmt: skip
         last = c.work
     return shown

@@ -11,8 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ["bindings.cpp", "host/runtime.cpp", "cuda/attention.cu", "cuda/attention_mma.cu",
-           "cuda/gelu.cu", "cuda/layer_norm.cu"]  # fmt: skip
 
 
 class Unavailable(RuntimeError):
@@ -42,6 +40,8 @@ def build(folder, csrc=ROOT / "csrc", flags=("-O2",)):
         raise Unavailable("no g++")
     folder.mkdir(parents=True, exist_ok=True)
     headers = [*csrc.rglob("*.h")]
+    sources = [csrc / "bindings.cpp", csrc / "host/runtime.cpp"]
+    sources += sorted((csrc / "cuda").glob("*.cu"))
     command = [
         "g++", "-std=c++20", "-fPIC", "-w", "-DBERT_FAST_HOST", *flags, f"-I{cuda_include()}",
         f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}",
@@ -52,8 +52,8 @@ def build(folder, csrc=ROOT / "csrc", flags=("-O2",)):
             old.unlink()
         stamp.write_text(str(command))
 
-    def compile(source):
-        path, out = csrc / source, folder / f"{Path(source).name}.o"
+    def compile(path):
+        out = folder / f"{path.name}.o"
         newest = max(p.stat().st_mtime for p in (path, *headers))
         if not out.is_file() or out.stat().st_mtime < newest:
             subprocess.run([*command, "-x", "c++", "-c", "-o", out, path], check=True)
@@ -61,7 +61,7 @@ def build(folder, csrc=ROOT / "csrc", flags=("-O2",)):
         return out, False
 
     with ThreadPoolExecutor(2) as pool:
-        objects, fresh = zip(*pool.map(compile, SOURCES), strict=True)
+        objects, fresh = zip(*pool.map(compile, sources), strict=True)
     module = folder / "_cuda_host.so"
     if any(fresh) or not module.is_file():
         subprocess.run(["g++", "-shared", *flags, "-o", module, *objects], check=True)

@@ -68,3 +68,12 @@ def test_a_kernel_without_backward_is_not_chosen_for_training(monkeypatch):
         chosen(device="cuda", needs_grad=True, backend="cuda")
     with pytest.raises(bert_fast.BackendUnavailableError, match="has no attention kernel"):
         chosen(device="cuda", op="attention", backend="cuda")
+
+
+def test_auto_prefers_what_has_tensor_cores(monkeypatch):
+    monkeypatch.setattr(backends, "why_not", lambda *args: None)
+    for capability, wanted in (((9, 0), "triton"), ((7, 5), "cuda")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda c=capability: c)
+        assert chosen(device="cuda", op="attention") == wanted
+    assert chosen(device="cpu") == "cpu"

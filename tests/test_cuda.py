@@ -20,7 +20,7 @@ import torch
 from conftest import NO_CUDA_HOST, assert_within, cu_seqlens
 
 import bert_fast
-from bert_fast import backends, ops
+from bert_fast import _C, ops
 
 ROOT = Path(__file__).resolve().parent.parent
 NVCC = shutil.which("nvcc")
@@ -282,10 +282,20 @@ def test_compiles_without_spills(file, arch, tmp_path):
         assert "STG.E.128" in sass
 
 
-def test_an_error_of_cuda_names_kernel_and_shape():
-    """What the launchers return becomes an exception; see also Turing's above."""
-    if backends.why_unavailable("cuda") is not None or NO_CUDA_HOST:
-        pytest.skip(f"needs the host build: {NO_CUDA_HOST}")
+@pytest.mark.skipif(_C.cuda_archs is None, reason="needs an extension built with nvcc")
+def test_inspect_reads_the_extension():
+    from bert_fast.inspect import CHIPS, cuda_kernels
+
+    chips = [chip for chip in CHIPS if str(chip) in _C.cuda_archs]
+    found = list(cuda_kernels(chips[:1]))
+    names = {(kernel.kernel, kernel.work) for kernel in found}
+    assert ("cuda/attention_mma.cu", "forward_kernel<bf16, 64, 64, false>") in names
+    assert ("cuda/gelu.cu", "backward<fp16, 8, erf>") in names
+    assert not [kernel for kernel in found if kernel.faults()]
+
+
+@needs_host
+def test_what_it_does_not_take_is_said():
     x = torch.randn(2, 8200)
     with pytest.raises(bert_fast.BackendUnavailableError, match="up to 8192, not 8200"):
         ops.layer_norm(x, x[0], x[0], backend="cuda")

@@ -52,6 +52,7 @@ def test_inference_writes_where_it_is_told(backend):
 def test_auto_uses_it_where_it_was_measured_to_win_alone(monkeypatch):
     """No chip has been measured: the table is empty, and says so by the platform's BLAS."""
     monkeypatch.setattr(backends, "why_not", lambda *args: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     asked = ("linear_gelu", "cuda", torch.bfloat16, False)
     assert backends.choose(*asked) == "eager"

@@ -234,7 +234,7 @@ dim3 tiles_of(int64_t total, const AttentionShape& a) {
 constexpr const char* kTooWide = "this head_dim needs more shared memory than the chip has";
 
 template <class T>
-const char* forward(const AttentionForward& a, const Dropout& drop, const Call& call) {
+const char* attend(const AttentionForward& a, const Dropout& drop, const Call& call) {
   if (!a.total_q) return nullptr;
   if constexpr (sizeof(T) == 2) {
     if (forward_mma<T>(a, drop, call)) return nullptr;
@@ -249,7 +249,7 @@ const char* forward(const AttentionForward& a, const Dropout& drop, const Call& 
 }
 
 template <class T>
-const char* backward(const AttentionBackward& a, const Dropout& drop, const Call& call) {
+const char* attend(const AttentionBackward& a, const Dropout& drop, const Call& call) {
   if (a.total_q) {
     const int64_t rows = kThreads / kWarp;
     launch(delta_kernel<T>, dim3(static_cast<unsigned>((a.total_q + rows - 1) / rows),
@@ -269,35 +269,25 @@ const char* backward(const AttentionBackward& a, const Dropout& drop, const Call
   return nullptr;
 }
 
+template <class Args>
+const char* by_dtype(const Args& a, const Call& call) {
+  OnDevice on(call.device);
+  const char* refused = nullptr;
+  if (on.error == cudaSuccess) {
+    const Dropout drop = dropout_of(a.dropout_p, call);
+    switch (a.dtype) {
+      case DType::kFloat32: refused = attend<float>(a, drop, call); break;
+      case DType::kBFloat16: refused = attend<bf16>(a, drop, call); break;
+      case DType::kFloat16: refused = attend<fp16>(a, drop, call); break;
+    }
+  }
+  return refused ? refused : on.message();
+}
+
 }  // namespace
 
-const char* attention_forward(const AttentionForward& a, const Call& call) {
-  OnDevice on(call.device);
-  const char* refused = nullptr;
-  if (on.error == cudaSuccess) {
-    const Dropout drop = dropout_of(a.dropout_p, call);
-    switch (a.dtype) {
-      case DType::kFloat32: refused = forward<float>(a, drop, call); break;
-      case DType::kBFloat16: refused = forward<bf16>(a, drop, call); break;
-      case DType::kFloat16: refused = forward<fp16>(a, drop, call); break;
-    }
-  }
-  return refused ? refused : on.message();
-}
-
-const char* attention_backward(const AttentionBackward& a, const Call& call) {
-  OnDevice on(call.device);
-  const char* refused = nullptr;
-  if (on.error == cudaSuccess) {
-    const Dropout drop = dropout_of(a.dropout_p, call);
-    switch (a.dtype) {
-      case DType::kFloat32: refused = backward<float>(a, drop, call); break;
-      case DType::kBFloat16: refused = backward<bf16>(a, drop, call); break;
-      case DType::kFloat16: refused = backward<fp16>(a, drop, call); break;
-    }
-  }
-  return refused ? refused : on.message();
-}
+const char* attention_forward(const AttentionForward& a, const Call& call) { return by_dtype(a, call); }
+const char* attention_backward(const AttentionBackward& a, const Call& call) { return by_dtype(a, call); }
 
 }  // namespace cuda
 }  // namespace bert_fast
