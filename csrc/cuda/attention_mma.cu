@@ -119,12 +119,12 @@ __device__ __forceinline__ void multiply_weights(float (&acc)[kD / 8][4],
   }
 }
 
-// A warp's 16 rows of accumulators to memory, by way of its own rows of shared memory.
+// A warp's 16 rows of accumulators to memory, by way of its own rows of shared memory, which nobody
+// may still be reading.
 template <class T, int kD>
 __device__ __forceinline__ void store_rows(const float (&acc)[kD / 8][4], float scale0, float scale1,
                                            const Matrix<T, kD>& m, int row, const Side& s, int first) {
   const int lane = threadIdx.x % kWarp, group = lane / 4, pair = lane % 4 * 2;
-  warp_barrier();  // every lane has read what is there
 #pragma unroll
   for (int n = 0; n < kD / 8; ++n) {
     const uint32_t top = pack_pair<T>(acc[n][0] * scale0, acc[n][1] * scale0);
@@ -293,7 +293,10 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(AttentionForward a
     if (kPipeline == 1 && first + kKeys < last) load_keys(0, first + kKeys);
     stage = kPipeline == 2 ? stage ^ 1 : 0;
   }
-  copy_async_wait<0>();  // where there were no keys at all
+  if (last <= 0) {  // no keys at all: the queries must have landed before their room is used
+    copy_async_wait<0>();
+    barrier();
+  }
   float share[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -304,7 +307,6 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(AttentionForward a
           norm[i] > 0 ? (top[i] + log2f(norm[i])) * kLn2 : -INFINITY;
     }
   }
-  if (last <= 0) barrier();  // others' rows of q are not read by now
   const Side os = {a.out, tile.begin, tile.length, head, head_dim, (wide & kOut) != 0};
   store_rows<T, kD>(total, share[0], share[1], q, local, os, tile.first);
 }
@@ -343,6 +345,7 @@ __global__ void __launch_bounds__(kThreads, 2) dq_kernel(AttentionBackward a, Dr
   if (a.causal) last = min(last, tile.first + kRows + k_length - tile.length);
   load_rows<T, kD, kRows>(q, qs, tile.first);
   load_rows<T, kD, kRows>(dout, ds, tile.first);
+  copy_async_commit();
   for (int first = 0; first < last; first += kKeys) {
     load_rows<T, kD, kKeys>(k, ks, first);
     load_rows<T, kD, kKeys>(v, vs, first);
@@ -370,8 +373,10 @@ __global__ void __launch_bounds__(kThreads, 2) dq_kernel(AttentionBackward a, Dr
     multiply_weights<T, kD, kTiles>(total, dscores, k);
     barrier();
   }
-  copy_async_wait<0>();
-  if (last <= 0) barrier();
+  if (last <= 0) {
+    copy_async_wait<0>();
+    barrier();
+  }
   const Side os = {a.dq, tile.begin, tile.length, head, head_dim, (wide & kDq) != 0};
   store_rows<T, kD>(total, a.scale, a.scale, q, local, os, tile.first);
 }
@@ -400,6 +405,7 @@ __global__ void __launch_bounds__(kThreads, 2) dkv_kernel(AttentionBackward a, D
   float dk[kWantsDk ? kD / 8 : 1][4] = {}, dv[kWantsDv ? kD / 8 : 1][4] = {};
   load_rows<T, kD, kRows>(k, ks, tile.first);
   load_rows<T, kD, kRows>(v, vs, tile.first);
+  copy_async_commit();
   const int start = a.causal ? max(0, tile.first - (tile.length - q_length)) / kQueries * kQueries : 0;
   for (int first = start; first < q_length; first += kQueries) {
     load_rows<T, kD, kQueries>(q, qs, first);
@@ -442,8 +448,10 @@ __global__ void __launch_bounds__(kThreads, 2) dkv_kernel(AttentionBackward a, D
     if constexpr (kWantsDk) multiply_weights<T, kD, kTiles>(dk, dscores, q);
     barrier();
   }
-  copy_async_wait<0>();
-  barrier();  // k and v become room for the results
+  if (start >= q_length) {
+    copy_async_wait<0>();
+    barrier();
+  }
   if constexpr (kWantsDk) {
     const Side os = {a.dk, tile.begin, tile.length, head, head_dim, (wide & kDk) != 0};
     store_rows<T, kD>(dk, a.scale, a.scale, k, local, os, tile.first);

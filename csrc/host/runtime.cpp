@@ -57,6 +57,7 @@ size_t shared_size;
 const std::function<void()>* kernel;
 std::string failure;
 uint64_t launches = 0;
+std::mt19937_64 random_bits;
 
 void to_scheduler() { swapcontext(&current->context, &scheduler); }
 
@@ -83,7 +84,11 @@ void describe_deadlock() {
             std::to_string(count[3]) + " at their end";
 }
 
-void run_block(int threads, std::mt19937_64& random) {
+void land(const Copy& c) {
+  c.valid ? std::memcpy(c.to, c.from, c.bytes) : std::memset(c.to, 0, c.bytes);
+}
+
+void run_block(int threads) {
   fibers.clear();
   fibers.resize(threads);
   warps.clear();
@@ -123,8 +128,9 @@ void run_block(int threads, std::mt19937_64& random) {
       for (Fiber& f : fibers) f.state = State::kReady;
       continue;
     }
-    const int w = candidates[random() % candidates.size()];
-    for (bool moved = true; moved;) {  // as far as the warp can go
+    const int w = candidates[random_bits() % candidates.size()];
+    // As far as the warp can go, or rarely to one of its exchanges.
+    for (bool moved = true; moved && random_bits() % 16;) {
       moved = false;
       for (int i = w * kLanes; i < std::min<int>(threads, (w + 1) * kLanes); ++i) {
         if (fibers[i].state != State::kReady) continue;
@@ -193,16 +199,19 @@ void copy_async(void* to, const void* from, size_t bytes, bool valid) {
 }
 
 void copy_async_commit() {
-  if (current->copies.empty()) current->copies.emplace_back();
-  current->copies.emplace_back();
+  auto& groups = current->copies;
+  if (groups.empty()) groups.emplace_back();
+  if (random_bits() % 2) {
+    for (const Copy& c : groups.back()) land(c);
+    groups.back().clear();
+  }
+  groups.emplace_back();
 }
 
 void copy_async_wait(int groups_left) {
   auto& groups = current->copies;
   while (groups.size() > static_cast<size_t>(groups_left) + 1) {  // the last is not committed
-    for (const Copy& c : groups.front()) {
-      c.valid ? std::memcpy(c.to, c.from, c.bytes) : std::memset(c.to, 0, c.bytes);
-    }
+    for (const Copy& c : groups.front()) land(c);
     groups.pop_front();
   }
 }
@@ -215,7 +224,7 @@ int capability() {
 void run(dim3 grid, int threads, size_t shared_bytes, const std::function<void()>& body) {
   const std::lock_guard<std::mutex> lock(running);
   const char* seed = std::getenv("BERT_FAST_HOST_SEED");
-  std::mt19937_64 random((seed ? std::atoll(seed) : 0) * 1000003 + launches++);
+  random_bits.seed((seed ? std::atoll(seed) : 0) * 1000003 + launches++);
   kernel = &body;
   grid_dim = grid;
   failure.clear();
@@ -225,14 +234,14 @@ void run(dim3 grid, int threads, size_t shared_bytes, const std::function<void()
       for (unsigned x = 0; x < grid.x; ++x) blocks.push_back({x, y, z});
     }
   }
-  std::shuffle(blocks.begin(), blocks.end(), random);
+  std::shuffle(blocks.begin(), blocks.end(), random_bits);
   for (const uint3& b : blocks) {
     block = b;
     // Of its own for every block, so that AddressSanitizer knows its bounds.
     shared_size = shared_bytes;
     shared = static_cast<unsigned char*>(std::aligned_alloc(128, (shared_bytes + 127) / 128 * 128));
     std::memset(shared, 0xFF, shared_bytes);
-    run_block(threads, random);
+    run_block(threads);
     std::free(shared);
     if (!failure.empty()) throw std::runtime_error(failure);
   }

@@ -3,8 +3,8 @@
 //
 // A block's threads are fibers on one OS thread. One warp, drawn at random, runs as far as it can
 // while the others starve; that is the schedule which shows a missing barrier. Shared memory is
-// filled with NaN, exactly as large as was asked for, and asynchronous copies land when they are
-// waited for and not before. Wrong use (a barrier that not all threads reach, misaligned access, an
+// filled with NaN, exactly as large as was asked for, and asynchronous copies land as early or as
+// late as they may, by chance. Wrong use (a barrier that not all threads reach, misaligned access, an
 // address outside of shared memory) becomes an exception that names block and thread.
 #pragma once
 #include <cuda_runtime.h>
