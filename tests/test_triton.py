@@ -52,6 +52,7 @@ def inspected(tmp_path, *options):
 
 def check(rows):
     """No spill, no more shared memory than the chip has, tensor cores, 16-byte loads."""
+    rows = [row for row in rows if not row["kernel"].startswith("cuda/")]
     rows = [r for r in rows if not (r["chip"] == 75 and TOO_WIDE_FOR_75.match(r["work"]))]
     short = [row for row in rows if WIDE_FLOAT32.match(row["work"])]
     assert all(row["spills"] <= 16 for row in short)

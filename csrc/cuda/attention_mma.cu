@@ -139,7 +139,7 @@ __device__ __forceinline__ void store_rows(const float (&acc)[kD / 8][4], float 
     T* to = row_of<T>(s.tensor, static_cast<int64_t>(s.begin) + first + r, s.head) + d;
     const Pack<T, 8> pack = load<Pack<T, 8>>(m.chunk(r, c));
     if (s.wide) {
-      store(to, pack);
+      store_16(to, &pack);
     } else {
 #pragma unroll
       for (int j = 0; j < 8; ++j) {

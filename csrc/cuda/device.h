@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "../philox.h"
 #include "kernels.h"
@@ -36,6 +37,10 @@ V shuffle_xor(V value, int mask) {
   return found;
 }
 
+inline void store_16(void* global, const void* from) {
+  host::check_aligned(global, 16);
+  std::memcpy(global, from, 16);
+}
 inline void copy_async_16(void* shared, const void* global, bool valid) {
   host::copy_async(shared, global, 16, valid);
 }
@@ -104,6 +109,14 @@ __device__ __forceinline__ V shuffle_xor(V value, int mask) {
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// 16 bytes to global memory at once: left to itself, nvcc splits what a branch may do in parts.
+__device__ __forceinline__ void store_16(void* global, const void* from) {
+  uint4 bits;
+  memcpy(&bits, from, 16);
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(global)),
+               "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w) : "memory");
 }
 
 // 16 bytes to shared memory, zeros where not valid.
