@@ -15,17 +15,8 @@ import contextvars
 import importlib
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-
-
-def cache_directory():
-    """Where what was fetched or found out stays: BERT_FAST_CACHE, or ~/.cache/bert_fast."""
-    path = Path(os.environ.get("BERT_FAST_CACHE") or Path.home() / ".cache" / "bert_fast")
-    path.mkdir(parents=True, exist_ok=True)
-    return path
-
 
 LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -95,12 +86,9 @@ def _try_load(name):
     except ImportError as error:
         if name in ("cpu", "cuda"):
             return f"the compiled extension bert_fast._C does not import ({error})"
-    if name == "triton":
-        if importlib.util.find_spec("triton") is None:
-            return "the package triton is not installed"
-        if interpreted(name):
-            return import_module(name)
-    if name == "cuda" and interpreted(name):
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if interpreted(name):
         return import_module(name)
     if name == "cuda" and _C.cuda_archs is None:
         return "bert_fast was built without CUDA (no nvcc was found; build with BERT_FAST_CUDA=on)"

@@ -1,15 +1,14 @@
 """Hugging Face checkpoints in and out. q, k and v are fused here, so forward never concatenates."""
 
-import contextlib
 import json
-import os
 import pickle
 import re
-import tempfile
 import warnings
 from pathlib import Path
 
 import torch
+
+from bert_fast.files import atomic_path
 
 # Ours -> Hugging Face's; "N" is the layer. The fused qkv stands for its three parts, in order.
 NAMES = {
@@ -180,27 +179,3 @@ def save(model, directory):
         save_file(state, path, metadata={"format": "pt"})
     with atomic_path(directory / "config.json") as path:
         Path(path).write_text(model.config.to_json(), encoding="utf-8")
-
-
-@contextlib.contextmanager
-def atomic_path(target):
-    """A path beside ``target`` to write to; it replaces ``target`` if the block succeeds, and goes
-    if it fails, so that no reader ever sees half a file."""
-    target = Path(target)
-    handle, path = tempfile.mkstemp(
-        prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent
-    )
-    os.close(handle)
-    try:
-        yield path
-        os.chmod(path, 0o666 & ~_umask())
-        os.replace(path, target)
-    except BaseException:
-        os.unlink(path)
-        raise
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -62,7 +62,7 @@ def embed(args):
     """Texts to embeddings."""
     import numpy as np
 
-    from bert_fast.checkpoint import atomic_path
+    from bert_fast.files import atomic_path
     from bert_fast.text import SentenceEncoder, read_texts
 
     out = Path(args.out)
@@ -101,7 +101,7 @@ def inspect(args):
     from rich.console import Console
 
     from bert_fast import inspect
-    from bert_fast.checkpoint import atomic_path
+    from bert_fast.files import atomic_path
 
     if unknown := set(args.chips) - set(inspect.CHIPS):
         known = ", ".join(map(str, inspect.CHIPS))

@@ -15,6 +15,8 @@ and nothing to wait for, and there are at most batch + 1 tiles too many, which r
 The rows past the last sequence are one more, which sees no keys: zeros.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -342,17 +344,15 @@ def _common(q, bias, causal, dropout_p):
     }  # fmt: skip
 
 
-def _candidates(block_d):
-    """What BERT_FAST_AUTOTUNE tries beside the table."""
-    blocks = [(128, 128), (128, 64), (64, 128), (64, 64), (64, 32), (32, 32)]
-    fitting = [pair for pair in blocks if sum(pair) * block_d <= 32768] or [(32, 32)]
-    return [(*pair, warps, stages) for pair in fitting for warps in (4, 8) for stages in (1, 2, 3)]
-
-
-def _kind(q, longest, causal, bias, dropout_p):
-    """What the fastest settings depend on; lengths by powers of two."""
+def _search(q, longest, causal, bias, dropout_p, tiles):
+    """What BERT_FAST_AUTOTUNE needs: what the fastest settings depend on (lengths by powers of
+    two), and those it tries beside the table, for so many ``tiles`` of each block's rows."""
+    block_d = max(32, triton.next_power_of_2(q.shape[2]))
     longest = triton.next_power_of_2(max(longest, 1))
-    return q.dtype, q.shape[1:], longest, causal, bias is not None, dropout_p > 0
+    kind = q.dtype, q.shape[1:], longest, causal, bias is not None, dropout_p > 0
+    blocks = [(128, 128), (128, 64), (64, 128), (64, 64), (64, 32), (32, 32)]
+    fitting = [pair for pair in blocks if sum(pair) * block_d * tiles <= 32768] or [(32, 32)]
+    return kind, [(*p, warps, stages) for p in fitting for warps in (4, 8) for stages in (1, 2, 3)]
 
 
 def attention_forward(
@@ -376,8 +376,8 @@ def attention_forward(
         )  # fmt: skip
 
     if total_q:
-        kind = _kind(q, max_k, causal, bias, dropout_p)
-        tuning.run("attention.forward", kind, tuple(table), _candidates(block_d), launch)
+        search = functools.partial(_search, q, max_k, causal, bias, dropout_p, tiles=1)
+        tuning.run("attention.forward", tuple(table), search, launch)
     return out, lse
 
 
@@ -391,7 +391,7 @@ def attention_backward(
     block_d, *table = settings(BACKWARD, head_dim, q.dtype, q.device, max_k)
     delta = torch.empty_like(lse)
     common = _common(q, bias, causal, dropout_p) | {"BLOCK_D": block_d}
-    kind = _kind(q, max_k, causal, bias, dropout_p)
+    search = functools.partial(_search, q, max_k, causal, bias, dropout_p, tiles=2)
     bias = q if bias is None else bias.contiguous()
     inputs = dout, q, k, v, bias, lse, delta
     numbers = heads, scale, threshold(dropout_p), 1.0 / (1.0 - dropout_p)
@@ -412,13 +412,12 @@ def attention_backward(
             num_stages=stages,
         )  # fmt: skip
 
-    candidates = _candidates(2 * block_d)
     if total_q:
         block = 2048 // block_d
         _delta[(triton.cdiv(total_q, block), heads)](
             dout, out, delta, *_strides(dout, out), total_q, HEAD_DIM=head_dim, BLOCK_D=block_d,
             BLOCK=block,
         )  # fmt: skip
-        tuning.run("attention.backward_q", kind, tuple(table), candidates, launch_q)
+        tuning.run("attention.backward_q", tuple(table), search, launch_q)
     if total_k:
-        tuning.run("attention.backward_kv", kind, tuple(table), candidates, launch_kv)
+        tuning.run("attention.backward_kv", tuple(table), search, launch_kv)

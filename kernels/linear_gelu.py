@@ -14,6 +14,8 @@ so that the operands stay in L2. On chips that have it (9.0 and later) tiles of 
 loaded and stored by the tensor memory accelerator (TMA), through descriptors.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -183,13 +185,14 @@ def _described(tma, *blocks):
     return [TensorDescriptor.from_tensor(tensor, list(block)) for tensor, *block in blocks]
 
 
-# What BERT_FAST_AUTOTUNE tries beside the table.
-CANDIDATES = [
-    (M, N, K, warps, stages)
-    for M, N, warps in ((128, 256, 8), (128, 128, 8), (128, 128, 4), (64, 128, 4), (64, 64, 4))
-    for K in (32, 64)
-    for stages in (2, 3, 4)
-]
+def _search(x, weight, bias, *flags):
+    """What BERT_FAST_AUTOTUNE needs: what the fastest settings depend on (rows by powers of two),
+    and those it tries beside the table."""
+    kind = x.dtype, triton.next_power_of_2(len(x)), *weight.shape, bias is not None, *flags
+    blocks = [(128, 256, 8), (128, 128, 8), (128, 128, 4), (64, 128, 4), (64, 64, 4)]
+    return kind, [
+        (M, N, K, warps, stages) for M, N, warps in blocks for K in (32, 64) for stages in (2, 3, 4)
+    ]
 
 
 def linear_gelu_forward(x, weight, bias, approximate, save):
@@ -215,8 +218,8 @@ def linear_gelu_forward(x, weight, bias, approximate, save):
         )  # fmt: skip
 
     if rows:
-        kind = x.dtype, triton.next_power_of_2(rows), width, out_width, bias is not None, save
-        tuning.run("linear_gelu.forward", kind, _settings(FORWARD, x, weight), CANDIDATES, launch)
+        search = functools.partial(_search, x, weight, bias, save)
+        tuning.run("linear_gelu.forward", _settings(FORWARD, x, weight), search, launch)
     return out, product
 
 
@@ -243,8 +246,6 @@ def linear_gelu_backward(dout, product, bias, weight, approximate):
             summed(partials, dbias)
 
     if rows:
-        kind = dout.dtype, triton.next_power_of_2(rows), width, out_width, bias is not None
-        tuning.run(
-            "linear_gelu.backward", kind, _settings(BACKWARD, dout, weight), CANDIDATES, launch
-        )
+        search = functools.partial(_search, dout, weight, bias)
+        tuning.run("linear_gelu.backward", _settings(BACKWARD, dout, weight), search, launch)
     return dx, dproduct, dbias

@@ -10,27 +10,27 @@ or two searches, may differ in last bits; one file gives one answer.
 import functools
 import json
 import os
-import tempfile
 import time
 
 import torch
 import triton
 
-from bert_fast.backends import cache_directory
+from bert_fast.files import atomic_path, cache_directory
 
 
-def run(kernel, kind, settings, candidates, launch):
+def run(kernel, settings, search, launch):
     """Runs launch(settings), or launch(the fastest of settings and candidates).
 
-    kernel: its name; kind: what else the choice depends on, of plain numbers and strings;
-    settings: a tuple; launch: may be called many times.
+    kernel: its name; settings: a tuple; search: a function, called where there is a search alone,
+    of what else the choice depends on (plain numbers and strings) and the candidates; launch: may
+    be called many times.
     """
     if os.environ.get("BERT_FAST_AUTOTUNE") == "1":
-        settings = _tuned(kernel, kind, settings, candidates, launch)
+        settings = _tuned(kernel, *search(), settings, launch)
     launch(settings)
 
 
-def _tuned(kernel, kind, settings, candidates, launch):
+def _tuned(kernel, kind, candidates, settings, launch):
     key = " ".join(map(str, (kernel, _chip(), *kind)))
     known = _read(_path())
     if key in known:
@@ -80,11 +80,7 @@ def _read(path):
 
 
 def _write(path, key, settings):
-    """Adds to the file; whole or not at all."""
     _cached.pop(path, None)
     known = _read(path) | {key: settings}
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, delete=False, suffix=".json", encoding="utf-8"
-    ) as scratch:
-        json.dump(known, scratch, indent=1)
-    os.replace(scratch.name, path)
+    with atomic_path(path) as scratch, open(scratch, "w", encoding="utf-8") as file:
+        json.dump(known, file, indent=1)

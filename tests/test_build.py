@@ -40,6 +40,7 @@ def test_layout_rules():
     assert "import torch" not in (ROOT / "setup.py").read_text()
     order = [
         "_C",
+        "files",
         "reference",
         "backends",
         "cpu",

@@ -12,7 +12,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from bert_fast.backends import cache_directory
+from bert_fast.files import cache_directory
 
 
 def _wheel(requirement, members):

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import torch
 
-from bert_fast.backends import cache_directory
 from bert_fast.bench import data
-from bert_fast.checkpoint import atomic_path
+from bert_fast.files import atomic_path, cache_directory
 
 CORPORA = ("reviews", "plots")
 DISTRIBUTIONS = ("full", "uniform", *CORPORA)

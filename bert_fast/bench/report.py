@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import bert_fast
-from bert_fast.checkpoint import atomic_path
+from bert_fast.files import atomic_path
 
 OURS = "bert_fast"
 

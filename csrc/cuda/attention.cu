@@ -226,10 +226,6 @@ __global__ void __launch_bounds__(kThreads) dkv_kernel(AttentionBackward a, Drop
   store_row<T>(a.dv, at, head, c, head_dim, dv, 1.0f);
 }
 
-dim3 tiles_of(int64_t total, const AttentionShape& a) {
-  return dim3(static_cast<unsigned>(total / kSide + a.batch + 1), static_cast<unsigned>(a.num_heads));
-}
-
 // What CUDA would say of such a launch; every chip has tensor cores for fp16, so there is no other.
 constexpr const char* kTooWide = "this head_dim needs more shared memory than the chip has";
 
@@ -242,7 +238,7 @@ const char* attend(const AttentionForward& a, const Dropout& drop, const Call& c
   if constexpr (std::is_same_v<T, fp16>) {
     return kTooWide;
   } else {
-    launch(forward_kernel<T>, tiles_of(a.total_q, a), kThreads,
+    launch(forward_kernel<T>, tiles_of(a.total_q, kSide, a), kThreads,
            shared_bytes(static_cast<int>(a.head_dim), 3, 1), call.stream, a, drop);
   }
   return nullptr;
@@ -263,31 +259,27 @@ const char* attend(const AttentionBackward& a, const Dropout& drop, const Call& 
     return kTooWide;
   } else {
     const size_t tiles = shared_bytes(static_cast<int>(a.head_dim), 4, 2);
-    if (a.total_q) launch(dq_kernel<T>, tiles_of(a.total_q, a), kThreads, tiles, call.stream, a, drop, call.scratch);
-    if (a.total_k) launch(dkv_kernel<T>, tiles_of(a.total_k, a), kThreads, tiles, call.stream, a, drop, call.scratch);
+    if (a.total_q) launch(dq_kernel<T>, tiles_of(a.total_q, kSide, a), kThreads, tiles, call.stream, a, drop, call.scratch);
+    if (a.total_k) launch(dkv_kernel<T>, tiles_of(a.total_k, kSide, a), kThreads, tiles, call.stream, a, drop, call.scratch);
   }
   return nullptr;
 }
 
 template <class Args>
-const char* by_dtype(const Args& a, const Call& call) {
+const char* run(const Args& a, const Call& call) {
   OnDevice on(call.device);
   const char* refused = nullptr;
   if (on.error == cudaSuccess) {
     const Dropout drop = dropout_of(a.dropout_p, call);
-    switch (a.dtype) {
-      case DType::kFloat32: refused = attend<float>(a, drop, call); break;
-      case DType::kBFloat16: refused = attend<bf16>(a, drop, call); break;
-      case DType::kFloat16: refused = attend<fp16>(a, drop, call); break;
-    }
+    refused = by_dtype(a.dtype, [&](auto element) { return attend<decltype(element)>(a, drop, call); });
   }
   return refused ? refused : on.message();
 }
 
 }  // namespace
 
-const char* attention_forward(const AttentionForward& a, const Call& call) { return by_dtype(a, call); }
-const char* attention_backward(const AttentionBackward& a, const Call& call) { return by_dtype(a, call); }
+const char* attention_forward(const AttentionForward& a, const Call& call) { return run(a, call); }
+const char* attention_backward(const AttentionBackward& a, const Call& call) { return run(a, call); }
 
 }  // namespace cuda
 }  // namespace bert_fast

@@ -25,6 +25,11 @@ __device__ __forceinline__ Tile find_tile(const int32_t* cu, int batch, int tota
   return {low, begin, end - begin, (tile - begin / rows - low) * rows};
 }
 
+// The grid that covers them all: at most batch + 1 tiles too many, which return at once.
+inline dim3 tiles_of(int64_t total, int rows, const AttentionShape& a) {
+  return dim3(static_cast<unsigned>(total / rows + a.batch + 1), static_cast<unsigned>(a.num_heads));
+}
+
 __device__ __forceinline__ int span(const int32_t* cu, int batch, int sequence, int& begin) {
   begin = cu[sequence];
   return sequence < batch ? cu[sequence + 1] - begin : 0;

@@ -468,15 +468,11 @@ bool is_wide(const Strided& t, const AttentionShape& a) {
   return aligned(t.data) && a.head_dim % 8 == 0 && t.token % 8 == 0 && t.head % 8 == 0;
 }
 
-dim3 tiles_of(int64_t total, const AttentionShape& a) {
-  return dim3(static_cast<unsigned>(total / kRows + a.batch + 1), static_cast<unsigned>(a.num_heads));
-}
-
 // Whether the chip has tensor cores for T and so much shared memory.
 template <class T>
 bool fits(size_t bytes, int device) {
   const bool turing = device_attribute(cudaDevAttrComputeCapabilityMajor, device) < 8;
-  if (turing && sizeof(T) == 2 && std::is_same_v<T, bf16>) return false;
+  if (turing && std::is_same_v<T, bf16>) return false;
   return bytes <= static_cast<size_t>(
                       device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
 }
@@ -488,7 +484,7 @@ bool run_forward(const AttentionForward& a, const Dropout& drop, const Call& cal
   if (!fits<T>(kBytes, call.device)) return false;
   const int wide = is_wide(a.q, a) * kQ | is_wide(a.k, a) * kK | is_wide(a.v, a) * kV |
                    is_wide(a.out, a) * kOut;
-  launch(forward_kernel<T, kD, kKeys, kOnce>, tiles_of(a.total_q, a), kThreads, kBytes, call.stream,
+  launch(forward_kernel<T, kD, kKeys, kOnce>, tiles_of(a.total_q, kRows, a), kThreads, kBytes, call.stream,
          a, drop, wide);
   return true;
 }
@@ -503,10 +499,10 @@ bool run_backward(const AttentionBackward& a, const Dropout& drop, const Call& c
                    is_wide(a.dv, a) * kDv;
   const float* delta = call.scratch;
   if (a.total_q) {
-    launch(dq_kernel<T, kD>, tiles_of(a.total_q, a), kThreads, kTiles, call.stream, a, drop, delta, wide);
+    launch(dq_kernel<T, kD>, tiles_of(a.total_q, kRows, a), kThreads, kTiles, call.stream, a, drop, delta, wide);
   }
   if (!a.total_k) return true;
-  const dim3 grid = tiles_of(a.total_k, a);
+  const dim3 grid = tiles_of(a.total_k, kRows, a);
   if constexpr (kD <= 128) {
     launch(dkv_kernel<T, kD, true, true>, grid, kThreads, kBytes, call.stream, a, drop, delta, wide);
   } else {

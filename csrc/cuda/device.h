@@ -314,6 +314,16 @@ void launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared, void* s
 #endif
 }
 
+// f(a value of the type that dtype names)
+template <class F>
+auto by_dtype(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kBFloat16: return f(bf16());
+    case DType::kFloat16: return f(fp16());
+    default: return f(float());
+  }
+}
+
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 // ---- sums over rows ----

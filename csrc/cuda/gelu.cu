@@ -1,7 +1,5 @@
 // GELU(x + bias) and its gradient on CUDA; formulas in ../cpu/gelu.cpp. Bound by memory: 16-byte
 // accesses, the bias through the cache.
-#include <type_traits>
-
 #include "device.h"
 
 namespace bert_fast {
@@ -88,7 +86,7 @@ __global__ void __launch_bounds__(kThreads) backward(const T* dout, const T* x, 
 }
 
 template <class T, int kCount, Gelu kind>
-void launch_forward(const GeluForward& a, const Call& call) {
+void launch_kernel(const GeluForward& a, const Call& call) {
   const int64_t packs = a.rows * a.width / kCount, blocks = (packs + kThreads - 1) / kThreads;
   // A grid-stride loop over at most this many blocks: some 30 a multiprocessor on today's largest.
   launch(forward<T, kCount, kind>, dim3(static_cast<unsigned>(blocks < 4096 ? blocks : 4096)),
@@ -97,7 +95,7 @@ void launch_forward(const GeluForward& a, const Call& call) {
 }
 
 template <class T, int kCount, Gelu kind>
-void launch_backward(const GeluBackward& a, const Call& call) {
+void launch_kernel(const GeluBackward& a, const Call& call) {
   const unsigned columns = static_cast<unsigned>((a.width + kWarp * kCount - 1) / (kWarp * kCount));
   launch(backward<T, kCount, kind>, dim3(columns, call.programs), kThreads,
          kRows * kWarp * kCount * sizeof(float), call.stream, static_cast<const T*>(a.dout),
@@ -105,30 +103,18 @@ void launch_backward(const GeluBackward& a, const Call& call) {
          a.dbias ? call.scratch : nullptr, a.rows, a.width);
 }
 
-template <class T, class Args>
-void by_kind(const Args& a, const Call& call, bool packs) {
-  constexpr int kCount = 16 / sizeof(T);
-  constexpr bool kForward = sizeof(Args) == sizeof(GeluForward);
-  packs = packs && a.width % kCount == 0;
-  auto run = [&](auto count, auto kind) {
-    if constexpr (kForward) launch_forward<T, count(), static_cast<Gelu>(kind())>(a, call);
-    else launch_backward<T, count(), static_cast<Gelu>(kind())>(a, call);
-  };
-  using Erf = std::integral_constant<int, static_cast<int>(Gelu::kErf)>;
-  using Tanh = std::integral_constant<int, static_cast<int>(Gelu::kTanh)>;
-  using Wide = std::integral_constant<int, kCount>;
-  using One = std::integral_constant<int, 1>;
-  if (a.approximate == Gelu::kErf) packs ? run(Wide(), Erf()) : run(One(), Erf());
-  else packs ? run(Wide(), Tanh()) : run(One(), Tanh());
-}
-
 template <class Args>
-void by_dtype(const Args& a, const Call& call, bool packs) {
-  switch (a.dtype) {
-    case DType::kFloat32: return by_kind<float>(a, call, packs);
-    case DType::kBFloat16: return by_kind<bf16>(a, call, packs);
-    case DType::kFloat16: return by_kind<fp16>(a, call, packs);
-  }
+void by_kind(const Args& a, const Call& call, bool packs) {
+  by_dtype(a.dtype, [&](auto element) {
+    using T = decltype(element);
+    constexpr int kCount = 16 / sizeof(T);
+    const bool wide = packs && a.width % kCount == 0;
+    if (a.approximate == Gelu::kErf) {
+      wide ? launch_kernel<T, kCount, Gelu::kErf>(a, call) : launch_kernel<T, 1, Gelu::kErf>(a, call);
+    } else {
+      wide ? launch_kernel<T, kCount, Gelu::kTanh>(a, call) : launch_kernel<T, 1, Gelu::kTanh>(a, call);
+    }
+  });
 }
 
 // One thread a column.
@@ -155,7 +141,7 @@ void sum_partials(const float* partials, int sums, int programs, int64_t width,
 const char* gelu_forward(const GeluForward& a, const Call& call) {
   OnDevice on(call.device);
   if (on.error == cudaSuccess && a.rows * a.width) {
-    by_dtype(a, call, aligned(a.x) && aligned(a.out));
+    by_kind(a, call, aligned(a.x) && aligned(a.out));
   }
   return on.message();
 }
@@ -163,7 +149,7 @@ const char* gelu_forward(const GeluForward& a, const Call& call) {
 const char* gelu_backward(const GeluBackward& a, const Call& call) {
   OnDevice on(call.device);
   if (on.error == cudaSuccess && a.width) {
-    by_dtype(a, call, aligned(a.dout) && aligned(a.x) && aligned(a.dx));
+    by_kind(a, call, aligned(a.dout) && aligned(a.x) && aligned(a.dx));
     if (a.dbias) {
       sum_partials(call.scratch, 1, call.programs, a.width, {a.dbias, nullptr, nullptr}, call.stream);
     }

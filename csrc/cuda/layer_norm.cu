@@ -1,8 +1,6 @@
 // LN(residual + dropout(x + linear_bias)) * weight + bias in one pass, and its gradient, on CUDA;
 // formulas in ../cpu/layer_norm.cpp. A row up to 1024 wide is a warp's, its elements in registers;
 // a wider one is a CTA's.
-#include <type_traits>
-
 #include "device.h"
 
 namespace bert_fast {
@@ -201,24 +199,18 @@ void launch_kernel(const LayerNormBackward& a, const Call& call) {
          call.scratch);
 }
 
-template <class T, class Args>
-void by_width(const Args& a, const Call& call, bool packs) {
-  constexpr int kCount = 16 / sizeof(T);
-  packs = packs && a.hidden % kCount == 0;
-  if (a.hidden <= kPerThread<kWarp> * kWarp) {
-    packs ? launch_kernel<T, kCount, kWarp>(a, call) : launch_kernel<T, 1, kWarp>(a, call);
-  } else {
-    packs ? launch_kernel<T, kCount, kCta>(a, call) : launch_kernel<T, 1, kCta>(a, call);
-  }
-}
-
 template <class Args>
-void by_dtype(const Args& a, const Call& call, bool packs) {
-  switch (a.dtype) {
-    case DType::kFloat32: return by_width<float>(a, call, packs);
-    case DType::kBFloat16: return by_width<bf16>(a, call, packs);
-    case DType::kFloat16: return by_width<fp16>(a, call, packs);
-  }
+void by_width(const Args& a, const Call& call, bool packs) {
+  by_dtype(a.dtype, [&](auto element) {
+    using T = decltype(element);
+    constexpr int kCount = 16 / sizeof(T);
+    const bool wide = packs && a.hidden % kCount == 0;
+    if (a.hidden <= kPerThread<kWarp> * kWarp) {
+      wide ? launch_kernel<T, kCount, kWarp>(a, call) : launch_kernel<T, 1, kWarp>(a, call);
+    } else {
+      wide ? launch_kernel<T, kCount, kCta>(a, call) : launch_kernel<T, 1, kCta>(a, call);
+    }
+  });
 }
 
 }  // namespace
@@ -226,7 +218,7 @@ void by_dtype(const Args& a, const Call& call, bool packs) {
 const char* layer_norm_forward(const LayerNormForward& a, const Call& call) {
   OnDevice on(call.device);
   if (on.error == cudaSuccess && a.rows) {
-    by_dtype(a, call, aligned(a.x) && aligned(a.residual) && aligned(a.out) && aligned(a.sum));
+    by_width(a, call, aligned(a.x) && aligned(a.residual) && aligned(a.out) && aligned(a.sum));
   }
   return on.message();
 }
@@ -234,7 +226,7 @@ const char* layer_norm_forward(const LayerNormForward& a, const Call& call) {
 const char* layer_norm_backward(const LayerNormBackward& a, const Call& call) {
   OnDevice on(call.device);
   if (on.error == cudaSuccess) {
-    by_dtype(a, call, aligned(a.dout) && aligned(a.sum) && aligned(a.dsum) && aligned(a.dx));
+    by_width(a, call, aligned(a.dout) && aligned(a.sum) && aligned(a.dsum) && aligned(a.dx));
     sum_partials(call.scratch, a.dlinear_bias ? 3 : 2, call.programs, a.hidden,
                  {a.dweight, a.dbias, a.dlinear_bias}, call.stream);
   }

@@ -3,7 +3,6 @@
 #include <ucontext.h>
 
 #include <algorithm>
-#include <cstdio>
 #include <cstdlib>
 #include <deque>
 #include <memory>
@@ -70,17 +69,15 @@ void enter() {
   to_scheduler();
 }
 
-std::string where(const Fiber& f) {
+std::string this_block() {
   return "block (" + std::to_string(block.x) + ", " + std::to_string(block.y) + ", " +
-         std::to_string(block.z) + "), thread " + std::to_string(f.index.x);
+         std::to_string(block.z) + ")";
 }
 
 void describe_deadlock() {
   int count[4] = {};
   for (const Fiber& f : fibers) ++count[static_cast<int>(f.state)];
-  failure = "block (" + std::to_string(block.x) + ", " + std::to_string(block.y) + ", " +
-            std::to_string(block.z) + ") is stuck: " + std::to_string(count[1]) +
-            " threads at a barrier, " + std::to_string(count[2]) + " at a warp's exchange, " +
+  failure = this_block() + " is stuck: " + std::to_string(count[1]) + " threads at a barrier, " + std::to_string(count[2]) + " at a warp's exchange, " +
             std::to_string(count[3]) + " at their end";
 }
 
@@ -151,7 +148,7 @@ const dim3& grid_size() { return grid_dim; }
 unsigned char* shared_memory() { return shared; }
 
 void fail(const char* what) {
-  failure = where(*current) + " " + what;
+  failure = this_block() + ", thread " + std::to_string(current->index.x) + " " + what;
   to_scheduler();
   std::abort();  // a failed block is never resumed
 }
