@@ -85,7 +85,7 @@ __device__ __forceinline__ void store_row(const Strided& t, int64_t row, int hea
 template <class T>
 __global__ void __launch_bounds__(kThreads) forward_kernel(AttentionForward a, Dropout drop) {
   const int batch = static_cast<int>(a.batch), head_dim = static_cast<int>(a.head_dim);
-  const Tile tile = find_tile(a.cu_q, batch, static_cast<int>(a.total_q), kSide);
+  const Tile tile = find_tile(blockIdx.x, a.cu_q, batch, static_cast<int>(a.total_q), kSide);
   if (tile.first >= tile.length) return;
   int k_begin;
   const int k_length = span(a.cu_k, batch, tile.sequence, k_begin), head = blockIdx.y;
@@ -142,7 +142,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) dq_kernel(AttentionBackward a, Dropout drop,
                                                       const float* delta) {
   const int batch = static_cast<int>(a.batch), head_dim = static_cast<int>(a.head_dim);
-  const Tile tile = find_tile(a.cu_q, batch, static_cast<int>(a.total_q), kSide);
+  const Tile tile = find_tile(blockIdx.x, a.cu_q, batch, static_cast<int>(a.total_q), kSide);
   if (tile.first >= tile.length) return;
   int k_begin;
   const int k_length = span(a.cu_k, batch, tile.sequence, k_begin), head = blockIdx.y;
@@ -183,7 +183,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) dkv_kernel(AttentionBackward a, Dropout drop,
                                                        const float* delta) {
   const int batch = static_cast<int>(a.batch), head_dim = static_cast<int>(a.head_dim);
-  const Tile tile = find_tile(a.cu_k, batch, static_cast<int>(a.total_k), kSide);
+  const Tile tile = find_tile(blockIdx.x, a.cu_k, batch, static_cast<int>(a.total_k), kSide);
   if (tile.first >= tile.length) return;
   int q_begin;
   const int q_length = span(a.cu_q, batch, tile.sequence, q_begin), head = blockIdx.y;

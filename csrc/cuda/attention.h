@@ -13,8 +13,7 @@ struct Tile {
   int sequence, begin, length, first;  // first: the tile's first row in the sequence
 };
 
-__device__ __forceinline__ Tile find_tile(const int32_t* cu, int batch, int total, int rows) {
-  const int tile = blockIdx.x;
+__device__ __forceinline__ Tile find_tile(int tile, const int32_t* cu, int batch, int total, int rows) {
   int low = 0, high = batch;
   while (low < high) {
     const int middle = (low + high + 1) / 2;

@@ -32,12 +32,19 @@ struct Side {  // rows of one tensor, of one sequence and head
   bool wide;
 };
 
+// Who loads a tile together and waits for each other: a CTA, or a warp on its own.
+template <int kTeam>
+__device__ __forceinline__ void team_barrier() {
+  if constexpr (kTeam == kWarp) warp_barrier();
+  else barrier();
+}
+
 // Rows `first` on into shared memory; zeros outside. To be waited for, then `add_bias`.
-template <class T, int kD, int kCount>
+template <class T, int kD, int kCount, int kTeam = kThreads>
 __device__ __forceinline__ void load_rows(const Matrix<T, kD>& to, const Side& s, int first) {
   constexpr int kChunks = kD / 8;
 #pragma unroll 4
-  for (int i = threadIdx.x; i < kCount * kChunks; i += kThreads) {
+  for (int i = threadIdx.x % kTeam; i < kCount * kChunks; i += kTeam) {
     const int row = i / kChunks, c = i % kChunks, d = c * 8;
     const bool inside = first + row < s.length && d < s.head_dim;
     const T* from = row_of<T>(s.tensor, static_cast<int64_t>(s.begin) + (inside ? first + row : 0), s.head);
@@ -55,13 +62,13 @@ __device__ __forceinline__ void load_rows(const Matrix<T, kD>& to, const Side& s
 }
 
 // Adds the projection's bias to the chunks that this thread has loaded.
-template <class T, int kD, int kCount>
+template <class T, int kD, int kCount, int kTeam = kThreads>
 __device__ __forceinline__ void add_bias(const Matrix<T, kD>& m, const Side& s, int first,
                                          const float* bias) {
   if (!bias) return;
   bias += s.head * s.head_dim;
   constexpr int kChunks = kD / 8;
-  for (int i = threadIdx.x; i < kCount * kChunks; i += kThreads) {
+  for (int i = threadIdx.x % kTeam; i < kCount * kChunks; i += kTeam) {
     const int row = i / kChunks, c = i % kChunks;
     if (first + row >= s.length) continue;
     Pack<T, 8> pack = load<Pack<T, 8>>(m.chunk(row, c));
@@ -201,11 +208,16 @@ template <int kD>
 constexpr int kStages = kD <= 128 ? 2 : 1;
 
 // Grid: (tiles of queries, heads). kOnce: no sequence has more than kKeys keys, nothing is rescaled.
-template <class T, int kD, int kKeys, bool kOnce>
+// kTeam: a warp where sequences are so short that most of a CTA's 64 rows would lie idle; it then
+// has 16 rows and their keys to itself, four such tiles share a CTA, and nobody waits for another.
+template <class T, int kD, int kKeys, bool kOnce, int kTeam>
 __global__ void __launch_bounds__(kThreads, 2) forward_kernel(AttentionForward a, Dropout drop, int wide) {
   constexpr int kTiles = kKeys / 8, kPipeline = kOnce ? 1 : kStages<kD>;
+  constexpr int kTeams = kThreads / kTeam, kOwn = kRows / kTeams;  // rows of a team
+  const int team = kTeams == 1 ? 0 : threadIdx.x / kTeam;
   const int batch = static_cast<int>(a.batch), head = blockIdx.y;
-  const Tile tile = find_tile(a.cu_q, batch, static_cast<int>(a.total_q), kRows);
+  const Tile tile = find_tile(blockIdx.x * kTeams + team, a.cu_q, batch,
+                              static_cast<int>(a.total_q), kOwn);
   if (tile.first >= tile.length) return;
   int k_begin;
   const int k_length = span(a.cu_k, batch, tile.sequence, k_begin);
@@ -215,34 +227,34 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(AttentionForward a
   const Side vs = {a.v, k_begin, k_length, head, head_dim, (wide & kV) != 0};
   const float* k_bias = a.bias ? a.bias + part : nullptr;
   const float* v_bias = a.bias ? a.bias + 2 * part : nullptr;
-  T* shared = reinterpret_cast<T*>(shared_memory());
+  T* shared = reinterpret_cast<T*>(shared_memory()) + team * (kOwn + 2 * kPipeline * kKeys) * kD;
   const Matrix<T, kD> q = {shared};
-  auto key_tile = [&](int stage) { return Matrix<T, kD>{shared + (kRows + stage * kKeys) * kD}; };
+  auto key_tile = [&](int stage) { return Matrix<T, kD>{shared + (kOwn + stage * kKeys) * kD}; };
   auto value_tile = [&](int stage) {
-    return Matrix<T, kD>{shared + (kRows + (kPipeline + stage) * kKeys) * kD};
+    return Matrix<T, kD>{shared + (kOwn + (kPipeline + stage) * kKeys) * kD};
   };
   auto load_keys = [&](int stage, int first) {
-    load_rows<T, kD, kKeys>(key_tile(stage), ks, first);
-    load_rows<T, kD, kKeys>(value_tile(stage), vs, first);
+    load_rows<T, kD, kKeys, kTeam>(key_tile(stage), ks, first);
+    load_rows<T, kD, kKeys, kTeam>(value_tile(stage), vs, first);
     copy_async_commit();
   };
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int warp = threadIdx.x % kTeam / kWarp, lane = threadIdx.x % kWarp;
   const int local = warp * 16, row = tile.first + local + lane / 4;  // and row + 8
   int last = k_length;
-  if (a.causal) last = min(last, tile.first + kRows + k_length - tile.length);
+  if (a.causal) last = min(last, tile.first + kOwn + k_length - tile.length);
   float top[2] = {-INFINITY, -INFINITY}, norm[2] = {}, total[kD / 8][4] = {};
 
-  load_rows<T, kD, kRows>(q, qs, tile.first);
+  load_rows<T, kD, kOwn, kTeam>(q, qs, tile.first);
   load_keys(0, 0);
   for (int first = 0, stage = 0; first < last; first += kKeys) {
     const bool more = kPipeline == 2 && first + kKeys < last;
     if (more) load_keys(stage ^ 1, first + kKeys);
     if (more) copy_async_wait<1>();
     else copy_async_wait<0>();
-    if (first == 0) add_bias<T, kD, kRows>(q, qs, tile.first, a.bias);
-    add_bias<T, kD, kKeys>(key_tile(stage), ks, first, k_bias);
-    add_bias<T, kD, kKeys>(value_tile(stage), vs, first, v_bias);
-    barrier();
+    if (first == 0) add_bias<T, kD, kOwn, kTeam>(q, qs, tile.first, a.bias);
+    add_bias<T, kD, kKeys, kTeam>(key_tile(stage), ks, first, k_bias);
+    add_bias<T, kD, kKeys, kTeam>(value_tile(stage), vs, first, v_bias);
+    team_barrier<kTeam>();
     float scores[kTiles][4];
     multiply_rows<T, kD, kTiles>(scores, q, local, key_tile(stage));
     float block_top[2] = {-INFINITY, -INFINITY};
@@ -289,13 +301,13 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(AttentionForward a
       }
     }
     multiply_weights<T, kD, kTiles>(total, scores, value_tile(stage));
-    barrier();  // the tile may be written again
+    team_barrier<kTeam>();  // the tile may be written again
     if (kPipeline == 1 && first + kKeys < last) load_keys(0, first + kKeys);
     stage = kPipeline == 2 ? stage ^ 1 : 0;
   }
   if (last <= 0) {  // no keys at all: the queries must have landed before their room is used
     copy_async_wait<0>();
-    barrier();
+    team_barrier<kTeam>();
   }
   float share[2];
 #pragma unroll
@@ -319,7 +331,7 @@ __global__ void __launch_bounds__(kThreads, 2) dq_kernel(AttentionBackward a, Dr
                                                       const float* delta, int wide) {
   constexpr int kKeys = kOther<kD>, kTiles = kKeys / 8;
   const int batch = static_cast<int>(a.batch), head = blockIdx.y;
-  const Tile tile = find_tile(a.cu_q, batch, static_cast<int>(a.total_q), kRows);
+  const Tile tile = find_tile(blockIdx.x, a.cu_q, batch, static_cast<int>(a.total_q), kRows);
   if (tile.first >= tile.length) return;
   int k_begin;
   const int k_length = span(a.cu_k, batch, tile.sequence, k_begin);
@@ -387,7 +399,7 @@ __global__ void __launch_bounds__(kThreads, 2) dkv_kernel(AttentionBackward a, D
                                                        const float* delta, int wide) {
   constexpr int kQueries = kOther<kD>, kTiles = kQueries / 8;
   const int batch = static_cast<int>(a.batch), head = blockIdx.y;
-  const Tile tile = find_tile(a.cu_k, batch, static_cast<int>(a.total_k), kRows);
+  const Tile tile = find_tile(blockIdx.x, a.cu_k, batch, static_cast<int>(a.total_k), kRows);
   if (tile.first >= tile.length) return;
   int q_begin;
   const int q_length = span(a.cu_q, batch, tile.sequence, q_begin);
@@ -477,15 +489,17 @@ bool fits(size_t bytes, int device) {
                       device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
 }
 
-template <class T, int kD, int kKeys, bool kOnce>
+template <class T, int kD, int kKeys, bool kOnce, int kTeam = kThreads>
 bool run_forward(const AttentionForward& a, const Dropout& drop, const Call& call) {
   constexpr int kPipeline = kOnce ? 1 : kStages<kD>;
-  constexpr size_t kBytes = (kRows + 2 * kPipeline * kKeys) * kD * sizeof(T);
+  constexpr int kTeams = kThreads / kTeam;
+  constexpr size_t kBytes = (kRows + 2 * kTeams * kPipeline * kKeys) * kD * sizeof(T);
   if (!fits<T>(kBytes, call.device)) return false;
   const int wide = is_wide(a.q, a) * kQ | is_wide(a.k, a) * kK | is_wide(a.v, a) * kV |
                    is_wide(a.out, a) * kOut;
-  launch(forward_kernel<T, kD, kKeys, kOnce>, tiles_of(a.total_q, kRows, a), kThreads, kBytes, call.stream,
-         a, drop, wide);
+  dim3 grid = tiles_of(a.total_q, kRows / kTeams, a);
+  grid.x = (grid.x + kTeams - 1) / kTeams;
+  launch(forward_kernel<T, kD, kKeys, kOnce, kTeam>, grid, kThreads, kBytes, call.stream, a, drop, wide);
   return true;
 }
 
@@ -516,11 +530,13 @@ bool run_backward(const AttentionBackward& a, const Dropout& drop, const Call& c
 
 template <class T>
 bool forward_mma(const AttentionForward& a, const Dropout& drop, const Call& call) {
-  const bool once = call.longest_k <= 128;
+  const bool once = call.longest_k <= 128, tiny = call.longest_k <= 32;
   if (a.head_dim <= 32) {
+    if (tiny) return run_forward<T, 32, 32, true, kWarp>(a, drop, call);
     return once ? run_forward<T, 32, 128, true>(a, drop, call) : run_forward<T, 32, 64, false>(a, drop, call);
   }
   if (a.head_dim <= 64) {
+    if (tiny) return run_forward<T, 64, 32, true, kWarp>(a, drop, call);
     return once ? run_forward<T, 64, 128, true>(a, drop, call) : run_forward<T, 64, 64, false>(a, drop, call);
   }
   if (a.head_dim <= 128) return run_forward<T, 128, 32, false>(a, drop, call);
