@@ -1,5 +1,7 @@
 """Custom kernels that make BERT fast: attention, layer-norm and GELU, forward and backward."""
 
+import importlib
+
 from bert_fast.backends import BackendUnavailableError, use_backend
 from bert_fast.model import BertConfig, BertModel, BertOutput
 from bert_fast.ops import (
@@ -15,27 +17,50 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailableError",
     "BertConfig",
+    "BertForMaskedLM",
+    "BertForMultipleChoice",
+    "BertForNextSentencePrediction",
+    "BertForPreTraining",
+    "BertForQuestionAnswering",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
     "BertModel",
     "BertOutput",
     "CheckpointError",
     "SentenceEncoder",
+    "accelerate",
     "attention",
     "attention_qkv",
     "embedding_layer_norm",
     "gelu",
     "layer_norm",
     "linear_gelu",
+    "nn",
+    "restore",
     "use_backend",
 ]
 
 
-def __getattr__(name):  # what most programs do not need is imported when it is
-    if name == "SentenceEncoder":
-        from bert_fast.text import SentenceEncoder
+# What most programs do not need is imported when it is.
+_LATER = {
+    "CheckpointError": "checkpoint",
+    "SentenceEncoder": "text",
+    "accelerate": "hugging_face",
+    "restore": "hugging_face",
+    **dict.fromkeys(
+        (
+            "BertForMaskedLM", "BertForMultipleChoice", "BertForNextSentencePrediction",
+            "BertForPreTraining", "BertForQuestionAnswering", "BertForSequenceClassification",
+            "BertForTokenClassification",
+        ),
+        "heads",
+    ),
+}  # fmt: skip
 
-        return SentenceEncoder
-    if name == "CheckpointError":
-        from bert_fast.checkpoint import CheckpointError
 
-        return CheckpointError
+def __getattr__(name):
+    if name == "nn":
+        return importlib.import_module("bert_fast.nn")
+    if name in _LATER:
+        return getattr(importlib.import_module(f"bert_fast.{_LATER[name]}"), name)
     raise AttributeError(f"module 'bert_fast' has no attribute {name!r}")

@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,8 +29,9 @@ NAMES = {
     "layers.N.feed_forward.norm": "encoder.layer.N.output.LayerNorm",
     "pooler": "pooler.dense",
 }
+HEADS = ("cls.", "classifier.", "qa_outputs.")
 # Heads and buffers that a checkpoint of a whole task model carries beside the encoder.
-NOT_OURS = re.compile(r"(cls|classifier|qa_outputs)\.|embeddings\.position_ids$")
+NOT_OURS = re.compile(r"(cls|classifier|qa_outputs)\.|embeddings\.position_ids$|pooler\.")
 
 
 class CheckpointError(ValueError):
@@ -37,25 +39,35 @@ class CheckpointError(ValueError):
 
 
 def hugging_face_names(name):
-    """The Hugging Face keys that make up one of our parameters: three for qkv, else one."""
+    """The Hugging Face keys that make up one of our parameters: three for qkv, else one. Heads have
+    Hugging Face's names already; their encoder is ``bert``."""
+    prefix = "bert." if name.startswith("bert.") else ""
+    if not prefix and name.startswith(HEADS):
+        return [name]
+    name = name.removeprefix(prefix)
     module, _, kind = name.rpartition(".")
     layer = re.search(r"\d+", module)
     theirs = NAMES[re.sub(r"\d+", "N", module)]
     theirs = [theirs] if isinstance(theirs, str) else theirs
-    return [f"{t.replace('N', layer[0], 1) if layer else t}.{kind}" for t in theirs]
+    return [f"{prefix}{t.replace('N', layer[0], 1) if layer else t}.{kind}" for t in theirs]
 
 
 def from_hugging_face(state, model, source):
     """Hugging Face's state dict as ours, for ``model``'s parameters.
 
     Raises:
-        CheckpointError: naming missing and misshapen keys. Unexpected ones are warned about.
+        CheckpointError: naming missing and misshapen keys. Unexpected ones are warned about, and
+            those of a head, which keeps its initialisation.
     """
     state = {_modern_key(key): value for key, value in state.items()}
-    ours, missing, misshapen = {}, [], []
+    ours, missing, misshapen, fresh = {}, [], [], []
     for name, parameter in model.state_dict().items():
-        theirs = hugging_face_names(name)
+        theirs = [key.removeprefix("bert.") for key in hugging_face_names(name)]
         absent = [key for key in theirs if key not in state]
+        if absent and name.startswith((*HEADS, "bert.pooler.")):
+            ours[name] = parameter  # as initialised
+            fresh += absent
+            continue
         if absent:
             missing += absent
             continue
@@ -73,6 +85,10 @@ def from_hugging_face(state, model, source):
         raise CheckpointError(f"{source} lacks {_listing(missing)}")
     if misshapen:
         raise CheckpointError(f"{source} does not fit config.json: {_listing(misshapen)}")
+    if fresh:
+        warnings.warn(
+            f"{source} has no {_listing(fresh)}: newly initialised, to be trained", stacklevel=4
+        )
     unexpected = [key for key in state if not NOT_OURS.match(key)]
     if unexpected:
         warnings.warn(f"{source}: unexpected, not loaded: {_listing(unexpected)}", stacklevel=4)
@@ -100,8 +116,9 @@ def _listing(names, limit=8):
     return ", ".join(names[:limit]) + more
 
 
-def load(model_class, directory, dtype=None):
-    """See :meth:`bert_fast.BertModel.from_pretrained`."""
+def load(make, directory, dtype=None, **changes):
+    """The model that ``make(config, state)`` returns, with a checkpoint's weights. ``changes``: to
+    its config. See :meth:`bert_fast.BertModel.from_pretrained`."""
     from bert_fast.model import BertConfig
 
     directory = Path(directory)
@@ -109,13 +126,11 @@ def load(model_class, directory, dtype=None):
     if not config_path.is_file():
         raise CheckpointError(f"{directory} has no config.json: not a checkpoint's directory")
     try:
-        config = BertConfig.from_json(config_path)
+        config = replace(BertConfig.from_json(config_path), **changes)
     except (TypeError, ValueError) as error:
         raise CheckpointError(str(error)) from error
     state, source = _read_weights(directory)
-    has_pooler = any("pooler." in key for key in state)
-    with torch.device("meta"):  # no memory, no initialisation: every parameter is about to be set
-        model = model_class(config, add_pooling_layer=has_pooler)
+    model = make(config, state)
     weights = from_hugging_face(state, model, source)
     model.load_state_dict(
         {name: w.to(dtype or w.dtype) for name, w in weights.items()}, assign=True
@@ -178,4 +193,4 @@ def save(model, directory):
     with atomic_path(directory / "model.safetensors") as path:
         save_file(state, path, metadata={"format": "pt"})
     with atomic_path(directory / "config.json") as path:
-        Path(path).write_text(model.config.to_json(), encoding="utf-8")
+        Path(path).write_text(model.config.to_json(type(model).__name__), encoding="utf-8")

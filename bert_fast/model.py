@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bert_fast import ops
+from bert_fast.blocks import GELU_APPROXIMATE, Linear, feed_forward, project_add_norm
 from bert_fast.packing import Packing
 from bert_fast.workspace import NoWorkspace, Workspace, can_reuse_memory
-
-GELU_APPROXIMATE = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 
 
 @dataclass
@@ -37,6 +35,10 @@ class BertConfig:
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     pad_token_id: int | None = 0
+    id2label: dict | None = None
+    label2id: dict | None = None
+    problem_type: str | None = None
+    classifier_dropout: float | None = None
 
     def __post_init__(self):
         for field in fields(self):
@@ -51,6 +53,11 @@ class BertConfig:
         if self.hidden_act not in GELU_APPROXIMATE:
             known = ", ".join(GELU_APPROXIMATE)
             raise ValueError(f"config: hidden_act must be one of {known}, not {self.hidden_act!r}")
+
+    @property
+    def num_labels(self):
+        """Of a classifier; Hugging Face's default is 2."""
+        return 2 if self.id2label is None else len(self.id2label)
 
     @classmethod
     def from_json(cls, path):
@@ -75,8 +82,9 @@ class BertConfig:
         known = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
 
-    def to_json(self):
-        values = {"architectures": ["BertModel"], "model_type": "bert", **asdict(self)}
+    def to_json(self, architecture="BertModel"):
+        values = {"architectures": [architecture], "model_type": "bert"}
+        values |= {name: value for name, value in asdict(self).items() if value is not None}
         return json.dumps(values, indent=2) + "\n"
 
 
@@ -87,29 +95,6 @@ class BertOutput(NamedTuple):
     last_hidden_state: Tensor
     pooler_output: Tensor | None
     hidden_states: tuple[Tensor, ...] | None = None
-
-
-class Linear(nn.Linear):
-    """A linear layer whose bias is left to the kernel that reads its result next."""
-
-    packed = None  # by BertModel.prepack
-
-    def matmul(self, x, out, workspace):
-        """x Wᵀ"""
-        if out is None:
-            return F.linear(x, self.weight)
-        if self._use_packed(x):
-            return self.packed.forward(x, self.weight, None, None, out, workspace)
-        return torch.mm(x, self.weight.t(), out=out)
-
-    def gelu(self, x, approximate, out, workspace):
-        """GELU(x Wᵀ + bias)"""
-        if out is not None and self._use_packed(x):
-            return self.packed.forward(x, self.weight, self.bias, approximate, out, workspace)
-        return ops.linear_gelu(x, self.weight, self.bias, approximate=approximate, out=out)
-
-    def _use_packed(self, x):
-        return self.packed is not None and ops.can_use_packed(self.packed, self.weight, x.shape[0])
 
 
 class Attention(nn.Module):
@@ -137,8 +122,8 @@ class Attention(nn.Module):
             padded_tail=packing.padded_tail,
             out=None if context is None else context.view(tokens, self.num_heads, self.head_dim),
         ).view(tokens, hidden)
-        projected = self.out.matmul(context, take("projected", tokens, hidden, x), workspace)
-        return _add_norm(self, projected, self.out.bias, x, workspace)
+        dropout_p = self.hidden_dropout_p if self.training else 0.0
+        return project_add_norm(context, self.out, self.norm, x, dropout_p, workspace)
 
 
 class FeedForward(nn.Module):
@@ -151,20 +136,10 @@ class FeedForward(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, x, workspace):
-        (tokens, hidden), take = x.shape, workspace.take
-        buffer = take("intermediate", tokens, self.up.out_features, x)
-        up = self.up.gelu(x, self.approximate, buffer, workspace)
-        down = self.down.matmul(up, take("projected", tokens, hidden, x), workspace)
-        return _add_norm(self, down, self.down.bias, x, workspace)
-
-
-def _add_norm(block, x, linear_bias, residual, workspace):
-    """LN(residual + dropout(x + linear_bias)): in inference over the residual's memory."""
-    return ops.layer_norm(
-        x, block.norm.weight, block.norm.bias, residual=residual, linear_bias=linear_bias,
-        eps=block.norm.eps, dropout_p=block.hidden_dropout_p if block.training else 0.0,
-        out=workspace.over(residual),
-    )  # fmt: skip
+        dropout_p = self.hidden_dropout_p if self.training else 0.0
+        return feed_forward(
+            x, self.up, self.down, self.norm, self.approximate, dropout_p, workspace
+        )
 
 
 class Layer(nn.Module):
@@ -209,9 +184,10 @@ class BertModel(nn.Module):
             nn.Linear(config.hidden_size, config.hidden_size) if add_pooling_layer else None
         )
         self.workspace = Workspace()
-        self.apply(self._init_weights)
+        self.apply(self.init_weights)
 
-    def _init_weights(self, module):
+    def init_weights(self, module):
+        """BERT's initialisation of one module."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Linear):
@@ -229,7 +205,12 @@ class BertModel(nn.Module):
         """
         from bert_fast import checkpoint
 
-        return checkpoint.load(cls, directory, dtype)
+        def make(config, state):
+            has_pooler = any("pooler." in key for key in state)
+            with torch.device("meta"):  # no memory, no initialisation: all is about to be set
+                return cls(config, add_pooling_layer=has_pooler)
+
+        return checkpoint.load(make, directory, dtype)
 
     def save_pretrained(self, directory):
         """Writes what Hugging Face's ``BertModel.from_pretrained`` loads."""
@@ -247,7 +228,7 @@ class BertModel(nn.Module):
         """
         for module in self.modules():
             if isinstance(module, Linear):
-                module.packed = ops.pack_weight(module.weight)
+                module.prepack()
         return self
 
     def forward(

@@ -48,8 +48,12 @@ def test_layout_rules():
         "ops",
         "packing",
         "workspace",
+        "blocks",
         "model",
         "checkpoint",
+        "heads",
+        "nn",
+        "hugging_face",
     ]
     order += ["text", "compare", "cli"]
     late = {("model", "checkpoint")}  # from_pretrained imports it when called

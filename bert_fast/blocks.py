@@ -1,0 +1,64 @@
+"""What every encoder layer here is made of, whoever keeps its weights: packed activations in and
+out, biases left to the kernel that reads the result next, memory reused where it may be."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bert_fast import ops
+
+GELU_APPROXIMATE = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+
+
+class Product:
+    """What a linear layer does here: its bias is left to the kernel that reads its result next.
+    ``weight`` and ``bias`` are the heir's."""
+
+    packed = None  # by prepack
+
+    def matmul(self, x, out, workspace):
+        """x Wᵀ"""
+        if out is None:
+            return F.linear(x, self.weight)
+        if self._use_packed(x):
+            return self.packed.forward(x, self.weight, None, None, out, workspace)
+        return torch.mm(x, self.weight.t(), out=out)
+
+    def gelu(self, x, approximate, out, workspace):
+        """GELU(x Wᵀ + bias)"""
+        if out is not None and self._use_packed(x):
+            return self.packed.forward(x, self.weight, self.bias, approximate, out, workspace)
+        return ops.linear_gelu(x, self.weight, self.bias, approximate=approximate, out=out)
+
+    def prepack(self):
+        self.packed = ops.pack_weight(self.weight)
+
+    def _use_packed(self, x):
+        return self.packed is not None and ops.can_use_packed(self.packed, self.weight, x.shape[0])
+
+
+class Linear(Product, nn.Linear):
+    pass
+
+
+class View(Product):
+    """A linear layer whose weights are kept elsewhere."""
+
+    def __init__(self, weight, bias, packed=None):
+        self.weight, self.bias, self.packed = weight, bias, packed
+
+
+def feed_forward(x, up, down, norm, approximate, dropout_p, workspace):
+    """LN(x + dropout(GELU(x Wᵤᵀ + bᵤ) W_dᵀ + b_d))"""
+    buffer = workspace.take("intermediate", x.shape[0], up.weight.shape[0], x)
+    hidden = up.gelu(x, approximate, buffer, workspace)
+    return project_add_norm(hidden, down, norm, x, dropout_p, workspace)
+
+
+def project_add_norm(x, linear, norm, residual, dropout_p, workspace):
+    """LN(residual + dropout(x Wᵀ + b)): in inference over the residual's memory."""
+    projected = linear.matmul(x, workspace.take("projected", *residual.shape, x), workspace)
+    return ops.layer_norm(
+        projected, norm.weight, norm.bias, residual=residual, linear_bias=linear.bias,
+        eps=norm.eps, dropout_p=dropout_p, out=workspace.over(residual),
+    )  # fmt: skip
