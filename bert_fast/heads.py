@@ -26,10 +26,16 @@ class Prediction(NamedTuple):
 
 
 class PreTrainingPrediction(NamedTuple):
+    """loss: the sum of masked_lm_loss and next_sentence_loss. masked_lm_correct: how many masked
+    words got their highest score."""
+
     loss: Tensor | None
     prediction_logits: Tensor | None
     seq_relationship_logits: Tensor
     hidden_states: tuple[Tensor, ...] | None = None
+    masked_lm_loss: Tensor | None = None
+    next_sentence_loss: Tensor | None = None
+    masked_lm_correct: Tensor | None = None
 
 
 class SpanPrediction(NamedTuple):
@@ -57,6 +63,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, bias, labels):
         wanted = any(ctx.needs_input_grad)
         loss = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
+        correct = torch.zeros((), dtype=torch.int64, device=x.device)
         dx = torch.empty_like(x) if wanted else None
         dweight = torch.zeros_like(weight, dtype=loss.dtype) if wanted else None
         dbias = torch.zeros_like(bias, dtype=loss.dtype) if wanted else None
@@ -64,9 +71,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(first, first + _LinearCrossEntropy.BLOCK)
             some = x[rows]
             logits = F.linear(some, weight).to(loss.dtype) + bias
+            logits -= logits.amax(1, keepdim=True)  # so that nothing large cancels below
             lse = logits.logsumexp(1, keepdim=True)
             column = labels[rows, None]
             loss += (lse - logits.gather(1, column)).sum()
+            correct += (logits.argmax(1) == labels[rows]).sum()
             if not wanted:
                 continue
             slope = logits.sub_(lse).exp_()
@@ -81,11 +90,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dweight += slope.t() @ some
         if wanted:
             ctx.save_for_backward(dx, dweight.to(weight.dtype), dbias.to(bias.dtype))
-        return loss / len(x)
+        ctx.mark_non_differentiable(correct)
+        return loss / len(x), correct
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dloss):
+    def backward(ctx, dloss, _):
         return (*(gradient * dloss.to(gradient.dtype) for gradient in ctx.saved_tensors), None)
 
 
@@ -97,10 +107,12 @@ def linear_cross_entropy(x, weight, bias, labels):
         labels: int64 (rows,), in [0, vocab).
 
     Returns:
-        A scalar, at least fp32; 0 where there are no rows.
+        The loss, at least fp32 (0 where there are no rows), and in how many rows the label has the
+        highest score.
     """
     if len(x) == 0:
-        return (x.sum() + weight.sum() * 0 + bias.sum() * 0).float()
+        nothing = (x.sum() + weight.sum() * 0 + bias.sum() * 0).float()
+        return nothing, torch.zeros((), dtype=torch.int64, device=x.device)
     device = x.device.type
     if torch.is_autocast_enabled(device):
         x, weight = (t.to(torch.get_autocast_dtype(device)) for t in (x, weight))
@@ -183,7 +195,8 @@ class _Vocabulary(nn.Module):
         return F.linear(self.transform(hidden), weight, self.bias)
 
     def loss(self, hidden, weight, labels):
-        """Of the rows whose label is not ignored, which are the only ones that are computed."""
+        """Of the rows whose label is not ignored, which are the only ones that are computed; and
+        how many of them come out right."""
         hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
         if hidden.shape[0] != labels.shape[0]:
             raise ValueError(f"labels must be one a token, {hidden.shape[0]}, not {labels.numel()}")
@@ -220,15 +233,18 @@ class BertForPreTraining(_BertWithHead):
         the second sentence follows the first. Word logits are computed without labels alone."""
         out, words = self.bert(*args, **kwargs), self.bert.embeddings.word.weight
         sentences = self.cls.seq_relationship(out.pooler_output)
-        loss = logits = None
+        logits = masked = following = correct = None
         if labels is None:
             logits = self.cls.predictions(out.last_hidden_state, words)
         else:
-            loss = self.cls.predictions.loss(out.last_hidden_state, words, labels)
+            masked, correct = self.cls.predictions.loss(out.last_hidden_state, words, labels)
         if next_sentence_label is not None:
             following = F.cross_entropy(sentences.float(), next_sentence_label.view(-1))
-            loss = following if loss is None else loss + following
-        return PreTrainingPrediction(loss, logits, sentences, out.hidden_states)
+        losses = [loss for loss in (masked, following) if loss is not None]
+        return PreTrainingPrediction(
+            sum(losses) if losses else None, logits, sentences, out.hidden_states,
+            masked, following, correct,
+        )  # fmt: skip
 
 
 class BertForMaskedLM(_BertWithHead):
@@ -246,7 +262,7 @@ class BertForMaskedLM(_BertWithHead):
         if labels is None:
             logits = self.cls.predictions(out.last_hidden_state, words)
             return Prediction(None, logits, out.hidden_states)
-        loss = self.cls.predictions.loss(out.last_hidden_state, words, labels)
+        loss, _ = self.cls.predictions.loss(out.last_hidden_state, words, labels)
         return Prediction(loss, None, out.hidden_states)
 
 

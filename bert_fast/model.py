@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bert_fast import ops
 from bert_fast.blocks import GELU_APPROXIMATE, Linear, feed_forward, project_add_norm
@@ -175,6 +176,8 @@ class Embeddings(nn.Module):
 class BertModel(nn.Module):
     """BERT's encoder and pooler; Hugging Face's ``BertModel`` in results, not in code."""
 
+    gradient_checkpointing = False  # in training: keep each layer's input alone, compute it again
+
     def __init__(self, config, add_pooling_layer=True):
         super().__init__()
         self.config = config
@@ -203,20 +206,20 @@ class BertModel(nn.Module):
         Raises:
             CheckpointError: naming the file, and the keys that are missing or misshapen.
         """
-        from bert_fast import checkpoint
+        from bert_fast.checkpoint import load
 
         def make(config, state):
             has_pooler = any("pooler." in key for key in state)
             with torch.device("meta"):  # no memory, no initialisation: all is about to be set
                 return cls(config, add_pooling_layer=has_pooler)
 
-        return checkpoint.load(make, directory, dtype)
+        return load(make, directory, dtype)
 
     def save_pretrained(self, directory):
         """Writes what Hugging Face's ``BertModel.from_pretrained`` loads."""
-        from bert_fast import checkpoint
+        from bert_fast.checkpoint import save
 
-        checkpoint.save(self, directory)
+        save(self, directory)
 
     def prepack(self):
         """Lays the weights out for inference in float32 on the CPU, once; returns the model.
@@ -289,7 +292,10 @@ class BertModel(nn.Module):
         for layer in self.layers:
             if output_hidden_states:
                 hidden_states.append(unpack(x).clone())  # inference goes on in x's own memory
-            x = layer(x, packing, workspace)
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(layer, x, packing, workspace, use_reentrant=False)
+            else:
+                x = layer(x, packing, workspace)
         last_hidden_state = unpack(x)
         if output_hidden_states:
             hidden_states.append(last_hidden_state)

@@ -22,6 +22,8 @@ SHAPES = [(1, 16), (7, 3072), (63, 77), (513, 16), (0, 64), (2, 5, 33)]
 
 def check(gradients, dtype, shape, approximate, with_bias, backend=None):
     x, dout = torch.randn(2, *shape, dtype=torch.float64) * 3
+    if x.numel() < 100:  # far out PyTorch's is 0, by chance less wrong than 1e-14 for 1e-16
+        x.clamp_(-4, 4)
     bias = torch.randn(shape[-1], dtype=torch.float64) if with_bias else None
     x, dout, bias = (t if t is None else t.to(dtype).double() for t in (x, dout, bias))
 

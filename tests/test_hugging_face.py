@@ -201,7 +201,10 @@ def test_what_is_left_to_transformers():
     pairs = inputs["attention_mask"][:, None, None, :].bool()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        by_pair = inputs | {"attention_mask": pairs.expand(-1, 1, 11, -1)}
+        pairs = pairs.expand(-1, 1, 11, -1)
+        if transformers.__version__ < "5":
+            pairs = pairs[:, 0]
+        by_pair = inputs | {"attention_mask": pairs}
         assert torch.equal(ours(**by_pair)[0], theirs(**by_pair)[0])
 
 
@@ -218,7 +221,7 @@ def test_what_cannot_be_accelerated_is_said():
         bert_fast.accelerate(model)
     ours = bert_fast.accelerate(build("Bert"))
     assert not isinstance(model.transformer, hugging_face._Accelerated)  # all or nothing
-    with pytest.raises(ValueError, match="specify exactly one of input_ids or inputs_embeds"):
+    with pytest.raises(ValueError, match=r"specify .* input_ids or inputs_embeds"):
         ours()
     with pytest.raises(ValueError, match=r"attention_mask must have the input's shape \(1, 3\)"):
         ours(torch.ones(1, 3).long(), torch.ones(1, 4))
