@@ -51,8 +51,10 @@ def train_tokenizer(documents, vocab_size, lowercase=True):
     wordpiece.train_from_iterator(
         sentences, vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False
     )
-    # A tokenizer that was trained has no template for pairs yet.
-    return BertWordPieceTokenizer(wordpiece.get_vocab(), lowercase=lowercase)._tokenizer
+    # By name, so that the numbers do not depend on how the trainer broke its ties.
+    words = sorted(set(wordpiece.get_vocab()) - set(SPECIAL))
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *words])}
+    return BertWordPieceTokenizer(vocabulary, lowercase=lowercase)._tokenizer
 
 
 class Corpus:
