@@ -156,9 +156,9 @@ def test_what_is_no_corpus_is_said(tmp_path):
 
 
 def test_it_learns_and_hugging_face_loads_it(text, tmp_path):
-    last = pretrain(
-        settings(text, tmp_path / "run", steps=100, save_every=50, tokenizer=None, vocab_size=120)
-    )
+    longer = {"hidden": 64, "batch_tokens": 800, "dropout": 0.0, "steps": 300, "save_every": 150}
+    new = {"tokenizer": None, "vocab_size": 120}
+    last = pretrain(settings(text, tmp_path / "run", **longer, **new))
     assert last["held_out_masked_lm_loss"] < 0.8 * last["unigram_entropy"]
     model = transformers.BertForPreTraining.from_pretrained(tmp_path / "run")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run")
