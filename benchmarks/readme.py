@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- measured: written by benchmarks.readme -->", "<!-- /measured -->"
 PEERS = ["HF sdpa", "torch.compile default", "ONNX Runtime", "OpenVINO", "CTranslate2"]
-PEERS += ["GEMMs alone", "bert_fast, not prepacked"]
+PEERS += ["GEMMs alone", "bert_fast, not prepacked", "bert_fast.accelerate"]
 GPU_LEVELS = ("op", "layer", "model", "train")  # as make gpu names their files
 
 
@@ -20,6 +20,7 @@ def tables(results=RESULTS):
     """The Markdown of every device's results; for a GPU, "not measured" where there are none."""
     parts = [_device(path) for path in sorted(results.glob("*/bars.json"))]
     parts += [_growth(path) for path in sorted(results.glob("*/sweep-batch.json"))]
+    parts += [_drop_in(path) for path in sorted(results.glob("*/drop-in.json"))]
     found = {level: sorted(results.glob(f"*/{level}.json")) for level in GPU_LEVELS}
     parts += [_level(path) for paths in found.values() for path in paths]
     if missing := [f"`bert-fast bench {level}`" for level, paths in found.items() if not paths]:
@@ -56,6 +57,25 @@ def _level(path):
 def _read(path):
     result = json.loads(path.read_text(encoding="utf-8"))
     return result, result["environment"]
+
+
+def _drop_in(path):
+    """Hugging Face's own programs, before and after."""
+    result, facts = _read(path)
+    table = [
+        f"The same work by Hugging Face's code and ours, in turn, on the {facts['device']}, "
+        f"transformers {facts['transformers']}, {facts['date']}:",
+        "",
+        "| work | Hugging Face | ours | |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row in result["rows"]:
+        theirs, ours = row["hugging_face"], row["ours"]
+        table.append(
+            f"| {row['work']} | {theirs:,.0f} {row['unit']} | {ours:,.0f} {row['unit']} "
+            f"| {ours / theirs:.2f}x |"
+        )
+    return "\n".join(table)
 
 
 def _growth(path):

@@ -478,6 +478,21 @@ class HuggingFace(Peer):
         return Step(work, model, hidden, batches, packed, word)
 
 
+class Accelerated(HuggingFace):
+    """Hugging Face's model after ``bert_fast.accelerate``: only its encoder is ours."""
+
+    layer = None
+
+    def __init__(self):
+        super().__init__("sdpa")
+        self.name = "bert_fast.accelerate"
+
+    def load(self, work):
+        from bert_fast.hugging_face import accelerate
+
+        return accelerate(super().load(work), prepack=not work.backward)
+
+
 class Engine(Peer):
     """An inference engine on the CPU in float32, from Hugging Face's checkpoint."""
 
@@ -720,6 +735,7 @@ def peers(device):
         Ours(),
         *(Ours(b, name=f"bert_fast {b}") for b in own if len(own) > 1),
         NotPrepacked(),
+        Accelerated(),
         Eager(),
         Torch(),
         Compiled("default"),
