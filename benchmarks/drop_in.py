@@ -1,4 +1,4 @@
-"""What a user of Hugging Face's gains: SentenceTransformer.encode on real reviews, and pre-training.
+"""What a user of Hugging Face gains: SentenceTransformer.encode on real reviews, and pre-training.
 
 python -m benchmarks.drop_in --text FILE [--json FILE]
 """
