@@ -244,7 +244,9 @@ def _forward_model(self, *args, **kwargs):
         _packing.reset(token)
     hidden_states = getattr(out, "hidden_states", None)
     if hidden_states is not None:  # transformers 5 records what the layers give: packed
-        out.hidden_states = tuple(packing.unpack(h) if h.ndim == 2 else h for h in hidden_states)
+        out.hidden_states = tuple(
+            packing.unpack(h) if h is not None and h.ndim == 2 else h for h in hidden_states
+        )
     return out
 
 

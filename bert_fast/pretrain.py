@@ -142,6 +142,7 @@ class _Run:
         self.settings, self.group = settings, group
         self.out = Path(settings.out)
         self.state_path = self.out / "training_state.pt"
+        self.metrics_path = self.out / "metrics.jsonl"
         if not settings.resume and self.state_path.exists():
             raise ValueError(f"{self.out} holds a run already; --resume goes on with it")
         documents = read_documents(settings.text)
@@ -159,15 +160,17 @@ class _Run:
         self.model = self._new_model().to(group.device)
         self.model.bert.gradient_checkpointing = settings.checkpoint_activations
         self.step = self.epoch = self.place = 0  # place: of the next batch in its epoch
-        self.records = []
+        self.tested = None  # the last record with held-out figures
         self.parallel = self._parallel()
         groups = parameter_groups(self.model, settings.weight_decay)
         self.optimizer = OPTIMIZERS[settings.optimizer](groups, lr=settings.lr)
         self.schedule = warmup_then_linear_decay(
             self.optimizer, round(settings.warmup * settings.steps), settings.steps
         )
-        if settings.resume:
+        if self.state_path.is_file():
             self._load()
+        elif group.rank == 0:  # killed before its first checkpoint, if anything was here
+            self.metrics_path.unlink(missing_ok=True)
 
     def _tokenizer(self, documents):
         """The first process's, for all: two trainings on one text may break ties differently."""
@@ -235,14 +238,17 @@ class _Run:
             if self.place == len(slices):
                 self.epoch, self.place = self.epoch + 1, 0
             self.step += 1
-            self.records.append({"step": self.step, **record})
-            progress(self.step, self.records[-1])
-            if self.step % settings.save_every == 0 or self.step == settings.steps:
-                if len(self.held_out):
-                    self.records[-1] |= self.evaluate()
+            record = {"step": self.step, **record}
+            save = self.step % settings.save_every == 0 or self.step == settings.steps
+            if save and len(self.held_out):
+                self.tested = record = record | self.evaluate()
+            if self.group.rank == 0:
+                with open(self.metrics_path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+            progress(self.step, record)
+            if save:
                 self._save()
-        held_out = [r for r in self.records if "held_out_masked_lm_loss" in r]
-        return held_out[-1] if held_out else None
+        return self.tested
 
     def _step(self, pairs, whole):
         """One optimizer step; its figures. Every process's part weighs what it has of the step's
@@ -342,7 +348,7 @@ class _Run:
         return get_state_dict(self.model, self.optimizer, options=options)
 
     def _save(self):
-        """All or nothing: one file holds what a resumed run needs; the others follow from it."""
+        """One file, all or nothing, is what a resumed run starts from; metrics past it are cut."""
         model, optimizer = self._weights()
         if self.group.rank:
             return
@@ -350,8 +356,7 @@ class _Run:
         with atomic_path(self.state_path) as path:
             torch.save({
                 "model": model, "optimizer": optimizer, "schedule": self.schedule.state_dict(),
-                "step": self.step, "epoch": self.epoch, "place": self.place,
-                "records": self.records, "settings": settings,
+                "step": self.step, "epoch": self.epoch, "place": self.place, "settings": settings,
             }, path)  # fmt: skip
         self._write_results(model)
 
@@ -360,16 +365,11 @@ class _Run:
             whole = BertForPreTraining(self.model.config)
         whole.load_state_dict(weights, assign=True)
         whole.save_pretrained(self.out)
-        with atomic_path(self.out / "metrics.jsonl") as path:
-            lines = (json.dumps(record) + "\n" for record in self.records)
-            Path(path).write_text("".join(lines), encoding="utf-8")
-        plot(self.records, self.out / "curves.png")
+        plot(read_metrics(self.metrics_path, self.step), self.out / "curves.png")
 
     def _load(self):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
-        if not self.state_path.is_file():
-            return  # killed before its first checkpoint: from the start
         try:
             state = torch.load(self.state_path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises nearly anything
@@ -383,13 +383,29 @@ class _Run:
         )  # fmt: skip
         self.schedule.load_state_dict(state["schedule"])
         self.step, self.epoch, self.place = state["step"], state["epoch"], state["place"]
-        self.records = state["records"]
+        records = read_metrics(self.metrics_path, self.step)
+        self.tested = next((r for r in reversed(records) if "held_out_pairs" in r), None)
+        if self.group.rank == 0:
+            with atomic_path(self.metrics_path) as path:
+                lines = (json.dumps(record) + "\n" for record in records)
+                Path(path).write_text("".join(lines), encoding="utf-8")
 
 
 def _cut(whole, parts):
     """A slice in as many, as even as can be; empty where there are more parts than pairs."""
     edges = [whole.start + (whole.stop - whole.start) * i // parts for i in range(parts + 1)]
     return [slice(a, b) for a, b in itertools.pairwise(edges)]
+
+
+def read_metrics(path, steps):
+    """The records of the first steps; what a killed run wrote after them is left out."""
+    records = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            if len(records) == steps:
+                break
+            records.append(json.loads(line))
+    return records
 
 
 def plot(records, path):
@@ -400,14 +416,15 @@ def plot(records, path):
         return
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
-    steps = [record["step"] for record in records]
+    every = records[:: max(1, len(records) // 2000)]
+    steps = [record["step"] for record in every]
     tested = [record for record in records if "held_out_masked_lm_loss" in record]
     for axes, what, name in (
         (loss, "masked_lm_loss", "masked words, nats"),
         (accuracy, "masked_lm_accuracy", "masked words"),
         (accuracy, "next_sentence_accuracy", "next sentence"),
     ):
-        (line,) = axes.plot(steps, [record[what] for record in records], alpha=0.5, lw=0.8)
+        (line,) = axes.plot(steps, [record[what] for record in every], alpha=0.5, lw=0.8)
         axes.plot(
             [record["step"] for record in tested], [r[f"held_out_{what}"] for r in tested],
             "o-", ms=3, color=line.get_color(), label=f"{name}, held out",
