@@ -121,7 +121,7 @@ def inspect(args):
 
 
 def parser():
-    from bert_fast import pretrain
+    from bert_fast import finetune, pretrain
     from bert_fast.bench.command import add_parser
 
     root = argparse.ArgumentParser(prog="bert-fast", description=bert_fast.__doc__)
@@ -153,6 +153,7 @@ def parser():
     sub.add_argument("--rounds", type=int, default=3, help="timed rounds, interleaved (default 3)")
     sub.add_argument("--plot", help="write the times as a PNG")
     pretrain.add_parser(commands)
+    finetune.add_parsers(commands)
     add_parser(commands)
     sub = command(inspect)
     sub.add_argument("--chips", type=int, nargs="+", default=[90], help="compute capabilities, as "

@@ -472,19 +472,25 @@ def command(args):
 
 def add_parser(commands):
     sub = commands.add_parser("pretrain", help=command.__doc__, description=command.__doc__)
-    for f in dataclasses.fields(Settings):
-        flag, options = "--" + f.name.replace("_", "-"), dict(f.metadata)
-        if f.name == "text":
-            options |= {"nargs": "+", "required": True}
-        elif f.type is bool:
-            options |= {"action": "store_true"}
-        else:
-            kind = f.type if f.type in (int, float) else int if f.name == "intermediate" else str
-            required = f.default is dataclasses.MISSING
-            options |= {"type": kind, "required": required}
-            if not required:
-                options["default"] = f.default
-                if f.default is not None:
-                    options["help"] = f"{options.get('help', '')} (default {f.default})".strip()
-        sub.add_argument(flag, **options)
+    add_options(sub, Settings)
     sub.set_defaults(function=command)
+
+
+def add_options(parser, settings):
+    """An option for each field of a dataclass; its metadata are argparse's."""
+    for f in dataclasses.fields(settings):
+        options = dict(f.metadata)
+        kinds = {int: int, float: float, int | None: int, float | None: float}
+        if f.type is bool:
+            options |= {"action": "store_true"}
+        elif f.type is list:
+            options |= {"nargs": "+"}
+        else:
+            options |= {"type": kinds.get(f.type, str)}
+        if f.default is dataclasses.MISSING:
+            options |= {"required": True}
+        else:
+            options |= {"default": f.default}
+            if f.default is not None and f.type is not bool:
+                options["help"] = f"{options.get('help', '')} (default {f.default})".strip()
+        parser.add_argument("--" + f.name.replace("_", "-"), **options)
