@@ -51,7 +51,7 @@ def train_tokenizer(documents, vocab_size, lowercase=True):
     wordpiece.train_from_iterator(
         sentences, vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False
     )
-    # By name, so that the numbers do not depend on how the trainer broke its ties.
+    # By name; which of two words that are equally frequent gets in may change from run to run.
     words = sorted(set(wordpiece.get_vocab()) - set(SPECIAL))
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *words])}
     return BertWordPieceTokenizer(vocabulary, lowercase=lowercase)._tokenizer

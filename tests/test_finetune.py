@@ -128,8 +128,9 @@ def test_every_task(task, checkpoint, tmp_path, capsys):
     make, head, figure, bar = CASES[task]
     rows = write(tmp_path / ("rows.json" if task == "qa" else "rows.jsonl"), make(random.Random(1)))
     settings = Settings(
-        task=task, model=str(checkpoint), train=rows, out=str(tmp_path / "out"), epochs=60 if task == "multi-label" else 40,
-        lr=1e-3, batch_tokens=400, max_length=24, device="cpu",
+        task=task, model=str(checkpoint), train=rows, out=str(tmp_path / "out"),
+        epochs=60 if task == "multi-label" else 40, lr=1e-3, batch_tokens=400, max_length=24,
+        device="cpu",
     )  # fmt: skip
     tuned, figures = finetune(settings)
     assert next(iter(figures)) == figure

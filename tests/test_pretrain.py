@@ -84,11 +84,12 @@ def test_pairs_follow_or_do_not(sampler):
     assert slices[-1].stop == len(pairs)
 
 
-def test_the_same_text_gives_the_same_vocabulary(text):
-    documents = corpus.read_documents([text])
-    first, second = (corpus.train_tokenizer(documents, 120).get_vocab() for _ in range(2))
-    assert first == second
-    assert [first[token] for token in corpus.SPECIAL] == [0, 1, 2, 3, 4]
+def test_vocabulary(text):
+    vocabulary = corpus.train_tokenizer(corpus.read_documents([text]), 120).get_vocab()
+    assert [vocabulary[token] for token in corpus.SPECIAL] == [0, 1, 2, 3, 4]
+    assert sorted(vocabulary.values()) == list(range(len(vocabulary)))
+    words = sorted(set(vocabulary) - set(corpus.SPECIAL), key=vocabulary.get)
+    assert words == sorted(words)
 
 
 def test_every_epoch_anew_and_from_the_seed_alone(sampler):

@@ -39,12 +39,17 @@ __device__ __forceinline__ void team_barrier() {
   else barrier();
 }
 
+template <int kTeam>
+__device__ __forceinline__ unsigned team_thread() {
+  return kTeam == kThreads ? threadIdx.x : threadIdx.x % kTeam;
+}
+
 // Rows `first` on into shared memory; zeros outside. To be waited for, then `add_bias`.
 template <class T, int kD, int kCount, int kTeam = kThreads>
 __device__ __forceinline__ void load_rows(const Matrix<T, kD>& to, const Side& s, int first) {
   constexpr int kChunks = kD / 8;
 #pragma unroll 4
-  for (int i = threadIdx.x % kTeam; i < kCount * kChunks; i += kTeam) {
+  for (int i = team_thread<kTeam>(); i < kCount * kChunks; i += kTeam) {
     const int row = i / kChunks, c = i % kChunks, d = c * 8;
     const bool inside = first + row < s.length && d < s.head_dim;
     const T* from = row_of<T>(s.tensor, static_cast<int64_t>(s.begin) + (inside ? first + row : 0), s.head);
@@ -68,7 +73,7 @@ __device__ __forceinline__ void add_bias(const Matrix<T, kD>& m, const Side& s, 
   if (!bias) return;
   bias += s.head * s.head_dim;
   constexpr int kChunks = kD / 8;
-  for (int i = threadIdx.x % kTeam; i < kCount * kChunks; i += kTeam) {
+  for (int i = team_thread<kTeam>(); i < kCount * kChunks; i += kTeam) {
     const int row = i / kChunks, c = i % kChunks;
     if (first + row >= s.length) continue;
     Pack<T, 8> pack = load<Pack<T, 8>>(m.chunk(row, c));
@@ -238,7 +243,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(AttentionForward a
     load_rows<T, kD, kKeys, kTeam>(value_tile(stage), vs, first);
     copy_async_commit();
   };
-  const int warp = threadIdx.x % kTeam / kWarp, lane = threadIdx.x % kWarp;
+  const int warp = team_thread<kTeam>() / kWarp, lane = threadIdx.x % kWarp;
   const int local = warp * 16, row = tile.first + local + lane / 4;  // and row + 8
   int last = k_length;
   if (a.causal) last = min(last, tile.first + kOwn + k_length - tile.length);
