@@ -27,6 +27,7 @@ __all__ = [
     "BertModel",
     "BertOutput",
     "CheckpointError",
+    "EncoderDecoderModel",
     "SentenceEncoder",
     "accelerate",
     "attention",
@@ -44,6 +45,7 @@ __all__ = [
 # What most programs do not need is imported when it is.
 _LATER = {
     "CheckpointError": "checkpoint",
+    "EncoderDecoderModel": "encoder_decoder",
     "SentenceEncoder": "text",
     "accelerate": "hugging_face",
     "restore": "hugging_face",

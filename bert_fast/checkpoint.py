@@ -24,14 +24,25 @@ NAMES = {
     ),
     "layers.N.attention.out": "encoder.layer.N.attention.output.dense",
     "layers.N.attention.norm": "encoder.layer.N.attention.output.LayerNorm",
+    "layers.N.cross_attention.q": "encoder.layer.N.crossattention.self.query",
+    "layers.N.cross_attention.kv": (
+        "encoder.layer.N.crossattention.self.key",
+        "encoder.layer.N.crossattention.self.value",
+    ),
+    "layers.N.cross_attention.out": "encoder.layer.N.crossattention.output.dense",
+    "layers.N.cross_attention.norm": "encoder.layer.N.crossattention.output.LayerNorm",
     "layers.N.feed_forward.up": "encoder.layer.N.intermediate.dense",
     "layers.N.feed_forward.down": "encoder.layer.N.output.dense",
     "layers.N.feed_forward.norm": "encoder.layer.N.output.LayerNorm",
     "pooler": "pooler.dense",
 }
-HEADS = ("cls.", "classifier.", "qa_outputs.")
+HEADS = ("cls.", "classifier.", "qa_outputs.", "decoder.cls.")
+# In front of a BERT's names where it is a part: of a task's model, or of an encoder-decoder.
+PREFIX = re.compile(r"(bert\.|encoder\.|decoder\.bert\.)?")
 # Heads and buffers that a checkpoint of a whole task model carries beside the encoder.
-NOT_OURS = re.compile(r"(cls|classifier|qa_outputs)\.|embeddings\.position_ids$|pooler\.")
+NOT_OURS = re.compile(
+    r"(decoder\.)?(cls|classifier|qa_outputs)\.|embeddings\.position_ids$|pooler\."
+)
 
 
 class CheckpointError(ValueError):
@@ -39,11 +50,11 @@ class CheckpointError(ValueError):
 
 
 def hugging_face_names(name):
-    """The Hugging Face keys that make up one of our parameters: three for qkv, else one. Heads have
-    Hugging Face's names already; their encoder is ``bert``."""
-    prefix = "bert." if name.startswith("bert.") else ""
-    if not prefix and name.startswith(HEADS):
+    """The Hugging Face keys of one of our parameters: three for qkv, two for kv, else one. Heads
+    have Hugging Face's names already."""
+    if name.startswith(HEADS):
         return [name]
+    prefix = PREFIX.match(name)[0]
     name = name.removeprefix(prefix)
     module, _, kind = name.rpartition(".")
     layer = re.search(r"\d+", module)
@@ -96,7 +107,7 @@ def from_hugging_face(state, model, source):
 
 
 def to_hugging_face(state):
-    """Our state dict as Hugging Face's: qkv cut in three."""
+    """Our state dict as Hugging Face's: qkv cut in three, kv in two."""
     theirs = {}
     for name, value in state.items():
         keys = hugging_face_names(name)
@@ -116,9 +127,10 @@ def _listing(names, limit=8):
     return ", ".join(names[:limit]) + more
 
 
-def load(make, directory, dtype=None, **changes):
+def load(make, directory, dtype=None, config_class=None, **changes):
     """The model that ``make(config, state)`` returns, with a checkpoint's weights. ``changes``: to
-    its config. See :meth:`bert_fast.BertModel.from_pretrained`."""
+    its config, of ``config_class``, by default BertConfig. See
+    :meth:`bert_fast.BertModel.from_pretrained`."""
     from bert_fast.model import BertConfig
 
     directory = Path(directory)
@@ -126,7 +138,7 @@ def load(make, directory, dtype=None, **changes):
     if not config_path.is_file():
         raise CheckpointError(f"{directory} has no config.json: not a checkpoint's directory")
     try:
-        config = replace(BertConfig.from_json(config_path), **changes)
+        config = replace((config_class or BertConfig).from_json(config_path), **changes)
     except (TypeError, ValueError) as error:
         raise CheckpointError(str(error)) from error
     state, source = _read_weights(directory)

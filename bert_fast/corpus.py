@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bert_fast.cross_entropy import IGNORED
+
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-IGNORED = -100
 
 
 def read_documents(paths):

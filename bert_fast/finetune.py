@@ -12,7 +12,6 @@ import torch
 from bert_fast import tasks
 from bert_fast.checkpoint import CheckpointError
 from bert_fast.files import atomic_path
-from bert_fast.model import BertConfig
 from bert_fast.optim import parameter_groups, warmup_then_linear_decay
 from bert_fast.text import batches_by_tokens, load_tokenizer
 
@@ -26,6 +25,13 @@ class Settings:
     train: str = field(metadata={"help": "the training rows"})
     out: str = field(metadata={"help": "directory for the model, its figures and their picture"})
     test: str | None = field(default=None, metadata={"help": "rows to judge by; default a tenth"})
+    train_targets: str | None = field(
+        default=None, metadata={"help": "translation: a file aligned with train, a text a line"}
+    )
+    test_targets: str | None = field(default=None, metadata={"help": "translation: of test"})
+    decoder_layers: int = field(default=3, metadata={"help": "translation: of the new decoder"})
+    target_vocab: int = field(default=8192, metadata={"help": "translation: tokens to write with"})
+    beams: int = field(default=4, metadata={"help": "translation: of the search; 1 is greedy"})
     epochs: int | None = field(default=None, metadata={"help": "default by task: 2 or 3"})
     lr: float | None = field(default=None, metadata={"help": "default by task: 3e-5 or 5e-5"})
     batch_tokens: int = field(default=2048, metadata={"help": "tokens a step"})
@@ -44,10 +50,16 @@ class Settings:
     def __post_init__(self):
         if self.task not in tasks.TASKS:
             raise ValueError(f"task must be one of {', '.join(tasks.TASKS)}, not {self.task!r}")
-        for name, least in (("epochs", 1), ("batch_tokens", 1), ("max_length", 8)):
+        for name, least in (
+            ("epochs", 1), ("batch_tokens", 1), ("max_length", 8), ("decoder_layers", 1),
+            ("target_vocab", 300), ("beams", 1),
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, not {value}")
+        aligned = self.train_targets is not None or self.test_targets is not None
+        if aligned and self.task != "translation":
+            raise ValueError("train_targets and test_targets are for the task translation")
 
 
 class Tuned:
@@ -68,20 +80,18 @@ class Tuned:
         try:
             values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
             (architecture,) = values["architectures"]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{directory}: config.json names no model: {error!r}") from error
-        config = BertConfig.from_json(directory / "config.json")
         for kind in tasks.TASKS.values():
-            known = kind.problem_type in (None, config.problem_type or tasks.SINGLE)
-            if kind.model.__name__ == architecture and known:
+            problem = values.get("problem_type") or tasks.SINGLE
+            if kind.model.__name__ == architecture and kind.problem_type in (None, problem):
                 break
         else:
             raise CheckpointError(f"{directory} holds a {architecture}, which is no task's model")
-        task = kind()
-        if config.id2label is not None:
-            task.labels = list(config.id2label.values())
-        model = kind.model.from_pretrained(directory, torch.float32).to(device).eval()
-        return cls(task, model.prepack(), _plain(load_tokenizer(directory)), max_length)
+        task, model = kind(), kind.model.from_pretrained(directory, torch.float32)
+        task.load(directory, model.config)
+        model = model.to(device).eval().prepack()
+        return cls(task, model, _plain(load_tokenizer(directory)), max_length)
 
     def features(self, examples):
         return self.task.features(self.tokenizer, examples, self.max_length)
@@ -94,15 +104,14 @@ class Tuned:
         outputs = [None] * len(features)
         for some in batches_by_tokens([len(f.ids) for f in features], batch_tokens):
             batch = [features[i] for i in some]
-            out = self.model(**self.batch(batch))
-            lengths = [len(feature.ids) for feature in batch]
-            for i, output in zip(some, self.task.outputs(out, lengths), strict=True):
+            found = self.task.run(self.model, self.batch(batch), [len(f.ids) for f in batch])
+            for i, output in zip(some, found, strict=True):
                 outputs[i] = output
         self.model.train(was_training)
         return self.task.predictions(examples, features, outputs)
 
     def batch(self, features, labelled=False):
-        """The model's arguments. The mask stays on the CPU, where padding is counted at once."""
+        """The model's arguments. Masks stay on the CPU, where padding is counted at once."""
         seqlen = max(len(feature.ids) for feature in features)
         ids = torch.zeros(len(features), seqlen, dtype=torch.int64)
         types, mask = torch.zeros_like(ids), torch.zeros_like(ids)
@@ -113,9 +122,11 @@ class Tuned:
             mask[row, :length] = 1
         labels = self.task.label_tensors(features, seqlen) if labelled else {}
         device = next(self.model.parameters()).device
-        moved = {"input_ids": ids, "token_type_ids": types, **labels}
-        moved = {name: value.to(device, non_blocking=True) for name, value in moved.items()}
-        return moved | {"attention_mask": mask}
+        inputs = {"input_ids": ids, "token_type_ids": types, "attention_mask": mask, **labels}
+        return {
+            name: value if name.endswith("mask") else value.to(device, non_blocking=True)
+            for name, value in inputs.items()
+        }
 
 
 def _plain(tokenizer):
@@ -131,10 +142,11 @@ def finetune(settings, progress=None):
         DataError, CheckpointError, ValueError: before training begins, naming what is wrong.
     """
     task = tasks.TASKS[settings.task]()
+    task.configure(settings)
     rng = np.random.default_rng(settings.seed)
-    rows = task.read(settings.train)
+    rows = _read(task, settings.train, settings.train_targets)
     if settings.test:
-        test = task.read(settings.test)
+        test = _read(task, settings.test, settings.test_targets)
     else:
         order = rng.permutation(len(rows))
         cut = max(1, len(rows) // 10)
@@ -143,7 +155,7 @@ def finetune(settings, progress=None):
         test, rows = ([rows[i] for i in part] for part in (order[:cut], order[cut:]))
     task.fit(rows)
     torch.manual_seed(settings.seed)
-    model = task.model.from_pretrained(settings.model, torch.float32, **task.config())
+    model = task.new_model(settings.model)
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -160,9 +172,13 @@ def finetune(settings, progress=None):
     return tuned, figures
 
 
+def _read(task, path, targets):
+    return task.read(path) if targets is None else task.read_aligned(path, targets)
+
+
 def _train(settings, tuned, features, rng, progress):
     task, model = tuned.task, tuned.model
-    lengths = np.array([len(feature.ids) for feature in features])
+    lengths = np.array([task.tokens(feature) for feature in features])
     epochs = [
         list(_shuffled_batches(lengths, settings.batch_tokens, rng))
         for _ in range(settings.epochs or task.epochs)
@@ -201,6 +217,7 @@ def _shuffled_batches(lengths, budget, rng):
 def _save(settings, tuned, figures, test, predictions):
     out = Path(settings.out)
     tuned.model.save_pretrained(out)
+    tuned.task.save(out)
     tuned.tokenizer.no_truncation()
     with atomic_path(out / "tokenizer.json") as path:
         tuned.tokenizer.save(str(path))
@@ -241,6 +258,10 @@ def command_predict(args):
     if out.exists() and not args.overwrite:
         raise ValueError(f"{out} exists; --overwrite replaces it")
     tuned = Tuned.from_pretrained(args.model, args.max_length)
+    if args.beams is not None:
+        if not isinstance(tuned.task, tasks.Translation) or args.beams < 1:
+            raise ValueError("--beams is for translation, and at least 1")
+        tuned.task.beams = args.beams
     path = Path(args.rows)
     if path.suffix == ".txt" and not isinstance(tuned.task, tasks.QuestionAnswering):
         from bert_fast.text import read_texts
@@ -267,5 +288,6 @@ def add_parsers(commands):
     sub.add_argument("--rows", required=True, help="as for training, or .txt, a text a line")
     sub.add_argument("--out", required=True, help="a .jsonl file")
     sub.add_argument("--max-length", type=int, help="tokens a text (default 128)")
+    sub.add_argument("--beams", type=int, help="translation: of the search (default 4)")
     sub.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     sub.set_defaults(function=command_predict)

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from bert_fast import checkpoint, ops
 from bert_fast.blocks import GELU_APPROXIMATE
-from bert_fast.model import BertModel
-
-IGNORED = -100
+from bert_fast.cross_entropy import IGNORED, linear_cross_entropy
+from bert_fast.model import BertModel, initialiser
 
 
 class Prediction(NamedTuple):
@@ -45,86 +44,6 @@ class SpanPrediction(NamedTuple):
     hidden_states: tuple[Tensor, ...] | None = None
 
 
-# ------------------------------------------------------------------------------------------------
-# Cross-entropy of a vocabulary
-# ------------------------------------------------------------------------------------------------
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of softmax(x Wᵀ + b), a block of rows at a time.
-
-    d loss / d logits = (softmax - one_hot(label)) / count, as in any softmax regression. It is
-    taken in forward, while a block's logits are there, so no logits are kept for backward.
-    """
-
-    BLOCK = 512  # rows; of BERT's vocabulary 62 MB of fp32 logits
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, labels):
-        wanted = any(ctx.needs_input_grad)
-        loss = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
-        correct = torch.zeros((), dtype=torch.int64, device=x.device)
-        dx = torch.empty_like(x) if wanted else None
-        dweight = torch.zeros_like(weight, dtype=loss.dtype) if wanted else None
-        dbias = torch.zeros_like(bias, dtype=loss.dtype) if wanted else None
-        for first in range(0, len(x), _LinearCrossEntropy.BLOCK):
-            rows = slice(first, first + _LinearCrossEntropy.BLOCK)
-            some = x[rows]
-            logits = F.linear(some, weight).to(loss.dtype) + bias
-            logits -= logits.amax(1, keepdim=True)  # so that nothing large cancels below
-            lse = logits.logsumexp(1, keepdim=True)
-            column = labels[rows, None]
-            loss += (lse - logits.gather(1, column)).sum()
-            correct += (logits.argmax(1) == labels[rows]).sum()
-            if not wanted:
-                continue
-            slope = logits.sub_(lse).exp_()
-            slope.scatter_add_(1, column, slope.new_full((), -1.0).expand(column.shape))
-            slope /= len(x)
-            dbias += slope.sum(0)
-            slope = slope.to(x.dtype)
-            torch.mm(slope, weight, out=dx[rows])
-            if dweight.dtype == x.dtype:
-                dweight.addmm_(slope.t(), some)
-            else:
-                dweight += slope.t() @ some
-        if wanted:
-            ctx.save_for_backward(dx, dweight.to(weight.dtype), dbias.to(bias.dtype))
-        ctx.mark_non_differentiable(correct)
-        return loss / len(x), correct
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dloss, _):
-        return (*(gradient * dloss.to(gradient.dtype) for gradient in ctx.saved_tensors), None)
-
-
-def linear_cross_entropy(x, weight, bias, labels):
-    """Mean over rows of -log softmax(x Wᵀ + bias)[label], without ever holding all logits.
-
-    Args:
-        x: (rows, hidden). weight: (vocab, hidden). bias: (vocab,).
-        labels: int64 (rows,), in [0, vocab).
-
-    Returns:
-        The loss, at least fp32 (0 where there are no rows), and in how many rows the label has the
-        highest score.
-    """
-    if len(x) == 0:
-        nothing = (x.sum() + weight.sum() * 0 + bias.sum() * 0).float()
-        return nothing, torch.zeros((), dtype=torch.int64, device=x.device)
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        x, weight = (t.to(torch.get_autocast_dtype(device)) for t in (x, weight))
-    with torch.autocast(device, enabled=False):
-        return _LinearCrossEntropy.apply(x, weight, bias, labels)
-
-
-# ------------------------------------------------------------------------------------------------
-# Models
-# ------------------------------------------------------------------------------------------------
-
-
 class _BertWithHead(nn.Module):
     pooled = True  # whether the head reads the pooler's output
 
@@ -136,7 +55,7 @@ class _BertWithHead(nn.Module):
     def _init_head(self):
         for name, module in self.named_children():
             if name != "bert":
-                module.apply(self.bert.init_weights)
+                module.apply(initialiser(self.config))
 
     @classmethod
     def from_pretrained(cls, directory, dtype=None, **config):
@@ -200,6 +119,9 @@ class _Vocabulary(nn.Module):
         hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
         if hidden.shape[0] != labels.shape[0]:
             raise ValueError(f"labels must be one a token, {hidden.shape[0]}, not {labels.numel()}")
+        if torch.compiler.is_compiling():  # how many rows there are must not be asked
+            hidden = self.transform(hidden)
+            return linear_cross_entropy(hidden, weight, self.bias, labels, ignore=True)
         rows = (labels != IGNORED).nonzero().squeeze(1)
         hidden, labels = hidden.index_select(0, rows), labels.index_select(0, rows)
         if ops.is_concrete(labels) and labels.numel():
@@ -211,7 +133,7 @@ class _Vocabulary(nn.Module):
         return linear_cross_entropy(self.transform(hidden), weight, self.bias, labels)
 
 
-class _PreTrainingHeads(nn.Module):
+class PreTrainingHeads(nn.Module):
     def __init__(self, config, words=True, sentences=True):
         super().__init__()
         if words:
@@ -225,7 +147,7 @@ class BertForPreTraining(_BertWithHead):
 
     def __init__(self, config):
         super().__init__(config)
-        self.cls = _PreTrainingHeads(config)
+        self.cls = PreTrainingHeads(config)
         self._init_head()
 
     def forward(self, *args, labels=None, next_sentence_label=None, **kwargs):
@@ -252,7 +174,7 @@ class BertForMaskedLM(_BertWithHead):
 
     def __init__(self, config):
         super().__init__(config)
-        self.cls = _PreTrainingHeads(config, sentences=False)
+        self.cls = PreTrainingHeads(config, sentences=False)
         self._init_head()
 
     def forward(self, *args, labels=None, **kwargs):
@@ -269,7 +191,7 @@ class BertForMaskedLM(_BertWithHead):
 class BertForNextSentencePrediction(_BertWithHead):
     def __init__(self, config):
         super().__init__(config)
-        self.cls = _PreTrainingHeads(config, words=False)
+        self.cls = PreTrainingHeads(config, words=False)
         self._init_head()
 
     def forward(self, *args, labels=None, **kwargs):

@@ -71,22 +71,29 @@ class BertConfig:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is not a JSON file: {error}") from error
+        if isinstance(values, dict) and values.get("is_decoder"):
+            raise ValueError(f"{path}: is_decoder is set; this BertModel is an encoder")
+        return cls.from_dict(values, path)
+
+    @classmethod
+    def from_dict(cls, values, source):
+        """What ``config.json`` holds. ``source`` is named in errors."""
         if not isinstance(values, dict):
-            raise ValueError(f"{path} must hold a JSON object")
+            raise ValueError(f"{source} must hold a JSON object")
         if values.get("model_type", "bert") != "bert":
-            raise ValueError(f"{path}: model_type is {values['model_type']!r}, not 'bert'")
+            raise ValueError(f"{source}: model_type is {values['model_type']!r}, not 'bert'")
         positions = values.get("position_embedding_type") or "absolute"
         if positions != "absolute":
-            raise ValueError(f"{path}: position_embedding_type {positions!r} is not supported")
-        if values.get("is_decoder"):
-            raise ValueError(f"{path}: is_decoder is set; this BertModel is an encoder")
+            raise ValueError(f"{source}: position_embedding_type {positions!r} is not supported")
         known = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
 
+    def to_dict(self):
+        values = {name: value for name, value in asdict(self).items() if value is not None}
+        return {"model_type": "bert", **values}
+
     def to_json(self, architecture="BertModel"):
-        values = {"architectures": [architecture], "model_type": "bert"}
-        values |= {name: value for name, value in asdict(self).items() if value is not None}
-        return json.dumps(values, indent=2) + "\n"
+        return json.dumps({"architectures": [architecture], **self.to_dict()}, indent=2) + "\n"
 
 
 class BertOutput(NamedTuple):
@@ -99,6 +106,8 @@ class BertOutput(NamedTuple):
 
 
 class Attention(nn.Module):
+    causal = False
+
     def __init__(self, config):
         super().__init__()
         hidden = config.hidden_size
@@ -119,6 +128,7 @@ class Attention(nn.Module):
             packing.cu_seqlens,
             max_seqlen=packing.max_seqlen,
             bias=self.qkv.bias.view(3, self.num_heads, self.head_dim),
+            causal=self.causal,
             dropout_p=self.dropout_p if self.training else 0.0,
             padded_tail=packing.padded_tail,
             out=None if context is None else context.view(tokens, self.num_heads, self.head_dim),
@@ -187,16 +197,7 @@ class BertModel(nn.Module):
             nn.Linear(config.hidden_size, config.hidden_size) if add_pooling_layer else None
         )
         self.workspace = Workspace()
-        self.apply(self.init_weights)
-
-    def init_weights(self, module):
-        """BERT's initialisation of one module."""
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            nn.init.zeros_(module.weight[module.padding_idx])
+        self.apply(initialiser(config))
 
     @classmethod
     def from_pretrained(cls, directory, dtype=None):
@@ -256,9 +257,26 @@ class BertModel(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument that does not fit.
         """
-        _check_ids("input_ids", input_ids, self.config.vocab_size)
-        _check_ids("token_type_ids", token_type_ids, self.config.type_vocab_size, input_ids)
-        _check_ids("position_ids", position_ids, self.config.max_position_embeddings, input_ids)
+        states, packing = self.encode(
+            input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen, capacity=capacity, output_hidden_states=output_hidden_states,
+        )  # fmt: skip
+        hidden_states = states if cu_seqlens is not None else list(map(packing.unpack, states))
+        return BertOutput(
+            hidden_states[-1],
+            self._pool(states[-1], packing.cu_seqlens),
+            tuple(hidden_states) if output_hidden_states else None,
+        )
+
+    def encode(
+        self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, *,
+        cu_seqlens=None, max_seqlen=None, capacity=None, output_hidden_states=False,
+    ):  # fmt: skip
+        """:meth:`forward` before the padding is put back: hidden states, (total_tokens, hidden), a
+        list of the last alone or of all; and their :class:`~bert_fast.packing.Packing`."""
+        check_ids("input_ids", input_ids, self.config.vocab_size)
+        check_ids("token_type_ids", token_type_ids, self.config.type_vocab_size, input_ids)
+        check_ids("position_ids", position_ids, self.config.max_position_embeddings, input_ids)
         device = input_ids.device
         if cu_seqlens is not None:
             if input_ids.ndim != 1 or attention_mask is not None or capacity is not None:
@@ -270,15 +288,14 @@ class BertModel(nn.Module):
             max_seqlen = ops.check_cu_seqlens(
                 "cu_seqlens", cu_seqlens, tokens, device, max_seqlen, False
             )
-            packing, unpack = Packing(cu_seqlens, max_seqlen, None, 1, tokens), _identity
+            packing = Packing(cu_seqlens, max_seqlen, None, 1, tokens)
             if position_ids is None:
                 _, position_ids = ops.reference.sequence_of_token(cu_seqlens, tokens)
-                self._check_length(max_seqlen if ops.is_concrete(cu_seqlens) else 0)
+                self.check_length(max_seqlen if ops.is_concrete(cu_seqlens) else 0)
         else:
             packing = self._packing(input_ids, attention_mask, capacity)
-            unpack = packing.unpack
             if position_ids is None:
-                self._check_length(input_ids.shape[1])
+                self.check_length(input_ids.shape[1])
                 position_ids = packing.positions()
             else:
                 position_ids = packing.pack(position_ids.expand_as(input_ids))
@@ -288,22 +305,15 @@ class BertModel(nn.Module):
 
         x = self.embeddings(input_ids, position_ids, token_type_ids)
         workspace = self.workspace if can_reuse_memory(x) else NoWorkspace()
-        hidden_states = []
+        states = []
         for layer in self.layers:
             if output_hidden_states:
-                hidden_states.append(unpack(x).clone())  # inference goes on in x's own memory
+                states.append(x.clone())  # inference goes on in x's own memory
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(layer, x, packing, workspace, use_reentrant=False)
             else:
                 x = layer(x, packing, workspace)
-        last_hidden_state = unpack(x)
-        if output_hidden_states:
-            hidden_states.append(last_hidden_state)
-        return BertOutput(
-            last_hidden_state,
-            self._pool(x, packing.cu_seqlens),
-            tuple(hidden_states) if output_hidden_states else None,
-        )
+        return [*states, x], packing
 
     def _packing(self, input_ids, attention_mask, capacity):
         if input_ids.ndim != 2:
@@ -325,7 +335,7 @@ class BertModel(nn.Module):
             )
         return packing.to(input_ids.device)
 
-    def _check_length(self, longest):
+    def check_length(self, longest):
         if longest > self.config.max_position_embeddings:
             raise ValueError(
                 f"input_ids hold a sequence of {longest} tokens; the model has "
@@ -342,11 +352,21 @@ class BertModel(nn.Module):
         return torch.tanh(self.pooler(x[first])).masked_fill(empty, 0)
 
 
-def _identity(x):
-    return x
+def initialiser(config):
+    """BERT's initialisation of one module, for ``Module.apply``."""
+
+    def initialise(module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=config.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            nn.init.zeros_(module.weight[module.padding_idx])
+
+    return initialise
 
 
-def _check_ids(name, ids, limit, input_ids=None):
+def check_ids(name, ids, limit, input_ids=None):
     """Integers of input_ids' shape; in range where that can be seen without waiting."""
     if ids is None:
         return

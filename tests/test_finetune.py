@@ -12,6 +12,7 @@ import bert_fast
 from bert_fast import corpus, tasks
 from bert_fast.cli import main
 from bert_fast.finetune import Settings, Tuned, finetune
+from bert_fast.text import load_tokenizer
 
 GOOD = ["fine", "great", "lovely"]
 BAD = ["poor", "dull", "awful"]
@@ -20,15 +21,20 @@ OTHER = ["the", "film", "was", "a", "plot", "with", "an", "actor", "story", "and
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A small BERT, its vocabulary these words."""
+    """A small BERT, its vocabulary these words and their letters; soon trained, for its weights are
+    not small."""
     directory = tmp_path_factory.mktemp("bert")
-    text = [[" ".join(OTHER + GOOD)], [" ".join(OTHER + BAD + ["who", "played", "anna", "bob"])]]
-    corpus.train_tokenizer(text * 4, 200).save(str(directory / "tokenizer.json"))
+    words = sorted({*OTHER, *GOOD, *BAD, "who", "played", "anna", "bob"})
+    letters = sorted(set("abcdefghijklmnopqrstuvwxyz"))
+    tokens = [*corpus.SPECIAL, *words, *(x for x in letters if x not in words)]
+    tokens += [f"##{letter}" for letter in letters]
+    (directory / "vocab.txt").write_text("\n".join(tokens) + "\n")
+    load_tokenizer(directory).save(str(directory / "tokenizer.json"))
     torch.manual_seed(0)
     config = bert_fast.BertConfig(
-        vocab_size=200, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=len(tokens), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=64, max_position_embeddings=48, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, initializer_range=0.05,
     )  # fmt: skip
     bert_fast.BertModel(config).save_pretrained(directory)
     return directory
@@ -95,6 +101,12 @@ def answering(rng):
     return {"data": [{"title": "t", "paragraphs": questions}]}
 
 
+def translation(rng):
+    """Into a language whose words are ours from behind."""
+    texts = (sentence(rng, rng.choice(GOOD + BAD)) for _ in range(240))
+    return [{"text": " ".join(t), "target": " ".join(w[::-1] for w in t)} for t in texts]
+
+
 CASES = {  # task, rows, Hugging Face's class, the first figure and what it must reach
     "classification": (classification, "SequenceClassification", "accuracy", 0.95),
     "sentiment": (pairs, "SequenceClassification", "accuracy", 0.95),
@@ -102,6 +114,7 @@ CASES = {  # task, rows, Hugging Face's class, the first figure and what it must
     "multi-label": (multi_label, "SequenceClassification", "f1_micro", 0.9),
     "ner": (tagging, "TokenClassification", "entity_f1", 0.95),
     "qa": (answering, "QuestionAnswering", "f1", 0.9),
+    "translation": (translation, "Seq2SeqLM", "bleu", 50),
 }
 
 
@@ -130,7 +143,7 @@ def test_every_task(task, checkpoint, tmp_path, capsys):
     settings = Settings(
         task=task, model=str(checkpoint), train=rows, out=str(tmp_path / "out"),
         epochs=60 if task == "multi-label" else 40, lr=1e-3, batch_tokens=400, max_length=24,
-        device="cpu",
+        device="cpu", decoder_layers=2, target_vocab=400,
     )  # fmt: skip
     tuned, figures = finetune(settings)
     assert next(iter(figures)) == figure
@@ -142,11 +155,13 @@ def test_every_task(task, checkpoint, tmp_path, capsys):
     theirs = getattr(transformers, f"AutoModelFor{head}").from_pretrained(out)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     inputs = tokenizer("the film was great", "a plot with anna", return_tensors="pt")
+    if task == "translation":
+        inputs["decoder_input_ids"] = torch.tensor([[2, 300, 280]])
     with torch.no_grad():
         wanted, found = theirs(**inputs), tuned.model.eval()(**inputs)
     name = "start_logits" if task == "qa" else "logits"
     assert (getattr(found, name) - getattr(wanted, name)).abs().max() < 2e-5
-    if task != "qa":
+    if task not in ("qa", "translation"):
         assert list(theirs.config.id2label.values()) == list(map(str, tuned.task.labels))
 
     again = Tuned.from_pretrained(out, max_length=24)
@@ -225,8 +240,6 @@ def test_conll_and_long_words(tmp_path, checkpoint):
     examples = task.read(path)
     assert examples[0] == tasks.Example(["the", "zzzqqq"], None, ["O", "B-x"])
     task.fit(examples)
-    from bert_fast.text import load_tokenizer
-
     tokenizer = load_tokenizer(checkpoint)
     features = task.features(tokenizer, examples, 48)
     for example, feature in zip(examples, features, strict=True):
@@ -241,8 +254,6 @@ def test_conll_and_long_words(tmp_path, checkpoint):
 
 def test_windows_cover_the_context(checkpoint):
     """Every token of a long context is in a window, and the answer in the window that has it."""
-    from bert_fast.text import load_tokenizer
-
     task, words = tasks.QuestionAnswering(), ["film"] * 60
     words[41] = "anna"
     context = " ".join(words)

@@ -8,7 +8,7 @@ from conftest import assert_within
 
 import bert_fast
 from bert_fast import checkpoint
-from bert_fast.heads import linear_cross_entropy
+from bert_fast.cross_entropy import linear_cross_entropy
 
 CONFIG = {
     "vocab_size": 61, "hidden_size": 36, "num_hidden_layers": 2, "num_attention_heads": 3,
@@ -166,6 +166,51 @@ def test_linear_cross_entropy(gradients, dtype, rows):
     assert_within(gradients(ours, inputs, one, dtype), eager, truth, name="loss, dx, dw, db")
     _, correct = linear_cross_entropy(*inputs, several[0])
     assert correct == (F.linear(*inputs).argmax(1) == several[0]).sum()
+
+
+def test_ignored_rows(gradients):
+    """As if they were not there, but for their gradient, which is zero; and torch's own checks."""
+    inputs = [torch.randn(n, 24)[:n] for n in (40, 31)] + [torch.randn(31)]
+    labels = torch.randint(31, (40,)).masked_fill(torch.rand(40) < 0.6, -100)
+    kept = labels != -100
+    x, weight, bias = (t.clone().requires_grad_() for t in inputs)
+    loss, correct = linear_cross_entropy(x, weight, bias, labels, ignore=True)
+    found = torch.autograd.grad(loss, (x, weight, bias))
+    few, other = linear_cross_entropy(x[kept], weight, bias, labels[kept])
+    wanted = torch.autograd.grad(few, (x, weight, bias))
+    assert torch.equal(loss, few)
+    assert correct == other
+    assert all(map(torch.equal, found, wanted))
+    arguments = x, weight, bias, labels, True, True
+    torch.library.opcheck(torch.ops.bert_fast.linear_cross_entropy.default, arguments)
+    (slope,) = torch.autograd.grad(
+        linear_cross_entropy(x, weight, bias, labels, ignore=True)[0], x, create_graph=True
+    )
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        slope.sum().backward()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_compiled_training_step(tmp_path, case):
+    """Forward, loss and backward in one graph; masked words too, whose number is not known then."""
+    head, config, labels = CASES[case]
+    _, ours = pair(tmp_path, head, config)
+    batch = inputs(head, padded=case != "answers")
+    batch |= labels(batch["attention_mask"])
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+
+    def run(model, **extra):
+        ours.zero_grad()
+        loss = model(**batch, **extra).loss
+        loss.backward()
+        return loss.detach().view(1), [p.grad for p in ours.parameters() if p.grad is not None]
+
+    loss, gradients = run(ours)
+    found, traced = run(compiled)
+    torch.testing.assert_close(found, loss)
+    assert len(traced) == len(gradients)
+    for a, b in zip(traced, gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
 def test_nothing_is_masked(tmp_path):
