@@ -32,6 +32,7 @@ __all__ = [
     "accelerate",
     "attention",
     "attention_qkv",
+    "cudagraph",
     "embedding_layer_norm",
     "gelu",
     "layer_norm",
@@ -48,6 +49,7 @@ _LATER = {
     "EncoderDecoderModel": "encoder_decoder",
     "SentenceEncoder": "text",
     "accelerate": "hugging_face",
+    "cudagraph": "graphs",
     "restore": "hugging_face",
     **dict.fromkeys(
         (

