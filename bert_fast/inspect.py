@@ -57,6 +57,7 @@ class Launch:
     aligned: tuple  # argument numbers that are multiples of 16
     num_warps: int
     num_stages: int
+    maxnreg: int | None
     debug: bool  # its device_assert is compiled
 
 
@@ -230,7 +231,7 @@ def recorded(chip=80):
     launches, run = [], JITFunction.run
 
     def record(
-        kernel, *args, grid, warmup=False, num_warps=4, num_stages=3, debug=False,
+        kernel, *args, grid, warmup=False, num_warps=4, num_stages=3, maxnreg=None, debug=False,
         sanitize_overflow=True, **kwargs,
     ):  # fmt: skip
         given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
@@ -248,7 +249,7 @@ def recorded(chip=80):
         launches.append(
             Launch(
                 kernel, tuple(signature), tuple(constants), tuple(aligned), num_warps, num_stages,
-                debug,
+                maxnreg, debug,
             )
         )  # fmt: skip
 
@@ -284,7 +285,8 @@ def compile(launch, chip):
     kernel = triton.compile(
         source, target=GPUTarget("cuda", chip, 32),
         options={
-            "num_warps": launch.num_warps, "num_stages": launch.num_stages, "debug": launch.debug,
+            "num_warps": launch.num_warps, "num_stages": launch.num_stages,
+            "maxnreg": launch.maxnreg, "debug": launch.debug,
             "sanitize_overflow": False,
         },
     )  # fmt: skip

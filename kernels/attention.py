@@ -333,6 +333,11 @@ def settings(table, head_dim, dtype, device, longest):
     return block_d, *table[kind][block_d]
 
 
+def _registers(warps):
+    """All that 16 warps can have: left alone, ptxas stops at half of them, and spills."""
+    return 128 if warps == 16 else None
+
+
 def _strides(*tensors):
     return [stride for t in tensors for stride in (t.stride(0), t.stride(1))]
 
@@ -402,6 +407,7 @@ def attention_backward(
         _backward_q[(total_q // BLOCK_M + batch + 1, heads)](
             *inputs, dq, cu_q, cu_k, seed, *_strides(dout, q, k, v, dq), batch, total_q, *numbers,
             **common, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=warps, num_stages=stages,
+            maxnreg=_registers(warps),
         )  # fmt: skip
 
     def launch_kv(chosen):
@@ -409,7 +415,7 @@ def attention_backward(
         _backward_kv[(total_k // BLOCK_N + batch + 1, heads)](
             *inputs, dk, dv, cu_q, cu_k, seed, *_strides(dout, q, k, v, dk, dv), batch, total_q,
             total_k, *numbers, **common, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=warps,
-            num_stages=stages,
+            num_stages=stages, maxnreg=_registers(warps),
         )  # fmt: skip
 
     if total_q:

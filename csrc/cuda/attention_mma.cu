@@ -328,8 +328,9 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(AttentionForward a
   store_rows<T, kD>(total, share[0], share[1], q, local, os, tile.first);
 }
 
+// Rows of a tile of the other side, in backward: what the registers allow.
 template <int kD>
-constexpr int kOther = kD <= 64 ? 64 : 32;  // rows of a tile of the other side, in backward
+constexpr int kOther = kD <= 64 ? 64 : kD <= 128 ? 32 : 16;
 
 template <class T, int kD>
 __global__ void __launch_bounds__(kThreads, 2) dq_kernel(AttentionBackward a, Dropout drop,
