@@ -258,12 +258,14 @@ def command_predict(args):
     if out.exists() and not args.overwrite:
         raise ValueError(f"{out} exists; --overwrite replaces it")
     tuned = Tuned.from_pretrained(args.model, args.max_length)
+    translates = isinstance(tuned.task, tasks.Translation)
     if args.beams is not None:
-        if not isinstance(tuned.task, tasks.Translation) or args.beams < 1:
+        if not translates or args.beams < 1:
             raise ValueError("--beams is for translation, and at least 1")
         tuned.task.beams = args.beams
     path = Path(args.rows)
-    if path.suffix == ".txt" and not isinstance(tuned.task, tasks.QuestionAnswering):
+    plain = path.suffix == ".txt" or (translates and path.suffix not in tasks.ROW_FORMATS)
+    if plain and not isinstance(tuned.task, tasks.QuestionAnswering):
         from bert_fast.text import read_texts
 
         tagging = isinstance(tuned.task, tasks.Tagging)

@@ -25,6 +25,7 @@ from bert_fast.files import atomic_path
 from bert_fast.model import BertConfig
 from bert_fast.text import load_tokenizer
 
+ROW_FORMATS = (".csv", ".tsv", ".jsonl")
 SINGLE = "single_label_classification"
 
 
@@ -58,7 +59,7 @@ def read_rows(path):
         DataError: naming file and line.
     """
     path = Path(path)
-    if path.suffix not in (".csv", ".tsv", ".jsonl"):
+    if path.suffix not in ROW_FORMATS:
         raise DataError(f"{path}: the name must end in .csv, .tsv or .jsonl")
     try:
         with open(path, encoding="utf-8", newline="") as file:

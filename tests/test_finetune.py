@@ -175,6 +175,13 @@ def test_every_task(task, checkpoint, tmp_path, capsys):
     said = (tmp_path / "said.jsonl").read_text().splitlines()
     assert len(said) == len(examples)
     assert capsys.readouterr().err.strip().endswith("--overwrite replaces it")
+    if task == "translation":  # plain lines, greedily
+        (tmp_path / "a.en").write_text("the film\nwas great\n")
+        arguments = ["predict", "--model", str(out), "--rows", str(tmp_path / "a.en")]
+        assert main([*arguments, "--out", str(tmp_path / "a.jsonl"), "--beams", "1"]) == 0
+        said = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+        assert [row["text"] for row in said] == ["the film", "was great"]
+        assert main([*arguments, "--out", str(tmp_path / "b.jsonl"), "--beams", "0"]) == 1
 
 
 WRONG = [
@@ -200,6 +207,35 @@ def test_wrong_rows_are_named(tmp_path, task, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(tasks.DataError, match=message):
         tasks.TASKS[task]().read(tmp_path / name)
+
+
+def test_wrong_translations_are_named(tmp_path, monkeypatch):
+    task = tasks.Translation()
+    a, b = tmp_path / "a.en", tmp_path / "b.de"
+    a.write_text("one\u2028line\ntwo\n")  # a line ends at a newline and nowhere else
+    b.write_text("eins\nzwei\n")
+    assert [e.label for e in task.read_aligned(a, b)] == ["eins", "zwei"]
+    b.write_text("eins\n\n")
+    with pytest.raises(tasks.DataError, match=r"b\.de:2: there is no text"):
+        task.read_aligned(a, b)
+    b.write_text("eins\n")
+    with pytest.raises(
+        tasks.DataError, match=r"a\.en has 2 lines, .*b\.de 1: they must be aligned"
+    ):
+        task.read_aligned(a, b)
+    b.write_bytes(b"\xff\n")
+    with pytest.raises(tasks.DataError, match=r"b\.de is not UTF-8"):
+        task.read_aligned(a, b)
+    (tmp_path / "c.jsonl").write_text('{"text": "one"}\n')
+    with pytest.raises(tasks.DataError, match=r"c\.jsonl:1: 'target' must be a text"):
+        task.read(tmp_path / "c.jsonl")
+    with pytest.raises(ValueError, match="train_targets and test_targets are for the task transl"):
+        Settings("ner", "", str(a), "", train_targets=str(b))
+    with pytest.raises(ValueError, match="beams must be at least 1, not 0"):
+        Settings("translation", "", str(a), "", beams=0)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="judged by sacrebleu: pip install sacrebleu"):
+        finetune(Settings("translation", "", str(a), "", train_targets=str(b)))
 
 
 def test_a_label_that_training_lacks(checkpoint, tmp_path):
