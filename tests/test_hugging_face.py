@@ -264,13 +264,15 @@ def test_sentence_transformer(tmp_path):
 
 @pytest.mark.full
 def test_with_transformers_4(tmp_path):
-    """This file again, with the last transformers before 5."""
+    """This file again, and those of heads and checkpoints, with the last transformers before 5."""
     packages = ["transformers==4.57.6", "huggingface-hub<1.0", "tokenizers<0.23.1", "requests",
                 "urllib3", "idna", "certifi", "charset-normalizer"]  # fmt: skip
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path]
     subprocess.run([*pip, *packages], check=True)
+    here = Path(__file__).parent
+    files = [here / f"test_{n}.py" for n in ("heads", "encoder_decoder", "checkpoint", "finetune")]
     answer = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "not full", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-m", "not full and not gpu", __file__, *files],
         env=os.environ | {"PYTHONPATH": str(tmp_path)}, cwd=Path(__file__).parents[1],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
