@@ -265,8 +265,9 @@ def test_sentence_transformer(tmp_path):
 @pytest.mark.full
 def test_with_transformers_4(tmp_path):
     """This file again, and those of heads and checkpoints, with the last transformers before 5."""
-    packages = ["transformers==4.57.6", "huggingface-hub<1.0", "tokenizers<0.23.1", "requests",
-                "urllib3", "idna", "certifi", "charset-normalizer"]  # fmt: skip
+    packages = ["transformers==4.57.6", "sentence-transformers<5.2", "huggingface-hub<1.0",
+                "tokenizers<0.23.1", "requests", "urllib3", "idna", "certifi",
+                "charset-normalizer"]  # fmt: skip
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path]
     subprocess.run([*pip, *packages], check=True)
     here = Path(__file__).parent
