@@ -21,6 +21,7 @@ def tables(results=RESULTS):
     parts = [_device(path) for path in sorted(results.glob("*/bars.json"))]
     parts += [_growth(path) for path in sorted(results.glob("*/sweep-batch.json"))]
     parts += [_drop_in(path) for path in sorted(results.glob("*/drop-in.json"))]
+    parts += [_finetune(path) for path in sorted(results.glob("*/finetune.json"))]
     found = {level: sorted(results.glob(f"*/{level}.json")) for level in GPU_LEVELS}
     parts += [_level(path) for paths in found.values() for path in paths]
     if missing := [f"`bert-fast bench {level}`" for level, paths in found.items() if not paths]:
@@ -74,6 +75,28 @@ def _drop_in(path):
         table.append(
             f"| {row['work']} | {theirs:,.0f} {row['unit']} | {ours:,.0f} {row['unit']} "
             f"| {ours / theirs:.2f}x |"
+        )
+    return "\n".join(table)
+
+
+def _finetune(path):
+    """A mean over seeds, and its standard deviation, each."""
+    result, facts = _read(path)
+    table = [
+        "Fine-tuning MiniLM-L6, the same recipe with Hugging Face's model and with ours, on the "
+        f"{facts['device']}, {facts['date']}:",
+        "",
+        "| work, seeds | figure on held-out rows | Hugging Face | ours | our training time |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in result["rows"]:
+        theirs, ours = (
+            f"{row['mean'][who]:.3f} ± {row['deviation'][who]:.3f}"
+            for who in ("hugging_face", "ours")
+        )
+        table.append(
+            f"| {row['work']}, {len(row['seeds'])} | {row['figure']} | {theirs} | {ours} "
+            f"| {row['time']:.2f} of theirs |"
         )
     return "\n".join(table)
 
