@@ -1,5 +1,5 @@
-"""What a user of Hugging Face gains: SentenceTransformer.encode on real reviews, and pre-training on
-the Brown corpus.
+"""What a user of Hugging Face gains: SentenceTransformer.encode on real reviews, and pre-training
+on the Brown corpus.
 
 python -m benchmarks.drop_in [--json FILE]
 """
