@@ -2,9 +2,11 @@
 
 import concurrent.futures
 import copy
+import importlib
 
 import pytest
 import torch
+import transformers
 from conftest import assert_within, cu_seqlens
 from torch.library import opcheck
 
@@ -211,6 +213,31 @@ def test_one_compilation_for_all_lengths():
             for batch, seqlen in ((3, 5), (7, 16), (2, 11)):
                 ids = torch.randint(1, 50, (batch, seqlen))
                 torch.testing.assert_close(compiled(ids)[0], model(ids)[0])
+
+
+def test_data_parallel_replicas(monkeypatch):
+    """DataParallel's copies, whose parameters are plain tensors; devices alone are left out."""
+    module = importlib.import_module("torch.nn.parallel.replicate")
+
+    def broadcast(tensors, devices, detach=False):
+        return [[t.detach() if detach else t.view_as(t) for t in tensors] for _ in devices]
+
+    monkeypatch.setattr(module, "_broadcast_coalesced_reshape", broadcast)
+    model = tiny().eval()
+    theirs = transformers.BertModel(transformers.BertConfig(**model.config.to_dict())).eval()
+    ids, probe = torch.randint(1, 50, (4, 9)), torch.randn(4, 9, 24)
+    for whole in (model, bert_fast.accelerate(theirs)):
+        wanted = (whole(ids)[0] * probe).sum()
+        parameters = [p for n, p in whole.named_parameters() if "pooler" not in n]
+        truth = torch.autograd.grad(wanted, parameters)
+        first, second = module.replicate(whole, [0, 1])
+        assert isinstance(second, type(whole))
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            outs = list(pool.map(lambda m, i: m(i)[0], (first, second), ids.chunk(2)))
+        total = (torch.cat(outs) * probe).sum()
+        torch.testing.assert_close(total, wanted, rtol=1e-4, atol=1e-4)
+        for a, b in zip(torch.autograd.grad(total, parameters), truth, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
 def test_many_threads_share_a_model():
