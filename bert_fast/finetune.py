@@ -32,8 +32,8 @@ class Settings:
     decoder_layers: int = field(default=3, metadata={"help": "translation: of the new decoder"})
     target_vocab: int = field(default=8192, metadata={"help": "translation: tokens to write with"})
     beams: int = field(default=4, metadata={"help": "translation: of the search; 1 is greedy"})
-    epochs: int | None = field(default=None, metadata={"help": "default by task: 2 or 3"})
-    lr: float | None = field(default=None, metadata={"help": "default by task: 3e-5 or 5e-5"})
+    epochs: int | None = field(default=None, metadata={"help": "default by task: 2, 3 or 10"})
+    lr: float | None = field(default=None, metadata={"help": "default by task: 3e-5, 5e-5 or 5e-4"})
     batch_tokens: int = field(default=2048, metadata={"help": "tokens a step"})
     max_length: int | None = field(
         default=None,
@@ -60,6 +60,8 @@ class Settings:
         aligned = self.train_targets is not None or self.test_targets is not None
         if aligned and self.task != "translation":
             raise ValueError("train_targets and test_targets are for the task translation")
+        if self.test_targets is not None and self.test is None:
+            raise ValueError("test_targets needs test")
 
 
 class Tuned:

@@ -231,6 +231,8 @@ def test_wrong_translations_are_named(tmp_path, monkeypatch):
         task.read(tmp_path / "c.jsonl")
     with pytest.raises(ValueError, match="train_targets and test_targets are for the task transl"):
         Settings("ner", "", str(a), "", train_targets=str(b))
+    with pytest.raises(ValueError, match="test_targets needs test"):
+        Settings("translation", "", str(a), "", train_targets=str(b), test_targets=str(b))
     with pytest.raises(ValueError, match="beams must be at least 1, not 0"):
         Settings("translation", "", str(a), "", beams=0)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
