@@ -102,12 +102,16 @@ def measure(name, seeds, scratch):
 def main():
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="two at least")
-    options.add_argument("--json", help="also write the result here")
+    options.add_argument("--works", nargs="+", choices=WORKS, default=list(WORKS), metavar="WORK")
+    options.add_argument("--json", help="also write the result here, beside other works' rows")
     args = options.parse_args()
     warnings.filterwarnings("ignore", message=".*newly initialised")
     transformers.logging.set_verbosity_error()
     result = {"environment": report.environment(), "rows": []}
-    for name in WORKS:
+    if args.json and Path(args.json).exists():
+        rows = json.loads(Path(args.json).read_text(encoding="utf-8"))["rows"]
+        result["rows"] = [row for row in rows if row["work"] not in args.works]
+    for name in args.works:
         with tempfile.TemporaryDirectory() as scratch:
             row = measure(name, args.seeds, Path(scratch))
         result["rows"].append(row)
