@@ -235,13 +235,14 @@ def survives(number, file, text, folder):
 
 @needs_host
 @pytest.mark.full
-def test_planted_faults_are_caught(tmp_path):
+def test_planted_faults_are_caught(tmp_path, capsys):
     """Of all of them at least 95%, and every survivor is named."""
     faults = list(planted())
     with ThreadPoolExecutor(2) as pool:
         alive = list(pool.map(lambda i: survives(i, *faults[i][:2], tmp_path), range(len(faults))))
     survivors = [what for (_, _, what), lives in zip(faults, alive, strict=True) if lives]
-    print(f"{len(faults)} faults, {len(survivors)} not noticed: {survivors}")
+    with capsys.disabled():
+        print(f"\n{len(faults)} faults planted, {len(survivors)} not noticed: {survivors}")
     assert len(survivors) <= 0.05 * len(faults), survivors
 
 
