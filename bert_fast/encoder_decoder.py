@@ -6,7 +6,6 @@ Everything is packed, decoding too: a step is one query a sentence that is not f
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -26,6 +25,7 @@ from bert_fast.model import (
     check_ids,
     exportable,
     initialiser,
+    read_json,
 )
 from bert_fast.packing import Packing
 from bert_fast.workspace import NoWorkspace, Workspace, can_reuse_memory
@@ -68,10 +68,7 @@ class EncoderDecoderConfig:
         Raises:
             ValueError: not JSON, or something else than two BERTs.
         """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not a JSON file: {error}") from error
+        values = read_json(path)
         if not isinstance(values, dict) or values.get("model_type") != "encoder-decoder":
             raise ValueError(f"{path} is not an encoder-decoder's")
         parts = {

@@ -67,10 +67,7 @@ class BertConfig:
         Raises:
             ValueError: not JSON, another architecture, or a BERT this model is not.
         """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not a JSON file: {error}") from error
+        values = read_json(path)
         if isinstance(values, dict) and values.get("is_decoder"):
             raise ValueError(f"{path}: is_decoder is set; this BertModel is an encoder")
         return cls.from_dict(values, path)
@@ -94,6 +91,14 @@ class BertConfig:
 
     def to_json(self, architecture="BertModel"):
         return json.dumps({"architectures": [architecture], **self.to_dict()}, indent=2) + "\n"
+
+
+def read_json(path):
+    """What a JSON file holds; a ValueError that names it, where it is none."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
 
 
 def exportable(kind):

@@ -122,7 +122,7 @@ def brown_text(path, documents=None):
 
 
 def rated_reviews():
-    """(text, mean rating from -4 to 4) of 10,604 sentences about films, by twenty people each
+    """(text, mean rating from -4 to 4) of 10,605 sentences about films, by twenty people each
     (Hutto and Gilbert 2014)."""
 
     def fetch(scratch):
