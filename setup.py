@@ -13,7 +13,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -165,7 +165,7 @@ class NinjaBuild(build_ext):
 
 
 setup(
-    packages=["bert_fast", "bert_fast.bench", "bert_fast.kernels"],
+    packages=sorted({*find_packages(include=["bert_fast*"]), "bert_fast.kernels"}),
     package_dir={"bert_fast": "bert_fast", "bert_fast.kernels": "kernels"},
     ext_modules=[Extension("bert_fast._C", sources=[])],
     cmdclass={"build_ext": NinjaBuild},

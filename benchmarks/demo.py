@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from bert_fast.bench import data
-from bert_fast.compare import compare, report
+from bert_fast.bench.compare import compare, report
 
 QUESTIONS = [
     "a heist that goes wrong and the thieves turn on each other",

@@ -15,8 +15,8 @@ import transformers
 from torch.nn.utils.rnn import pad_sequence
 
 import bert_fast
-from bert_fast import corpus, optim
 from bert_fast.bench import data, report
+from bert_fast.training import corpus, optim
 
 ROUNDS = 5
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import transformers
 
-from bert_fast import tasks
 from bert_fast.bench import data, report
-from bert_fast.finetune import Settings, finetune
+from bert_fast.training import tasks
+from bert_fast.training.finetune import Settings, finetune
 
 OURS, THEIRS = "ours", "hugging_face"
 

@@ -3,7 +3,7 @@
 import importlib
 
 from bert_fast.backends import BackendUnavailableError, use_backend
-from bert_fast.model import BertConfig, BertModel, BertOutput
+from bert_fast.models.bert import BertConfig, BertModel, BertOutput
 from bert_fast.ops import (
     attention,
     attention_qkv,
@@ -45,11 +45,11 @@ __all__ = [
 
 # What most programs do not need is imported when it is.
 _LATER = {
-    "CheckpointError": "checkpoint",
-    "EncoderDecoderModel": "encoder_decoder",
-    "SentenceEncoder": "text",
+    "CheckpointError": "models.checkpoint",
+    "EncoderDecoderModel": "models.encoder_decoder",
+    "SentenceEncoder": "embeddings.encoder",
     "accelerate": "hugging_face",
-    "cudagraph": "graphs",
+    "cudagraph": "models.graphs",
     "restore": "hugging_face",
     **dict.fromkeys(
         (
@@ -57,7 +57,7 @@ _LATER = {
             "BertForPreTraining", "BertForQuestionAnswering", "BertForSequenceClassification",
             "BertForTokenClassification",
         ),
-        "heads",
+        "models.heads",
     ),
 }  # fmt: skip
 

@@ -62,8 +62,8 @@ def embed(args):
     """Texts to embeddings."""
     import numpy as np
 
+    from bert_fast.embeddings.encoder import SentenceEncoder, read_texts
     from bert_fast.files import atomic_path
-    from bert_fast.text import SentenceEncoder, read_texts
 
     out = Path(args.out)
     if out.suffix not in (".npy", ".jsonl"):
@@ -88,8 +88,8 @@ def embed(args):
 
 def compare(args):
     """Hugging Face and bert_fast on the same checkpoint and texts."""
-    from bert_fast.compare import compare, report
-    from bert_fast.text import read_texts
+    from bert_fast.bench.compare import compare, report
+    from bert_fast.embeddings.encoder import read_texts
 
     texts = read_texts(args.text)[: args.limit]
     rows, tokens = compare(args.model, texts, rounds=args.rounds)
@@ -121,8 +121,8 @@ def inspect(args):
 
 
 def parser():
-    from bert_fast import finetune, pretrain
     from bert_fast.bench.command import add_parser
+    from bert_fast.training import finetune, pretrain
 
     root = argparse.ArgumentParser(prog="bert-fast", description=bert_fast.__doc__)
     root.add_argument("--version", action="version", version=bert_fast.__version__)

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from bert_fast import ops
-from bert_fast.blocks import View, project_add_norm
-from bert_fast.packing import Packing
-from bert_fast.workspace import NoWorkspace
+from bert_fast.models.blocks import View, project_add_norm
+from bert_fast.models.packing import Packing
+from bert_fast.models.workspace import NoWorkspace
 
 
 class LayerNorm(nn.LayerNorm):

@@ -1,5 +1,5 @@
-// The only file that knows Python. Pointers arrive as integers: bert_fast/cpu.py and
-// bert_fast/cuda.py have checked the tensors they came from and keep them alive for the call.
+// The only file that knows Python. Pointers arrive as integers: bert_fast/backends/cpu.py and
+// bert_fast/backends/cuda.py have checked the tensors they came from and keep them alive for the call.
 //
 // Compiled twice: as bert_fast._C, and with BERT_FAST_HOST as the test module _cuda_host, whose CUDA
 // kernels run on the CPU.

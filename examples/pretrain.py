@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from bert_fast.bench import data
-from bert_fast.pretrain import Settings, pretrain
+from bert_fast.training.pretrain import Settings, pretrain
 
 
 def main(documents=500, steps=300, **settings):

@@ -11,9 +11,9 @@ import random
 import tempfile
 from pathlib import Path
 
-from bert_fast import tasks
 from bert_fast.bench import data
-from bert_fast.finetune import Settings, finetune
+from bert_fast.training import tasks
+from bert_fast.training.finetune import Settings, finetune
 
 
 def squad(reviews, rng):

@@ -1,13 +1,14 @@
 """The ``triton`` backend: one file an op, each with its forward, backward and their launch.
 
-The functions here take tensors that ops.py has validated, with the signatures of bert_fast/cpu.py.
+The functions here take tensors that bert_fast.ops has validated, with the signatures of
+bert_fast/backends/cpu.py.
 """
 
 from bert_fast.kernels.attention import attention_backward, attention_forward
 from bert_fast.kernels.embedding import embedding_forward
 from bert_fast.kernels.gelu import gelu_backward, gelu_forward
 from bert_fast.kernels.layer_norm import layer_norm_backward, layer_norm_forward
-from bert_fast.kernels.linear_gelu import linear_gelu_backward, linear_gelu_forward
+from bert_fast.kernels.linear import linear_gelu_backward, linear_gelu_forward
 
 __all__ = [
     "attention_backward",

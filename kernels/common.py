@@ -25,8 +25,8 @@ def dot(a, b, total, PRECISION: tl.constexpr):
 @triton.jit
 def keep_mask(seed, cut, rows, group, c2, c3, ROWS: tl.constexpr, GROUPS: tl.constexpr):
     """Which elements dropout keeps, (ROWS, 4 * GROUPS): Philox4x32-10 (Salmon et al. 2011) by
-    position, as in bert_fast/reference.py. A counter (group, row, c2, c3) gives the words of four
-    neighbouring columns; those below ``cut`` are dropped.
+    position, as in bert_fast/ops/reference.py. A counter (group, row, c2, c3) gives the words of
+    four neighbouring columns; those below ``cut`` are dropped.
 
     rows: (ROWS,) row numbers; group: the first column / 4.
     """

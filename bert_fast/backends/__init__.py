@@ -1,0 +1,36 @@
+"""Which kernels run: the choice, and the way from tensors to the addresses that kernels take
+(``cpu``, ``cuda``; Triton's is ``kernels/``). Nothing here knows an op's gradient or a model."""
+
+from bert_fast.backends.choice import (
+    AUTO,
+    BACKENDS,
+    COMPOSED,
+    OPS,
+    SUPPORT,
+    BackendUnavailableError,
+    Support,
+    choose,
+    import_module,
+    interpreted,
+    module,
+    use_backend,
+    why_not,
+    why_unavailable,
+)
+
+__all__ = [
+    "AUTO",
+    "BACKENDS",
+    "COMPOSED",
+    "OPS",
+    "SUPPORT",
+    "BackendUnavailableError",
+    "Support",
+    "choose",
+    "import_module",
+    "interpreted",
+    "module",
+    "use_backend",
+    "why_not",
+    "why_unavailable",
+]

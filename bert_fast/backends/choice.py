@@ -1,0 +1,207 @@
+"""Which kernels run: four backends, a table of what ``auto`` prefers, three ways to override it.
+
+====== ========================== ==========================================================
+name   what it is                 runs
+====== ========================== ==========================================================
+eager  bert_fast/ops/reference.py     anywhere, every dtype; always there
+cpu    csrc/cpu (C++)             CPU tensors: float32, bfloat16, float16
+triton kernels/                   CUDA tensors; with TRITON_INTERPRET=1, CPU tensors, slowly
+cuda   csrc/cuda (CUDA C++)       CUDA tensors; with BERT_FAST_CUDA_HOST, CPU tensors, slowly
+====== ========================== ==========================================================
+"""
+
+import contextlib
+import contextvars
+import importlib
+import os
+from dataclasses import dataclass
+
+import torch
+
+LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Support:
+    """What one backend does for one op."""
+
+    device: str
+    dtypes: tuple = LOW_PRECISION
+    backward: bool = True
+    largest: float = float("inf")  # head_dim of attention, the last dimension of others
+    largest_before_80: float = float("inf")  # on chips of compute capability 7.5
+
+
+OPS = ("attention", "layer_norm", "gelu")
+# What is otherwise done by other ops, one after another, on whatever backends those choose.
+COMPOSED = ("linear_gelu", "embedding_layer_norm")
+SUPPORT = {
+    "cpu": {op: Support("cpu") for op in OPS},
+    "triton": {
+        "attention": Support("cuda", largest=256, largest_before_80=128),
+        "layer_norm": Support("cuda", largest=16384),
+        "gelu": Support("cuda"),
+        "linear_gelu": Support("cuda"),
+        "embedding_layer_norm": Support("cuda", largest=16384),
+    },
+    "cuda": {
+        "attention": Support("cuda", largest=256, largest_before_80=128),
+        "layer_norm": Support("cuda", largest=8192),
+        "gelu": Support("cuda"),
+    },
+}
+BACKENDS = ("eager", *SUPPORT)
+MODULES = {
+    "cpu": "bert_fast.backends.cpu",
+    "triton": "bert_fast.kernels",
+    "cuda": "bert_fast.backends.cuda",
+}
+
+# What `auto` tries, in order, by the tensors' device. By rule and not by measurement, for no GPU
+# has compared them yet: Triton before CUDA C++, but on compute capability 7.5, where Triton has no
+# tensor-core path, the other way round.
+AUTO = {"cpu": ("cpu", "eager"), "cuda": ("triton", "cuda", "eager")}
+# Ops that `auto` leaves alone but on these compute capabilities, each with the measurement that put
+# it there. linear_gelu has to beat cuBLAS followed by gelu, and no chip has been measured.
+ONLY_WHERE_MEASURED = {"linear_gelu": {}}
+
+_override = contextvars.ContextVar("bert_fast_backend", default=None)
+_modules = {}  # name -> module, or the reason why there is none
+
+
+class BackendUnavailableError(RuntimeError):
+    """The backend that was asked for cannot run here; the message says why."""
+
+
+def _load(name):
+    if name not in _modules:
+        _modules[name] = _try_load(name)
+    return _modules[name]
+
+
+def import_module(name):
+    """A backend's module, whether or not it can run here."""
+    return importlib.import_module(MODULES[name])
+
+
+def _try_load(name):
+    try:
+        from bert_fast import _C
+    except ImportError as error:
+        if name in ("cpu", "cuda"):
+            return f"the compiled extension bert_fast._C does not import ({error})"
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if interpreted(name):
+        return import_module(name)
+    if name == "cuda" and _C.cuda_archs is None:
+        return "bert_fast was built without CUDA (no nvcc was found; build with BERT_FAST_CUDA=on)"
+    if name in ("cuda", "triton") and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return import_module(name)
+
+
+def interpreted(name):
+    """Whether the backend's kernels run on CPU tensors: in Triton's interpreter, or compiled for
+    the CPU (csrc/host)."""
+    if name == "cuda":
+        return bool(os.environ.get("BERT_FAST_CUDA_HOST"))
+    return name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def why_unavailable(name):
+    """Why the backend cannot run on this machine at all, or None where it can."""
+    if name == "eager":
+        return None
+    found = _load(name)
+    return found if isinstance(found, str) else None
+
+
+def why_not(name, op, device, dtype, needs_grad, size=0):
+    """Why the backend cannot run this call, or None where it can."""
+    if name == "eager":
+        return None
+    if (reason := why_unavailable(name)) is not None:
+        return reason
+    support = SUPPORT[name].get(op)
+    if support is None:
+        return f"it has no {op} kernel"
+    wanted = "cpu" if interpreted(name) else support.device
+    if device != wanted:
+        return f"it runs on {wanted} tensors, and these are on {device}"
+    if dtype not in support.dtypes:
+        known = ", ".join(str(d).removeprefix("torch.") for d in support.dtypes)
+        return f"its {op} takes {known}, not {str(dtype).removeprefix('torch.')}"
+    if needs_grad and not support.backward:
+        return f"its {op} has no backward yet"
+    largest = support.largest
+    if size > support.largest_before_80 and _capability(device) < (8, 0):
+        largest = support.largest_before_80
+    if size > largest:
+        what = "head_dim" if op == "attention" else "a last dimension"
+        return f"its {op} takes {what} up to {largest}, not {size}"
+    return None
+
+
+def check_name(name, source):
+    if name not in (*BACKENDS, "auto"):
+        raise ValueError(f"{source} must be one of auto, {', '.join(BACKENDS)}, not {name!r}")
+    return name
+
+
+def choose(op, device, dtype, needs_grad, backend=None, size=0):
+    """The backend's name for one call. An argument beats :func:`use_backend`, which beats the
+    environment's BERT_FAST_BACKEND, which beats the table ``AUTO``. ``size`` is attention's
+    head_dim, layer_norm's last dimension. Of an op in ``COMPOSED``, "eager" means: call the others.
+
+    Raises:
+        BackendUnavailableError: a backend was asked for by name and cannot run this call.
+    """
+    if backend is not None:
+        check_name(backend, "backend")
+    name = backend or _override.get()
+    if name is None:
+        name = os.environ.get("BERT_FAST_BACKEND") or "auto"
+        check_name(name, "the environment variable BERT_FAST_BACKEND")
+    if name != "auto":
+        if op in COMPOSED and op not in SUPPORT.get(name, ()):
+            return "eager"
+        if (reason := why_not(name, op, device, dtype, needs_grad, size)) is not None:
+            raise BackendUnavailableError(f"backend {name!r} cannot run {op} here: {reason}")
+        return name
+    if op in ONLY_WHERE_MEASURED and _capability(device) not in ONLY_WHERE_MEASURED[op]:
+        return "eager"
+    order = AUTO.get(device, ())
+    if _capability(device) < (8, 0):
+        order = ("cuda", "triton", "eager")
+    for name in order:
+        if why_not(name, op, device, dtype, needs_grad, size) is None:
+            return name
+    return "eager"
+
+
+def _capability(device):
+    """Of the current GPU; a recent one's where there is none."""
+    if device != "cuda" or not torch.cuda.is_available():  # not there: a fake tensor's
+        return 8, 0
+    return torch.cuda.get_device_capability()
+
+
+# A traced graph keeps the backend it was traced with. This is what the decorator
+# torch.compiler.assume_constant_result sets; the decorator imports all of Dynamo, 0.8 s, at once.
+choose._dynamo_marked_constant = True
+
+
+def module(name):
+    """The loaded module of a backend that :func:`choose` returned."""
+    return _load(name)
+
+
+@contextlib.contextmanager
+def use_backend(name):
+    """``with use_backend("eager"): ...`` runs every op inside on that backend."""
+    token = _override.set(check_name(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _override.reset(token)

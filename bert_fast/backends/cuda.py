@@ -1,0 +1,140 @@
+"""The ``cuda`` backend: csrc/cuda through pybind11, on the caller's stream.
+
+With BERT_FAST_CUDA_HOST, a path, it is the module there instead: the same kernels compiled for the
+CPU (csrc/host), on CPU tensors, for tests.
+"""
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+from bert_fast import _C
+from bert_fast.backends.cpu import (
+    APPROXIMATE,
+    DTYPES,
+    address,
+    as_float32,
+    attention_shape,
+    strided,
+)
+
+
+def _module():
+    path = os.environ.get("BERT_FAST_CUDA_HOST")
+    if not path:
+        return _C
+    spec = importlib.util.spec_from_file_location("_cuda_host", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_kernels = _module()
+
+
+@functools.cache
+def _programs(device):
+    """CTAs that share a sum over rows: two a multiprocessor. It alone sets the order of the sum."""
+    if device.type != "cuda":
+        return 3
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _call(like, seed=None, scratch=None, longest_k=0):
+    """The kernels' Call: device, stream, seed, scratch, longest_k, programs."""
+    device = like.device
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return (
+        device.index or 0, stream, address(seed), address(scratch), longest_k, _programs(device)
+    )  # fmt: skip
+
+
+def _scratch(like, *shape):
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def attention_forward(
+    q, k, v, cu_q, cu_k, max_q, max_k, bias, scale, causal, dropout_p, seed, out=None
+):
+    cu_q, cu_k, bias = cu_q.contiguous(), cu_k.contiguous(), as_float32(bias)
+    out = q.new_empty(q.shape) if out is None else out
+    lse = _scratch(q, q.shape[1], q.shape[0])
+    _kernels.cuda_attention_forward(
+        attention_shape(q, k, cu_q, cu_k, scale, causal, dropout_p, module=_kernels),
+        *map(strided, (q, k, v, out)), address(bias), address(lse),
+        _call(q, seed, longest_k=max_k),
+    )  # fmt: skip
+    return out, lse
+
+
+def attention_backward(
+    dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, bias, scale, causal, dropout_p, seed,
+    dq, dk, dv,
+):  # fmt: skip
+    cu_q, cu_k, bias = cu_q.contiguous(), cu_k.contiguous(), as_float32(bias)
+    delta = torch.empty_like(lse)
+    _kernels.cuda_attention_backward(
+        attention_shape(q, k, cu_q, cu_k, scale, causal, dropout_p, module=_kernels),
+        *map(strided, (q, k, v, out, dout, dq, dk, dv)), address(bias), address(lse),
+        _call(q, seed, delta, max_k),
+    )  # fmt: skip
+
+
+def layer_norm_forward(
+    x, weight, bias, residual, linear_bias, eps, dropout_p, seed, out=None, training=True
+):
+    """Returns out, and for backward the normalised sum (None where it is x itself), mean, rstd."""
+    hidden = x.shape[-1]
+    rows = x.numel() // hidden
+    out = torch.empty_like(x) if out is None else out
+    is_x = residual is None and linear_bias is None and dropout_p == 0
+    total = torch.empty_like(x) if training and not is_x else None
+    mean, rstd = (_scratch(x, rows) if training else None for _ in range(2))
+    weight, bias, linear_bias = as_float32(weight), as_float32(bias), as_float32(linear_bias)
+    _kernels.cuda_layer_norm_forward(
+        DTYPES[x.dtype], rows, hidden, *map(address, (x, residual, linear_bias, weight, bias)),
+        *map(address, (out, total, mean, rstd)), eps, dropout_p, 0, 0, _call(x, seed),
+    )  # fmt: skip
+    return out, total, mean, rstd
+
+
+def layer_norm_backward(dout, total, mean, rstd, weight, has_linear_bias, dropout_p, seed):
+    """Returns dx (None without dropout: it is dresidual), dresidual, dweight, dbias, and
+    dlinear_bias (None without a linear bias)."""
+    hidden = total.shape[-1]
+    dresidual = torch.empty_like(total)
+    dx = torch.empty_like(total) if dropout_p > 0 else None
+    dweight, dbias, dlinear_bias = (_scratch(total, hidden) for _ in range(3))
+    dlinear_bias, weight = dlinear_bias if has_linear_bias else None, as_float32(weight)
+    scratch = _scratch(total, 3, _programs(total.device), hidden)
+    _kernels.cuda_layer_norm_backward(
+        DTYPES[total.dtype], total.numel() // hidden, hidden,
+        *map(address, (dout, total, mean, rstd, weight)),
+        *map(address, (dresidual, dx, dweight, dbias, dlinear_bias)), dropout_p, 0, 0,
+        _call(total, seed, scratch),
+    )  # fmt: skip
+    return dx, dresidual, dweight, dbias, dlinear_bias
+
+
+def gelu_forward(x, bias, approximate, out=None):
+    out = torch.empty_like(x) if out is None else out
+    bias = as_float32(bias)
+    _kernels.cuda_gelu_forward(
+        DTYPES[x.dtype], x.numel() // x.shape[-1], x.shape[-1], *map(address, (x, bias, out)),
+        APPROXIMATE[approximate], 0, _call(x),
+    )  # fmt: skip
+    return out
+
+
+def gelu_backward(dout, x, bias, approximate):
+    """Returns dx and dbias (None without a bias)."""
+    dx, width, bias = torch.empty_like(x), x.shape[-1], as_float32(bias)
+    dbias = None if bias is None else _scratch(x, width)
+    scratch = _scratch(x, _programs(x.device), width)
+    _kernels.cuda_gelu_backward(
+        DTYPES[x.dtype], x.numel() // width, width, *map(address, (dout, x, bias, dx, dbias)),
+        APPROXIMATE[approximate], 0, _call(x, scratch=scratch),
+    )  # fmt: skip
+    return dx, dbias

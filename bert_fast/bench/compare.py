@@ -1,0 +1,127 @@
+"""The same checkpoint on the same texts, by Hugging Face and by us: differences and times."""
+
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bert_fast.embeddings.encoder import SentenceEncoder
+
+
+@dataclass
+class Row:
+    """One implementation: seconds of each round, and what it computed."""
+
+    name: str
+    seconds: list
+    embeddings: np.ndarray
+
+    @property
+    def median(self):
+        return statistics.median(self.seconds)
+
+
+class HuggingFace:
+    """Hugging Face's model with our tokens and pooling: batches of ``batch_size`` texts padded to
+    their longest, sorted by length first as sentence-transformers does, or in the order given."""
+
+    def __init__(self, directory, encoder, implementation, in_order=False, batch_size=32):
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        self.model = transformers.AutoModel.from_pretrained(
+            directory, attn_implementation=implementation, dtype=torch.float32
+        ).eval()
+        self.encoder, self.in_order, self.batch_size = encoder, in_order, batch_size
+
+    @torch.inference_mode()
+    def encode(self, ids):
+        out = np.empty((len(ids), self.encoder.model.config.hidden_size), dtype=np.float32)
+        order = list(range(len(ids)))
+        if not self.in_order:
+            order.sort(key=lambda i: -len(ids[i]))
+        for begin in range(0, len(order), self.batch_size):
+            batch = order[begin : begin + self.batch_size]
+            lengths = torch.tensor([len(ids[i]) for i in batch])
+            padded = torch.zeros(len(batch), int(lengths.max()), dtype=torch.int64)
+            for row, i in enumerate(batch):
+                padded[row, : len(ids[i])] = torch.from_numpy(ids[i])
+            mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
+            hidden = self.model(input_ids=padded, attention_mask=mask).last_hidden_state
+            cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int()
+            out[batch] = self.encoder.pool(hidden[mask.bool()], cu_seqlens).numpy()
+        return out
+
+
+def compare(directory, texts, rounds=3, batch_tokens=4096):
+    """Embeds ``texts`` by Hugging Face (eager, sdpa) and by us, ``rounds`` times in turn, after one
+    warm-up on a few texts. Tokenization is done once and timed for none. Returns Rows, ours last,
+    and the number of tokens."""
+    encoder = SentenceEncoder(directory, dtype=torch.float32)
+    ids = encoder.tokenize(texts)
+    runners = {
+        "HF sdpa, in order": HuggingFace(directory, encoder, "sdpa", in_order=True).encode,
+        "HF eager, sorted": HuggingFace(directory, encoder, "eager").encode,
+        "HF sdpa, sorted": HuggingFace(directory, encoder, "sdpa").encode,
+        "bert_fast": lambda ids: encoder.encode_ids(ids, batch_tokens),
+    }
+    rows = {name: Row(name, [], None) for name in runners}
+    for runner in runners.values():
+        runner(ids[:64])
+    for _ in range(rounds):
+        for name, runner in runners.items():
+            begin = time.perf_counter()
+            rows[name].embeddings = runner(ids)
+            rows[name].seconds.append(time.perf_counter() - begin)
+    return list(rows.values()), sum(map(len, ids))
+
+
+def report(rows, tokens, plot=None, console=None):
+    """Prints the table of times and the largest difference; draws them to ``plot`` (PNG)."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = console or Console()
+    ours, baseline = rows[-1], rows[-2]  # Hugging Face's own best
+    table = Table(title=f"{len(ours.embeddings)} texts, {tokens} real tokens, fp32, "
+                  f"{torch.get_num_threads()} threads")  # fmt: skip
+    for column in ("", "seconds (median)", "spread", "tokens/s", f"{ours.name} is faster by"):
+        table.add_column(column, justify="left" if not column else "right")
+    for row in rows:
+        table.add_row(
+            row.name, f"{row.median:.2f}", f"{min(row.seconds):.2f} - {max(row.seconds):.2f}",
+            f"{tokens / row.median:,.0f}",
+            "" if row is ours else f"{row.median / ours.median:.2f}x",
+        )  # fmt: skip
+    console.print(table)
+    difference = np.abs(ours.embeddings - baseline.embeddings).max()
+    console.print(
+        f"Largest difference to {baseline.name}, any element of any text: {difference:.1e}"
+    )
+    if plot:
+        draw(rows, plot)
+        console.print(f"Plot: {plot}")
+    return float(difference)
+
+
+def draw(rows, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure, axes = plt.subplots(figsize=(7, 2.4), layout="constrained")
+    bars = axes.barh(
+        [row.name for row in rows], [row.median for row in rows],
+        color=["#9aa5b8"] * (len(rows) - 1) + ["#d9480f"],
+    )  # fmt: skip
+    axes.bar_label(bars, [f"{row.median:.2f} s" for row in rows], padding=4)
+    axes.set_xlabel("seconds, median of the rounds (less is better)")
+    axes.margins(x=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

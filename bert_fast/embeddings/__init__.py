@@ -1,0 +1,1 @@
+"""Text to vectors: the tokenizer, the encoder and its pooling. Training is not here."""

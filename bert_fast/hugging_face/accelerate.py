@@ -1,0 +1,406 @@
+"""Hugging Face models, made faster where they stand: :func:`accelerate`, :func:`restore`, and
+``attn_implementation="bert_fast"``.
+
+An accelerated model is the same object with the same parameters. Three of its modules change class,
+to an heir of their own: the one that takes the mask (it counts the real tokens), the one that loops
+over layers (it drops the padding, and puts it back) and each layer (it computes with our ops).
+Hooks, gradient checkpointing, copies, pickles and DataParallel's replicas go on working, for
+nothing else changes. What a call asks that the ops do not do runs on the code that was inherited.
+"""
+
+import contextlib
+import contextvars
+import functools
+import inspect
+import math
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from bert_fast import ops
+from bert_fast.models.blocks import GELU_APPROXIMATE, View, feed_forward, project_add_norm
+from bert_fast.models.packing import Packing
+from bert_fast.models.workspace import NoWorkspace, Workspace, can_reuse_memory
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a family keeps what a layer of BERT consists of. Paths start at the layer."""
+
+    encoder: str = "encoder"  # the module with the layers, in the model
+    activation: str = "hidden_act"  # in the config
+    qkv: tuple = ("attention.self.query", "attention.self.key", "attention.self.value")
+    attention_dropout: str = "attention.self.dropout"
+    out: str = "attention.output.dense"
+    out_dropout: str | None = "attention.output.dropout"
+    attention_norm: str = "attention.output.LayerNorm"
+    up: str = "intermediate.dense"
+    down: str = "output.dense"
+    down_dropout: str = "output.dropout"
+    norm: str = "output.LayerNorm"
+    output: str = "BaseModelOutputWithPastAndCrossAttentions"  # the encoder's, of transformers
+
+    def linears(self):
+        return *self.qkv, self.out, self.up, self.down
+
+
+BERT = Family()
+FAMILIES = {
+    "BertModel": BERT,
+    "RobertaModel": BERT,
+    "XLMRobertaModel": BERT,
+    "CamembertModel": BERT,
+    "ElectraModel": BERT,
+    "DistilBertModel": Family(
+        encoder="transformer",
+        activation="activation",
+        qkv=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+        attention_dropout="attention.dropout",
+        out="attention.out_lin",
+        out_dropout=None,
+        attention_norm="sa_layer_norm",
+        up="ffn.lin1",
+        down="ffn.lin2",
+        down_dropout="ffn.dropout",
+        norm="output_layer_norm",
+        output="BaseModelOutput",
+    ),
+}
+
+
+def accelerate(model, *, prepack=False):
+    """Makes a Hugging Face model compute its encoder with bert_fast, in place.
+
+    Args:
+        model: any module that holds encoders of ``FAMILIES``: a model of transformers with or
+            without a head, a SentenceTransformer. Its parameters, ``state_dict`` and files stay
+            what they are; it can be trained and saved.
+        prepack: lay the linear weights out once for inference in float32 on CPUs with AMX, as
+            :meth:`bert_fast.BertModel.prepack` does and with its one condition: a weight changed
+            through ``.data`` is not seen to change.
+
+    Returns:
+        ``model``. At padding it gives zeros where Hugging Face computes what nobody reads.
+
+    Calls that want attention weights, head masks, masks by pair of tokens, a cache or
+    cross-attention run as before, and a warning says so once.
+
+    Raises:
+        ValueError: there is no encoder that can be accelerated, or one that cannot, and why.
+    """
+    # An encoder's own class tells its family; an accelerated one has been here before.
+    found = [m for m in model.modules() if _family(m) and not isinstance(m, _Accelerated)]
+    done = any(isinstance(m, _Model) for m in model.modules())
+    if not found and not done:
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"{type(model).__name__} holds none of transformers' {known}")
+    for base in found:  # all or none
+        if reason := _why_not(base):
+            raise ValueError(f"{type(base).__name__} cannot be accelerated: {reason}")
+    for base in found:
+        family = _family(base)
+        encoder = getattr(base, family.encoder)
+        for layer in encoder.layer:
+            _change_class(layer, _Layer)
+            layer._bert_fast = _LayerSettings(base.config, family)
+        _change_class(encoder, _Encoder)
+        encoder._bert_fast = family.output, Workspace()
+        _change_class(base, _Model)
+    if prepack:
+        for layer in model.modules():
+            if isinstance(layer, _Layer):
+                layer._bert_fast.prepack(layer)
+    return model
+
+
+def restore(model):
+    """Undoes :func:`accelerate`; returns ``model``."""
+    for module in model.modules():
+        if isinstance(module, _Accelerated):
+            module.__class__ = module.inherited
+            module.__dict__.pop("_bert_fast", None)
+    return model
+
+
+# ------------------------------------------------------------------------------------------------
+# What can be accelerated
+# ------------------------------------------------------------------------------------------------
+
+
+def _family(module):
+    kind = type(module)
+    return FAMILIES.get(kind.__name__) if kind.__module__.startswith("transformers.") else None
+
+
+def _why_not(base):
+    """Why a model cannot be accelerated at all, or None."""
+    config, family = base.config, _family(base)
+    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+        return "it is a decoder"
+    positions = getattr(config, "position_embedding_type", None) or "absolute"
+    if positions != "absolute":
+        return f"its position_embedding_type is {positions!r}"
+    activation = getattr(config, family.activation)
+    if activation not in GELU_APPROXIMATE:
+        return (
+            f"its {family.activation} is {activation!r}, not one of {', '.join(GELU_APPROXIMATE)}"
+        )
+    for i, layer in enumerate(getattr(base, family.encoder).layer):
+        for path in family.linears():
+            linear = layer.get_submodule(path)
+            if type(linear) is not nn.Linear or linear.bias is None:
+                return f"layer {i}'s {path} is no plain nn.Linear with a bias, but {linear}"
+    return None
+
+
+def _why_not_this_call(mask, arguments):
+    """Why one call runs as it did before, or None."""
+    for name in ("head_mask", "encoder_hidden_states", "past_key_values", "cache"):
+        if arguments.get(name) is not None:
+            return name
+    if arguments.get("output_attentions"):
+        return "output_attentions"
+    if mask is not None and (not torch.is_tensor(mask) or mask.ndim != 2):
+        return "an attention_mask that is not (batch, seqlen)"
+    return None
+
+
+@functools.cache
+def _warn_once(name, reason):
+    warnings.warn(f"bert_fast leaves {name} to transformers in calls with {reason}", stacklevel=5)
+
+
+# ------------------------------------------------------------------------------------------------
+# The three classes
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One forward's tokens: layers get it in the place of their attention mask."""
+
+    packing: Packing
+    workspace: object
+
+
+_packing = contextvars.ContextVar("bert_fast_packing", default=None)  # from _Model to _Encoder
+
+
+class _Accelerated:
+    inherited = None  # the class that accelerate found
+
+    def __reduce_ex__(self, protocol):  # the class is made when needed, so pickle cannot name it
+        return _remake, (self.inherited, type(self).__mro__[1]), self.__dict__
+
+
+def _remake(kind, mixin):
+    module = kind.__new__(kind)
+    _change_class(module, mixin)
+    return module
+
+
+def _change_class(module, mixin):
+    module.__class__ = _heir(type(module), mixin)
+
+
+@functools.cache
+def _heir(kind, mixin):
+    """A subclass of ``kind`` by its own name and signature: transformers reads both."""
+    heir = type(kind.__name__, (mixin, kind), {"__module__": kind.__module__, "inherited": kind})
+    heir.__qualname__, heir.__doc__ = kind.__qualname__, kind.__doc__
+    if mixin is _Model:
+        heir.forward = functools.wraps(kind.forward)(_forward_model)
+    return heir
+
+
+@functools.cache
+def _signature(function):
+    return inspect.signature(function)
+
+
+def _forward_model(self, *args, **kwargs):
+    original = self.inherited.forward
+    arguments = _signature(original).bind(self, *args, **kwargs).arguments
+    arguments.pop("self", None)
+    arguments.update(arguments.pop("kwargs", {}))
+    mask = arguments.pop("attention_mask", None)
+    options = arguments | {"output_attentions": arguments.get(
+        "output_attentions", getattr(self.config, "output_attentions", False)
+    )}  # fmt: skip
+    if reason := _why_not_this_call(mask, options):
+        _warn_once(type(self).__name__, reason)
+        return original(self, *args, **kwargs)
+    ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
+    if (ids is None) == (embeds is None):
+        return original(self, *args, **kwargs)  # which says what is wrong
+    like = ids if embeds is None else embeds
+    packing = _packing_of(mask, like.shape[:2], like.device)
+    token = _packing.set(packing)
+    try:
+        out = original(self, **arguments)  # no mask: nothing is left to hide
+    finally:
+        _packing.reset(token)
+    hidden_states = getattr(out, "hidden_states", None)
+    if hidden_states is not None:  # transformers 5 records what the layers give: packed
+        out.hidden_states = tuple(
+            packing.unpack(h) if h is not None and h.ndim == 2 else h for h in hidden_states
+        )
+    return out
+
+
+def _packing_of(mask, shape, device):
+    if mask is None:
+        return Packing.of_full(*shape, device)
+    if tuple(mask.shape) != tuple(shape):
+        raise ValueError(f"attention_mask must have the input's shape {tuple(shape)}, "
+                         f"not {tuple(mask.shape)}")  # fmt: skip
+    # The number of real tokens is worth a wait for the device, where waiting is possible.
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if not torch.compiler.is_compiling() and not captured:
+        mask = mask.cpu()
+    return Packing.of_mask(mask.bool()).to(device)
+
+
+class _Model(_Accelerated):
+    """Takes ids and mask."""
+
+
+class _Encoder(_Accelerated):
+    """Loops over layers, on packed tokens."""
+
+    def forward(self, *args, **kwargs):
+        packing = _packing.get()
+        if packing is None:  # called by others than its model
+            return super().forward(*args, **kwargs)
+        from transformers import modeling_outputs
+
+        output, workspace = self._bert_fast
+        arguments = _signature(super().forward).bind(*args, **kwargs).arguments
+        arguments.update(arguments.pop("kwargs", {}))
+        hidden_states = next(iter(arguments.values()))
+        recorded = bool(arguments.get("output_hidden_states"))
+        x = packing.pack(hidden_states)
+        # A layer writes over what it has read, if nobody else may look at that.
+        seen = recorded or any(layer._forward_hooks or layer._forward_pre_hooks
+                               for layer in self.layer)  # fmt: skip
+        reuse = can_reuse_memory(x) and not seen
+        if reuse and packing.index is None:
+            x = x.clone()
+        run = _Run(packing, workspace if reuse else NoWorkspace())
+        states = []
+        for layer in self.layer:
+            if recorded:
+                states.append(packing.unpack(x))
+            x = layer(x, run)
+        x = packing.unpack(x)
+        out = getattr(modeling_outputs, output)(
+            last_hidden_state=x, hidden_states=(*states, x) if recorded else None
+        )
+        return out if arguments.get("return_dict", True) else out.to_tuple()
+
+
+class _LayerSettings:
+    """What the config says of a layer, and its packed weights."""
+
+    def __init__(self, config, family):
+        self.family = family
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.approximate = GELU_APPROXIMATE[getattr(config, family.activation)]
+        self.packed = {}
+
+    def prepack(self, layer):
+        for path in self.family.linears():
+            self.packed[path] = ops.pack_weight(layer.get_submodule(path).weight)
+
+    def view(self, layer, path):
+        linear = layer.get_submodule(path)
+        return View(linear.weight, linear.bias, self.packed.get(path))
+
+    @staticmethod
+    def dropout_p(layer, path):
+        module = layer.get_submodule(path) if path else None
+        return module.p if module is not None and module.training else 0.0
+
+
+class _Layer(_Accelerated):
+    """One layer, on packed tokens."""
+
+    def forward(self, x, *args, **kwargs):
+        if not args or not isinstance(args[0], _Run):
+            return super().forward(x, *args, **kwargs)
+        packing, workspace = args[0].packing, args[0].workspace
+        settings, family = self._bert_fast, self._bert_fast.family
+        q, k, v = (settings.view(self, path) for path in family.qkv)
+        tokens, width = x.shape[0], q.weight.shape[0]
+        heads = (tokens, width // settings.head_dim, settings.head_dim)
+        projected = [
+            linear.matmul(x, workspace.take(name, tokens, width, x), workspace).view(heads)
+            for name, linear in (("q", q), ("k", k), ("v", v))
+        ]
+        context = workspace.take("hidden", tokens, width, x)
+        context = ops.attention(
+            *projected, packing.cu_seqlens, max_seqlen=packing.max_seqlen,
+            bias=torch.stack([q.bias, k.bias, v.bias]).view(3, *heads[1:]),
+            dropout_p=settings.dropout_p(self, family.attention_dropout),
+            padded_tail=packing.padded_tail, out=None if context is None else context.view(heads),
+        ).view(tokens, width)  # fmt: skip
+        x = project_add_norm(
+            context, settings.view(self, family.out), self.get_submodule(family.attention_norm), x,
+            settings.dropout_p(self, family.out_dropout), workspace,
+        )  # fmt: skip
+        return feed_forward(
+            x, settings.view(self, family.up), settings.view(self, family.down),
+            self.get_submodule(family.norm), settings.approximate,
+            settings.dropout_p(self, family.down_dropout), workspace,
+        )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------
+# attn_implementation="bert_fast"
+# ------------------------------------------------------------------------------------------------
+
+
+def attention_forward(
+    module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs
+):
+    """transformers' interface: q, k, v are (batch, num_heads, seqlen, head_dim), the mask is what
+    transformers gives FlashAttention, (batch, seqlen_k) or None."""
+    batch, num_heads, seqlen, head_dim = query.shape
+    causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
+    if causal and attention_mask is not None:
+        raise ValueError("attn_implementation 'bert_fast': causal attention takes no padding mask")
+    seqlen_k, device = key.shape[2], query.device
+    keys = _packing_of(attention_mask, (batch, seqlen_k), device)
+    if attention_mask is not None and seqlen == seqlen_k:
+        queries = keys
+    else:
+        queries = Packing.of_full(batch, seqlen, device)
+    groups = num_heads // key.shape[1]  # of queries, that share a key
+    if groups > 1:
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    q, k, v = (
+        packing.pack(t.transpose(1, 2))
+        for packing, t in ((queries, query), (keys, key), (keys, value))
+    )
+    out = ops.attention(
+        q, k, v, queries.cu_seqlens, keys.cu_seqlens,
+        max_seqlen=queries.max_seqlen, max_seqlen_k=keys.max_seqlen,
+        softmax_scale=1 / math.sqrt(head_dim) if scaling is None else scaling,
+        causal=causal and seqlen > 1, dropout_p=dropout, padded_tail=queries.padded_tail,
+    )  # fmt: skip
+    return queries.unpack(out), None
+
+
+def register():
+    """Makes ``attn_implementation="bert_fast"`` known to transformers."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    masks = AttentionMaskInterface()
+    AttentionInterface.register("bert_fast", attention_forward)
+    AttentionMaskInterface.register("bert_fast", masks["flash_attention_2"])
+
+
+with contextlib.suppress(ImportError):  # no transformers: nobody to tell
+    register()

@@ -1,0 +1,396 @@
+"""BERT (Devlin et al. 2019), thin: modules hold weights and say the maths; kernels are in ops.
+
+Between the embeddings and the output every tensor is packed, (total_tokens, ...): real tokens
+alone, and ``cu_seqlens`` to tell the sequences apart.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bert_fast import ops
+from bert_fast.models.blocks import GELU_APPROXIMATE, Linear, feed_forward, project_add_norm
+from bert_fast.models.packing import Packing
+from bert_fast.models.workspace import NoWorkspace, Workspace, can_reuse_memory
+
+
+@dataclass
+class BertConfig:
+    """Hugging Face's ``config.json``, by its own names and defaults."""
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int | None = 0
+    id2label: dict | None = None
+    label2id: dict | None = None
+    problem_type: str | None = None
+    classifier_dropout: float | None = None
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"config: {field.name} must be a positive integer, not {value!r}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"config: hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.hidden_act not in GELU_APPROXIMATE:
+            known = ", ".join(GELU_APPROXIMATE)
+            raise ValueError(f"config: hidden_act must be one of {known}, not {self.hidden_act!r}")
+
+    @property
+    def num_labels(self):
+        """Of a classifier; Hugging Face's default is 2."""
+        return 2 if self.id2label is None else len(self.id2label)
+
+    @classmethod
+    def from_json(cls, path):
+        """Reads ``config.json``.
+
+        Raises:
+            ValueError: not JSON, another architecture, or a BERT this model is not.
+        """
+        values = read_json(path)
+        if isinstance(values, dict) and values.get("is_decoder"):
+            raise ValueError(f"{path}: is_decoder is set; this BertModel is an encoder")
+        return cls.from_dict(values, path)
+
+    @classmethod
+    def from_dict(cls, values, source):
+        """What ``config.json`` holds. ``source`` is named in errors."""
+        if not isinstance(values, dict):
+            raise ValueError(f"{source} must hold a JSON object")
+        if values.get("model_type", "bert") != "bert":
+            raise ValueError(f"{source}: model_type is {values['model_type']!r}, not 'bert'")
+        positions = values.get("position_embedding_type") or "absolute"
+        if positions != "absolute":
+            raise ValueError(f"{source}: position_embedding_type {positions!r} is not supported")
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+    def to_dict(self):
+        values = {name: value for name, value in asdict(self).items() if value is not None}
+        return {"model_type": "bert", **values}
+
+    def to_json(self, architecture="BertModel"):
+        return json.dumps({"architectures": [architecture], **self.to_dict()}, indent=2) + "\n"
+
+
+def read_json(path):
+    """What a JSON file holds; a ValueError that names it, where it is none."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
+
+
+def exportable(kind):
+    """Registers a named tuple: a program of ``torch.export`` that returns it can then be saved."""
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    torch.utils._pytree._register_namedtuple(kind, serialized_type_name=name)
+    return kind
+
+
+@exportable
+class BertOutput(NamedTuple):
+    """last_hidden_state (batch, seqlen, hidden), or (total_tokens, hidden) for packed input;
+    pooler_output (batch, hidden); hidden_states: the embeddings' and each layer's, on request."""
+
+    last_hidden_state: Tensor
+    pooler_output: Tensor | None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class Attention(nn.Module):
+    causal = False
+
+    def __init__(self, config):
+        super().__init__()
+        hidden = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.head_dim = hidden // self.num_heads
+        self.dropout_p = config.attention_probs_dropout_prob
+        self.hidden_dropout_p = config.hidden_dropout_prob
+        self.qkv = Linear(hidden, 3 * hidden)
+        self.out = Linear(hidden, hidden)
+        self.norm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
+
+    def forward(self, x, packing, workspace):
+        (tokens, hidden), take = x.shape, workspace.take
+        qkv = self.qkv.matmul(x, take("qkv", tokens, 3 * hidden, x), workspace)
+        context = take("hidden", tokens, hidden, x)
+        context = ops.attention_qkv(
+            qkv.view(tokens, 3, self.num_heads, self.head_dim),
+            packing.cu_seqlens,
+            max_seqlen=packing.max_seqlen,
+            bias=self.qkv.bias.view(3, self.num_heads, self.head_dim),
+            causal=self.causal,
+            dropout_p=self.dropout_p if self.training else 0.0,
+            padded_tail=packing.padded_tail,
+            out=None if context is None else context.view(tokens, self.num_heads, self.head_dim),
+        ).view(tokens, hidden)
+        dropout_p = self.hidden_dropout_p if self.training else 0.0
+        return project_add_norm(context, self.out, self.norm, x, dropout_p, workspace)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.approximate = GELU_APPROXIMATE[config.hidden_act]
+        self.hidden_dropout_p = config.hidden_dropout_prob
+        self.up = Linear(config.hidden_size, config.intermediate_size)
+        self.down = Linear(config.intermediate_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x, workspace):
+        dropout_p = self.hidden_dropout_p if self.training else 0.0
+        return feed_forward(
+            x, self.up, self.down, self.norm, self.approximate, dropout_p, workspace
+        )
+
+
+class Layer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+
+    def forward(self, x, packing, workspace):
+        return self.feed_forward(self.attention(x, packing, workspace), workspace)
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        hidden, pad = config.hidden_size, config.pad_token_id
+        self.word = nn.Embedding(config.vocab_size, hidden, padding_idx=pad)
+        self.position = nn.Embedding(config.max_position_embeddings, hidden)
+        self.token_type = nn.Embedding(config.type_vocab_size, hidden)
+        self.norm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids, position_ids, token_type_ids):
+        """Packed ids (total_tokens,); token_type_ids None means all 0."""
+        x = ops.embedding_layer_norm(
+            input_ids, position_ids, token_type_ids, self.word.weight, self.position.weight,
+            self.token_type.weight, self.norm.weight, self.norm.bias, eps=self.norm.eps,
+            padding_idx=self.word.padding_idx,
+        )  # fmt: skip
+        return self.dropout(x)
+
+
+class BertModel(nn.Module):
+    """BERT's encoder and pooler; Hugging Face's ``BertModel`` in results, not in code."""
+
+    gradient_checkpointing = False  # in training: keep each layer's input alone, compute it again
+
+    def __init__(self, config, add_pooling_layer=True):
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.pooler = (
+            nn.Linear(config.hidden_size, config.hidden_size) if add_pooling_layer else None
+        )
+        self.workspace = Workspace()
+        self.apply(initialiser(config))
+
+    @classmethod
+    def from_pretrained(cls, directory, dtype=None):
+        """A Hugging Face BERT checkpoint: config.json and model.safetensors (or
+        pytorch_model.bin, read without unpickling code). ``dtype``: default the checkpoint's.
+
+        Raises:
+            CheckpointError: naming the file, and the keys that are missing or misshapen.
+        """
+        from bert_fast.models.checkpoint import load
+
+        def make(config, state):
+            has_pooler = any("pooler." in key for key in state)
+            with torch.device("meta"):  # no memory, no initialisation: all is about to be set
+                return cls(config, add_pooling_layer=has_pooler)
+
+        return load(make, directory, dtype)
+
+    def save_pretrained(self, directory):
+        """Writes what Hugging Face's ``BertModel.from_pretrained`` loads."""
+        from bert_fast.models.checkpoint import save
+
+        save(self, directory)
+
+    def prepack(self):
+        """Lays the weights out for inference in float32 on the CPU, once; returns the model.
+
+        On processors with AMX (Intel Xeon since 2023) the linear layers then run on it, in fp32 by
+        three bf16 parts, at no loss of accuracy; elsewhere nothing changes. It takes 1.5 times the
+        linear weights' memory. A weight that PyTorch sees changing (an optimizer, load_state_dict)
+        is packed anew by the next call; changes through ``.data`` it does not see: prepack again.
+        """
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.prepack()
+        return self
+
+    def forward(
+        self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, *,
+        cu_seqlens=None, max_seqlen=None, capacity=None, output_hidden_states=False,
+    ):  # fmt: skip
+        """What Hugging Face's BertModel computes, at the real tokens; zeros at the others.
+
+        Args:
+            input_ids: (batch, seqlen); or packed, (total_tokens,), with ``cu_seqlens``.
+            attention_mask: (batch, seqlen), ones for real tokens and zeros in any pattern.
+                Best on the CPU, where a tokenizer makes it: padding is then really dropped. A
+                mask on a GPU is not waited for; ``capacity`` says how many rows to keep.
+            token_type_ids, position_ids: like input_ids; default 0, and the column (packed: the
+                position in the sequence).
+            cu_seqlens, max_seqlen: of packed input; see :func:`bert_fast.attention`.
+            capacity: rows of the packed buffer, fixed: shapes then depend on nothing in the mask.
+            output_hidden_states: also return the embeddings' output and every layer's.
+
+        The pooler reads each sequence's first real token; one without any gives zeros.
+
+        Raises:
+            TypeError, ValueError: naming the argument that does not fit.
+        """
+        states, packing = self.encode(
+            input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen, capacity=capacity, output_hidden_states=output_hidden_states,
+        )  # fmt: skip
+        hidden_states = states if cu_seqlens is not None else list(map(packing.unpack, states))
+        return BertOutput(
+            hidden_states[-1],
+            self._pool(states[-1], packing.cu_seqlens),
+            tuple(hidden_states) if output_hidden_states else None,
+        )
+
+    def encode(
+        self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, *,
+        cu_seqlens=None, max_seqlen=None, capacity=None, output_hidden_states=False,
+    ):  # fmt: skip
+        """:meth:`forward` before the padding is put back: hidden states, (total_tokens, hidden), a
+        list of the last alone or of all; and their :class:`~bert_fast.models.packing.Packing`."""
+        check_ids("input_ids", input_ids, self.config.vocab_size)
+        check_ids("token_type_ids", token_type_ids, self.config.type_vocab_size, input_ids)
+        check_ids("position_ids", position_ids, self.config.max_position_embeddings, input_ids)
+        device = input_ids.device
+        if cu_seqlens is not None:
+            if input_ids.ndim != 1 or attention_mask is not None or capacity is not None:
+                raise ValueError(
+                    "cu_seqlens is for packed input: input_ids must be (total_tokens,), "
+                    "attention_mask and capacity None"
+                )
+            tokens = input_ids.shape[0]
+            max_seqlen = ops.check_cu_seqlens(
+                "cu_seqlens", cu_seqlens, tokens, device, max_seqlen, False
+            )
+            packing = Packing(cu_seqlens, max_seqlen, None, 1, tokens)
+            if position_ids is None:
+                _, position_ids = ops.reference.sequence_of_token(cu_seqlens, tokens)
+                self.check_length(max_seqlen if ops.is_concrete(cu_seqlens) else 0)
+        else:
+            packing = self._packing(input_ids, attention_mask, capacity)
+            if position_ids is None:
+                self.check_length(input_ids.shape[1])
+                position_ids = packing.positions()
+            else:
+                position_ids = packing.pack(position_ids.expand_as(input_ids))
+            input_ids = packing.pack(input_ids)
+            if token_type_ids is not None:
+                token_type_ids = packing.pack(token_type_ids)
+
+        x = self.embeddings(input_ids, position_ids, token_type_ids)
+        workspace = self.workspace if can_reuse_memory(x) else NoWorkspace()
+        states = []
+        for layer in self.layers:
+            if output_hidden_states:
+                states.append(x.clone())  # inference goes on in x's own memory
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(layer, x, packing, workspace, use_reentrant=False)
+            else:
+                x = layer(x, packing, workspace)
+        return [*states, x], packing
+
+    def _packing(self, input_ids, attention_mask, capacity):
+        if input_ids.ndim != 2:
+            raise ValueError(
+                f"input_ids must be (batch, seqlen), not {tuple(input_ids.shape)}; "
+                "packed input needs cu_seqlens"
+            )
+        if attention_mask is None:
+            if capacity is not None:
+                raise ValueError("capacity needs an attention_mask")
+            return Packing.of_full(*input_ids.shape, input_ids.device)
+        if not isinstance(attention_mask, Tensor):
+            raise TypeError("attention_mask must be a tensor")
+        packing = Packing.of_mask(attention_mask, capacity)
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask must have input_ids' shape {tuple(input_ids.shape)}, "
+                f"not {tuple(attention_mask.shape)}"
+            )
+        return packing.to(input_ids.device)
+
+    def check_length(self, longest):
+        if longest > self.config.max_position_embeddings:
+            raise ValueError(
+                f"input_ids hold a sequence of {longest} tokens; the model has "
+                f"{self.config.max_position_embeddings} positions"
+            )
+
+    def _pool(self, x, cu_seqlens):
+        if self.pooler is None:
+            return None
+        if x.shape[0] == 0:
+            return x.new_zeros(cu_seqlens.numel() - 1, x.shape[1])
+        first = cu_seqlens[:-1].long().clamp(max=x.shape[0] - 1)
+        empty = (cu_seqlens.diff() == 0)[:, None]
+        return torch.tanh(self.pooler(x[first])).masked_fill(empty, 0)
+
+
+def initialiser(config):
+    """BERT's initialisation of one module, for ``Module.apply``."""
+
+    def initialise(module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=config.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            nn.init.zeros_(module.weight[module.padding_idx])
+
+    return initialise
+
+
+def check_ids(name, ids, limit, input_ids=None):
+    """Integers of input_ids' shape; in range where that can be seen without waiting."""
+    if ids is None:
+        return
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must be an int64 or int32 tensor")
+    if input_ids is not None:
+        wanted, shape = tuple(input_ids.shape), tuple(ids.shape)
+        if shape != wanted and not (name == "position_ids" and shape == (1, *wanted[1:])):
+            raise ValueError(f"{name} must have input_ids' shape {wanted}, not {shape}")
+    if ops.is_concrete(ids) and ids.numel():
+        low, high = (int(bound) for bound in torch.aminmax(ids))
+        if low < 0 or high >= limit:
+            worst = low if low < 0 else high
+            raise ValueError(f"{name} holds {worst}; the model has 0 to {limit - 1}")

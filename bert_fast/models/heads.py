@@ -1,0 +1,318 @@
+"""BERT's task heads, with Hugging Face's names, outputs, losses and checkpoints.
+
+Every ``forward`` takes what :class:`bert_fast.BertModel` takes, and labels; labels of -100 count
+for nothing. Results are named tuples with Hugging Face's fields.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bert_fast import ops
+from bert_fast.models import checkpoint
+from bert_fast.models.bert import BertModel, exportable, initialiser
+from bert_fast.models.blocks import GELU_APPROXIMATE
+from bert_fast.ops.cross_entropy import IGNORED, linear_cross_entropy
+
+
+@exportable
+class Prediction(NamedTuple):
+    """loss: None without labels. logits: of a masked language model None *with* labels."""
+
+    loss: Tensor | None
+    logits: Tensor | None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+@exportable
+class PreTrainingPrediction(NamedTuple):
+    """loss: the sum of masked_lm_loss and next_sentence_loss. masked_lm_correct: how many masked
+    words got their highest score."""
+
+    loss: Tensor | None
+    prediction_logits: Tensor | None
+    seq_relationship_logits: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+    masked_lm_loss: Tensor | None = None
+    next_sentence_loss: Tensor | None = None
+    masked_lm_correct: Tensor | None = None
+
+
+@exportable
+class SpanPrediction(NamedTuple):
+    loss: Tensor | None
+    start_logits: Tensor
+    end_logits: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class _BertWithHead(nn.Module):
+    pooled = True  # whether the head reads the pooler's output
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.bert = BertModel(config, add_pooling_layer=self.pooled)
+
+    def _init_head(self):
+        for name, module in self.named_children():
+            if name != "bert":
+                module.apply(initialiser(self.config))
+
+    @classmethod
+    def from_pretrained(cls, directory, dtype=None, **config):
+        """A Hugging Face BERT checkpoint, of this task or of another: a head that is not in it is
+        newly initialised, with a warning. ``config``: changes, such as ``id2label``.
+
+        Raises:
+            CheckpointError: naming the file, and the keys that are missing or misshapen.
+        """
+        if num_labels := config.pop("num_labels", None):
+            config["id2label"] = {i: f"LABEL_{i}" for i in range(num_labels)}
+        if "id2label" in config:
+            config["label2id"] = {label: i for i, label in config["id2label"].items()}
+        return checkpoint.load(lambda config, state: cls(config), directory, dtype, **config)
+
+    def save_pretrained(self, directory):
+        """Writes what Hugging Face's class of the same name loads."""
+        checkpoint.save(self, directory)
+
+    def prepack(self):
+        """As :meth:`bert_fast.BertModel.prepack`."""
+        self.bert.prepack()
+        return self
+
+
+class _Dropout(nn.Dropout):
+    def __init__(self, config):
+        p = config.classifier_dropout
+        super().__init__(config.hidden_dropout_prob if p is None else p)
+
+
+class _Transform(nn.Module):
+    """Linear, GELU, layer-norm, in front of the vocabulary."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.approximate = GELU_APPROXIMATE[config.hidden_act]
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x):
+        norm = self.LayerNorm
+        x = ops.linear_gelu(x, self.dense.weight, self.dense.bias, approximate=self.approximate)
+        return ops.layer_norm(x, norm.weight, norm.bias, eps=norm.eps)
+
+
+class _Vocabulary(nn.Module):
+    """Scores of all words; their weight is the embeddings', so it is not kept here."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.transform = _Transform(config)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden, weight):
+        return F.linear(self.transform(hidden), weight, self.bias)
+
+    def loss(self, hidden, weight, labels):
+        """Of the rows whose label is not ignored, which are the only ones that are computed; and
+        how many of them come out right."""
+        hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+        if hidden.shape[0] != labels.shape[0]:
+            raise ValueError(f"labels must be one a token, {hidden.shape[0]}, not {labels.numel()}")
+        if torch.compiler.is_compiling():  # how many rows there are must not be asked
+            hidden = self.transform(hidden)
+            return linear_cross_entropy(hidden, weight, self.bias, labels, ignore=True)
+        rows = (labels != IGNORED).nonzero().squeeze(1)
+        hidden, labels = hidden.index_select(0, rows), labels.index_select(0, rows)
+        if ops.is_concrete(labels) and labels.numel():
+            low, high = (int(bound) for bound in torch.aminmax(labels))
+            if low < 0 or high >= len(weight):
+                raise ValueError(
+                    f"labels must be {IGNORED} or 0 to {len(weight) - 1}, not {low} to {high}"
+                )
+        return linear_cross_entropy(self.transform(hidden), weight, self.bias, labels)
+
+
+class PreTrainingHeads(nn.Module):
+    def __init__(self, config, words=True, sentences=True):
+        super().__init__()
+        if words:
+            self.predictions = _Vocabulary(config)
+        if sentences:
+            self.seq_relationship = nn.Linear(config.hidden_size, 2)
+
+
+class BertForPreTraining(_BertWithHead):
+    """Masked language model and next-sentence prediction."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.cls = PreTrainingHeads(config)
+        self._init_head()
+
+    def forward(self, *args, labels=None, next_sentence_label=None, **kwargs):
+        """labels: like input_ids, -100 but at masked tokens; next_sentence_label: (batch,), 0 where
+        the second sentence follows the first. Word logits are computed without labels alone."""
+        out, words = self.bert(*args, **kwargs), self.bert.embeddings.word.weight
+        sentences = self.cls.seq_relationship(out.pooler_output)
+        logits = masked = following = correct = None
+        if labels is None:
+            logits = self.cls.predictions(out.last_hidden_state, words)
+        else:
+            masked, correct = self.cls.predictions.loss(out.last_hidden_state, words, labels)
+        if next_sentence_label is not None:
+            following = F.cross_entropy(sentences.float(), next_sentence_label.view(-1))
+        losses = [loss for loss in (masked, following) if loss is not None]
+        return PreTrainingPrediction(
+            sum(losses) if losses else None, logits, sentences, out.hidden_states,
+            masked, following, correct,
+        )  # fmt: skip
+
+
+class BertForMaskedLM(_BertWithHead):
+    pooled = False
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.cls = PreTrainingHeads(config, sentences=False)
+        self._init_head()
+
+    def forward(self, *args, labels=None, **kwargs):
+        """labels: like input_ids, -100 but at masked tokens. Logits are computed without labels
+        alone."""
+        out, words = self.bert(*args, **kwargs), self.bert.embeddings.word.weight
+        if labels is None:
+            logits = self.cls.predictions(out.last_hidden_state, words)
+            return Prediction(None, logits, out.hidden_states)
+        loss, _ = self.cls.predictions.loss(out.last_hidden_state, words, labels)
+        return Prediction(loss, None, out.hidden_states)
+
+
+class BertForNextSentencePrediction(_BertWithHead):
+    def __init__(self, config):
+        super().__init__(config)
+        self.cls = PreTrainingHeads(config, words=False)
+        self._init_head()
+
+    def forward(self, *args, labels=None, **kwargs):
+        """labels: (batch,), 0 where the second sentence follows the first, else 1."""
+        out = self.bert(*args, **kwargs)
+        logits = self.cls.seq_relationship(out.pooler_output)
+        loss = None if labels is None else F.cross_entropy(logits, labels.view(-1))
+        return Prediction(loss, logits, out.hidden_states)
+
+
+class BertForSequenceClassification(_BertWithHead):
+    """One label of many, many labels, or (with a single label) regression."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.dropout = _Dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self._init_head()
+
+    def forward(self, *args, labels=None, **kwargs):
+        """labels: (batch,) integers; or (batch, num_labels) of zeros and ones, floating; or
+        (batch,) numbers where there is a single label. ``config.problem_type`` says which, else
+        the labels do."""
+        out = self.bert(*args, **kwargs)
+        logits = self.classifier(self.dropout(out.pooler_output))
+        loss = None if labels is None else self._loss(logits, labels)
+        return Prediction(loss, logits, out.hidden_states)
+
+    def _loss(self, logits, labels):
+        problem = self.config.problem_type
+        if problem is None and self.config.num_labels == 1:
+            problem = "regression"
+        if problem is None:
+            integers = not labels.is_floating_point()
+            problem = f"{'single' if integers else 'multi'}_label_classification"
+        if problem == "regression":
+            return F.mse_loss(logits.squeeze(), labels.squeeze().to(logits.dtype))
+        if problem == "single_label_classification":
+            return F.cross_entropy(logits, labels.view(-1))
+        if problem == "multi_label_classification":
+            return F.binary_cross_entropy_with_logits(logits, labels)
+        raise ValueError(f"config: problem_type {problem!r} is not known")
+
+
+class BertForTokenClassification(_BertWithHead):
+    pooled = False
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.dropout = _Dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self._init_head()
+
+    def forward(self, *args, labels=None, **kwargs):
+        """labels: like input_ids."""
+        out = self.bert(*args, **kwargs)
+        logits = self.classifier(self.dropout(out.last_hidden_state))
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), labels.view(-1))
+        return Prediction(loss, logits, out.hidden_states)
+
+
+class BertForQuestionAnswering(_BertWithHead):
+    """Scores of each token as first and last of the answer. Padding gets the lowest number there is
+    and no share of the loss; Hugging Face lets it take one."""
+
+    pooled = False
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self._init_head()
+
+    def forward(self, input_ids, attention_mask=None, *args, start_positions=None,
+                end_positions=None, **kwargs):  # fmt: skip
+        """start_positions, end_positions: (batch,); those past the end are ignored."""
+        if kwargs.get("cu_seqlens") is not None:
+            raise ValueError("cu_seqlens: question answering takes (batch, seqlen) input alone")
+        out = self.bert(input_ids, attention_mask, *args, **kwargs)
+        logits = self.qa_outputs(out.last_hidden_state)
+        if attention_mask is not None:
+            lowest = torch.finfo(logits.dtype).min
+            logits = logits.masked_fill(~attention_mask.bool()[..., None], lowest)
+        start, end = logits.unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            length = start.shape[1]
+            positions = (p.view(-1).clamp(0, length) for p in (start_positions, end_positions))
+            loss = sum(
+                F.cross_entropy(scores, place, ignore_index=length) / 2
+                for scores, place in zip((start, end), positions, strict=True)
+            )
+        return SpanPrediction(loss, start, end, out.hidden_states)
+
+
+class BertForMultipleChoice(_BertWithHead):
+    """input_ids and what goes with them: (batch, choices, seqlen)."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.dropout = _Dropout(config)
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        self._init_head()
+
+    def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, *,
+                labels=None, **kwargs):  # fmt: skip
+        """labels: (batch,), the right choice."""
+        if input_ids.ndim != 3:
+            raise ValueError(
+                f"input_ids must be (batch, choices, seqlen), not {tuple(input_ids.shape)}"
+            )
+        flat = (
+            None if t is None else t.reshape(-1, t.shape[-1])
+            for t in (input_ids, attention_mask, token_type_ids, position_ids)
+        )
+        out = self.bert(*flat, **kwargs)
+        logits = self.classifier(self.dropout(out.pooler_output)).view(input_ids.shape[:2])
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return Prediction(loss, logits, out.hidden_states)

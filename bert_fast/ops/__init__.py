@@ -1,0 +1,29 @@
+"""The ops: what users call, what ``torch.library`` knows, what backends do. One file an op."""
+
+from bert_fast.ops import reference
+from bert_fast.ops.attention import (
+    attention,
+    attention_qkv,
+    can_use_packed,
+    check_cu_seqlens,
+    embedding_layer_norm,
+    gelu,
+    is_concrete,
+    layer_norm,
+    linear_gelu,
+    pack_weight,
+)
+
+__all__ = [
+    "attention",
+    "attention_qkv",
+    "can_use_packed",
+    "check_cu_seqlens",
+    "embedding_layer_norm",
+    "gelu",
+    "is_concrete",
+    "layer_norm",
+    "linear_gelu",
+    "pack_weight",
+    "reference",
+]

@@ -1,0 +1,1 @@
+"""Text to weights: pre-training and fine-tuning, their data, optimizers and figures."""

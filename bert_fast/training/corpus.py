@@ -1,0 +1,257 @@
+"""Plain text to pre-training batches (Devlin et al. 2019, section 3.1 and appendix A.2).
+
+A text file holds a sentence a line and a blank line between documents. What an epoch consists of
+follows from (seed, epoch) alone: pairs, their order, and which tokens are masked.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bert_fast.ops.cross_entropy import IGNORED
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def read_documents(paths):
+    """Documents, each a list of sentences.
+
+    Raises:
+        ValueError: naming the file that is not UTF-8, or that there are not two documents.
+    """
+    documents = []
+    for path in map(Path, paths):
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8: byte {error.start}: {error.reason}") from error
+        documents.append([])
+        for line in map(str.strip, lines):
+            if line:
+                documents[-1].append(line)
+            elif documents[-1]:
+                documents.append([])
+        if not documents[-1]:
+            documents.pop()
+    if len(documents) < 2:
+        raise ValueError(
+            f"{', '.join(map(str, paths))}: {len(documents)} document; next-sentence prediction "
+            "needs two at least, with a blank line between documents"
+        )
+    return documents
+
+
+def train_tokenizer(documents, vocab_size, lowercase=True):
+    """A WordPiece vocabulary of these texts, as BERT tokenizes: a ``tokenizers.Tokenizer``."""
+    from tokenizers.implementations import BertWordPieceTokenizer
+
+    wordpiece = BertWordPieceTokenizer(lowercase=lowercase)
+    sentences = (sentence for document in documents for sentence in document)
+    wordpiece.train_from_iterator(
+        sentences, vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False
+    )
+    # By name; which of two words that are equally frequent gets in may change from run to run.
+    words = sorted(set(wordpiece.get_vocab()) - set(SPECIAL))
+    vocabulary = {word: i for i, word in enumerate([*SPECIAL, *words])}
+    return BertWordPieceTokenizer(vocabulary, lowercase=lowercase)._tokenizer
+
+
+class Corpus:
+    """Token ids of all documents, one after another.
+
+    ids: int32 (tokens,). sentences: offsets into ids, one more than there are sentences.
+    documents: offsets into sentences, one more than there are documents.
+    """
+
+    def __init__(self, documents, tokenizer):
+        self.tokenizer = tokenizer
+        missing = [token for token in SPECIAL if tokenizer.token_to_id(token) is None]
+        if missing:
+            raise ValueError(f"the tokenizer has no {', '.join(missing)}")
+        self.pad, _, self.cls, self.sep, self.mask = map(tokenizer.token_to_id, SPECIAL)
+        vocabulary = tokenizer.get_vocab()
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.ordinary = np.array(sorted(set(vocabulary.values()) - set(self._special())))
+        self.continues = np.zeros(self.vocab_size, bool)
+        for token, i in vocabulary.items():
+            self.continues[i] = token.startswith("##")
+        flat = [sentence for document in documents for sentence in document]
+        encodings = tokenizer.encode_batch(flat, add_special_tokens=False)
+        lengths = [len(encoding.ids) for encoding in encodings]
+        self.ids = np.fromiter((i for e in encodings for i in e.ids), np.int32, sum(lengths))
+        self.sentences = np.concatenate([[0], np.cumsum(lengths)])
+        self.documents = np.concatenate([[0], np.cumsum([len(d) for d in documents])])
+
+    def _special(self):
+        return [self.tokenizer.token_to_id(token) for token in SPECIAL]
+
+    def split(self, share):
+        """Numbers of the documents to train on, and of those held out: the last ``share``."""
+        count = len(self.documents) - 1
+        held_out = min(max(round(count * share), 2), count - 2) if share else 0
+        if held_out < 0:
+            raise ValueError(f"{count} documents cannot be split: 4 are needed at least")
+        return np.arange(count - held_out), np.arange(count - held_out, count)
+
+    def unigram_entropy(self, documents):
+        """In nats a token: the loss of a model that knows how frequent each token is, and no more.
+        A masked language model has learned something of context where it is below."""
+        counts = np.bincount(
+            np.concatenate([self._tokens(d) for d in documents]), minlength=self.vocab_size
+        )
+        share = counts[counts > 0] / counts.sum()
+        return float(-(share * np.log(share)).sum())
+
+    def _tokens(self, document):
+        first, last = self.sentences[self.documents[document : document + 2]]
+        return self.ids[first:last]
+
+    def pairs(self, documents, max_length, rng):
+        """One epoch's pairs: int64 (pairs, 5), each a's begin and end in ids, b's, and whether b is
+        from elsewhere (1) or follows a (0), by the toss of a coin.
+
+        Sentences of a document are gathered until a sequence is full (one in ten is cut shorter,
+        as in BERT), then cut in two at random. Where b is from elsewhere, what had been gathered
+        for it is used again."""
+        pairs, room = [], max_length - 3
+        starts = self.sentences
+        for document in rng.permutation(documents):
+            sentence, end = self.documents[document], self.documents[document + 1]
+            while sentence < end:
+                target = int(rng.integers(2, room + 1)) if rng.random() < 0.1 else room
+                last = sentence + 1
+                while last < end and starts[last] - starts[sentence] < target:
+                    last += 1
+                cut = sentence + 1
+                if last - sentence > 1:
+                    cut = int(rng.integers(sentence + 1, last))
+                a = [starts[sentence], starts[cut]]
+                elsewhere = last - sentence == 1 or rng.random() < 0.5
+                if elsewhere:
+                    b, sentence = (
+                        self._elsewhere(documents, document, target - a[1] + a[0], rng),
+                        cut,
+                    )
+                else:
+                    b, sentence = [starts[cut], starts[last]], last
+                while (excess := a[1] - a[0] + b[1] - b[0] - target) > 0:
+                    longer = a if a[1] - a[0] > b[1] - b[0] else b
+                    shorter = b if longer is a else a
+                    difference = longer[1] - longer[0] - (shorter[1] - shorter[0])
+                    take = min(excess, max(difference, 1))
+                    front = int(rng.integers(take + 1))
+                    longer[0] += front
+                    longer[1] -= take - front
+                if a[1] > a[0] and b[1] > b[0]:
+                    pairs.append([*a, *b, int(elsewhere)])
+        return np.array(pairs, np.int64).reshape(-1, 5)
+
+    def _elsewhere(self, documents, not_this, room, rng):
+        while (other := int(rng.choice(documents))) == not_this:
+            pass
+        first, end = self.documents[other], self.documents[other + 1]
+        first = last = int(rng.integers(first, end))
+        while last < end and (last == first or self.sentences[last] - self.sentences[first] < room):
+            last += 1
+        return [self.sentences[first], self.sentences[last]]
+
+
+@dataclass
+class Batch:
+    """Packed tokens. labels: -100 but at the masked."""
+
+    input_ids: torch.Tensor
+    token_type_ids: torch.Tensor
+    labels: torch.Tensor
+    next_sentence_label: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+
+    @property
+    def masked(self):
+        return int((self.labels != IGNORED).sum())
+
+    def to(self, device):
+        moved = {
+            name: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+            for name, value in vars(self).items()
+        }
+        return Batch(**moved)
+
+
+@dataclass
+class PairSampler:
+    """The batches of each epoch, of at most ``batch_tokens`` tokens.
+
+    share: of tokens to be predicted; of them 80% become [MASK], 10% another word, 10% stay.
+    whole_words: all pieces of a word are masked, or none.
+    """
+
+    corpus: Corpus
+    documents: np.ndarray
+    max_length: int
+    batch_tokens: int
+    seed: int = 0
+    share: float = 0.15
+    whole_words: bool = False
+
+    def epoch(self, epoch):
+        """The epoch's pairs in order, and the batches as slices of them."""
+        rng = np.random.default_rng([self.seed, epoch])
+        pairs = self.corpus.pairs(self.documents, self.max_length, rng)
+        pairs = rng.permutation(pairs)
+        lengths = pairs[:, 1] - pairs[:, 0] + pairs[:, 3] - pairs[:, 2] + 3
+        slices, first, used = [], 0, 0
+        for i, length in enumerate(lengths):
+            if used + length > self.batch_tokens and i > first:
+                slices.append(slice(first, i))
+                first, used = i, 0
+            used += length
+        if len(pairs):
+            slices.append(slice(first, len(pairs)))
+        return pairs, slices
+
+    def batch(self, pairs, some, epoch):
+        """The batch of pairs ``some`` (a slice) of an epoch, masked."""
+        corpus, rows, labels, types = self.corpus, [], [], []
+        for number in range(some.start, some.stop):
+            a0, a1, b0, b1, _ = pairs[number]
+            ids = np.concatenate([
+                [corpus.cls], corpus.ids[a0:a1], [corpus.sep], corpus.ids[b0:b1], [corpus.sep]
+            ]).astype(np.int64)  # fmt: skip
+            types.append(np.repeat([0, 1], [a1 - a0 + 2, b1 - b0 + 1]))
+            rng = np.random.default_rng([self.seed, epoch, number])
+            chosen = self._choose(ids, a1 - a0 + 1, rng)
+            label = np.full(len(ids), IGNORED)
+            label[chosen] = ids[chosen]
+            dice = rng.random(len(chosen))
+            other = rng.choice(corpus.ordinary, len(chosen))
+            ids[chosen] = np.where(
+                dice < 0.8, corpus.mask, np.where(dice < 0.9, other, ids[chosen])
+            )
+            rows.append(ids)
+            labels.append(label)
+        lengths = np.array([len(row) for row in rows])
+        offsets = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
+        return Batch(
+            *(torch.from_numpy(np.concatenate(part)) for part in (rows, types, labels)),
+            torch.from_numpy(pairs[some, 4].copy()), torch.from_numpy(offsets), int(lengths.max()),
+        )  # fmt: skip
+
+    def _choose(self, ids, separator, rng):
+        """Places to predict: not [CLS], nor [SEP]."""
+        places = np.delete(np.arange(1, len(ids) - 1), separator - 1)
+        wanted = max(1, round(len(places) * self.share))
+        if not self.whole_words:
+            return rng.permutation(places)[:wanted]
+        starts = np.flatnonzero(
+            ~self.corpus.continues[ids[places]] | (np.diff(places, prepend=-1) > 1)
+        )
+        words = np.split(places, starts[1:]) if len(starts) else [places]
+        chosen = []
+        for i in rng.permutation(len(words)):
+            if len(chosen) + len(words[i]) <= wanted or not chosen:
+                chosen.extend(words[i])
+        return np.array(chosen)

@@ -1,0 +1,496 @@
+"""``bert-fast pretrain``: a masked language model with next-sentence prediction, from plain text.
+
+One step is one batch of the whole group: every process builds it, and computes its own share. So
+the same text, seed and batch give the same losses on any number of processes, up to rounding; and a
+run that was killed goes on from its last checkpoint to the same losses, on the CPU bit for bit.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from bert_fast.embeddings.encoder import load_tokenizer
+from bert_fast.files import atomic_path
+from bert_fast.models.bert import BertConfig
+from bert_fast.models.heads import BertForPreTraining
+from bert_fast.training.corpus import Corpus, PairSampler, read_documents, train_tokenizer
+from bert_fast.training.optim import OPTIMIZERS, parameter_groups, warmup_then_linear_decay
+
+
+@dataclass
+class Settings:
+    """What a run consists of; the command line's options, by the same names."""
+
+    text: list = field(metadata={"help": "files, a sentence a line, blank between documents"})
+    out: str = field(metadata={"help": "directory for checkpoint, tokenizer, metrics and curves"})
+    tokenizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "a directory with tokenizer.json or vocab.txt; default: trained on the text"
+        },
+    )
+    init: str | None = field(
+        default=None,
+        metadata={
+            "help": "go on from this Hugging Face checkpoint's weights; brings its tokenizer"
+        },
+    )
+    vocab_size: int = field(default=8192, metadata={"help": "of a trained tokenizer"})
+    layers: int = field(default=4, metadata={"help": "of a new model"})
+    hidden: int = field(default=256, metadata={"help": "of a new model"})
+    heads: int = field(default=4, metadata={"help": "of a new model"})
+    intermediate: int | None = field(default=None, metadata={"help": "default 4 x hidden"})
+    dropout: float = field(default=0.1, metadata={"help": "of a new model"})
+    max_length: int = field(default=128, metadata={"help": "tokens a sequence"})
+    batch_tokens: int = field(default=4096, metadata={"help": "tokens a step, of all processes"})
+    accumulate: int = field(default=1, metadata={"help": "parts of a process's step"})
+    steps: int = field(default=1000, metadata={"help": "optimizer steps in all"})
+    optimizer: str = field(default="adamw", metadata={"choices": sorted(OPTIMIZERS)})
+    lr: float = field(default=5e-4, metadata={"help": "highest learning rate"})
+    warmup: float = field(default=0.1, metadata={"help": "share of the steps"})
+    weight_decay: float = field(default=0.01, metadata={"help": "of matrices"})
+    clip: float = field(default=1.0, metadata={"help": "largest norm of the gradient"})
+    whole_words: bool = field(default=False, metadata={"help": "mask words, not pieces"})
+    held_out: float = field(default=0.05, metadata={"help": "share of the documents"})
+    checkpoint_activations: bool = field(default=False, metadata={"help": "less memory, more time"})
+    save_every: int = field(default=100, metadata={"help": "steps between checkpoints"})
+    seed: int = field(default=0, metadata={"help": "of everything that is drawn"})
+    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
+    shard: bool = field(default=False, metadata={"help": "FSDP2 in the place of DDP"})
+    resume: bool = field(default=False, metadata={"help": "go on from the checkpoint in --out"})
+
+    def __post_init__(self):
+        for name in ("vocab_size", "layers", "hidden", "heads", "batch_tokens", "accumulate",
+                     "steps", "save_every"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_length < 8:
+            raise ValueError(f"max_length must be at least 8, not {self.max_length}")
+        for name in ("warmup", "held_out", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}")
+
+
+# What must not differ between a run and its resumption; the rest may (more steps would change the
+# learning rate that earlier steps had).
+BINDING = (
+    "max_length", "batch_tokens", "steps", "optimizer", "lr", "warmup", "weight_decay", "clip",
+    "whole_words", "held_out", "seed", "dropout",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes that train together: torchrun's, or this one alone."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    @contextlib.contextmanager
+    def join(cls, device):
+        size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda":
+            if not torch.cuda.is_available():
+                raise ValueError("device is cuda, but torch sees no CUDA device")
+            torch.cuda.set_device(local)
+            device = f"cuda:{local}"
+        device = torch.device(device)
+        if size > 1:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        try:
+            yield cls(dist.get_rank() if size > 1 else 0, size, device)
+        finally:
+            if size > 1:
+                dist.destroy_process_group()
+
+    def sum(self, numbers):
+        """Of all processes' tensors."""
+        if self.size > 1:
+            dist.all_reduce(numbers)
+        return numbers
+
+
+def pretrain(settings, progress=None):
+    """Trains as ``settings`` say; returns the last held-out figures, or None where nothing is held
+    out. ``progress(step, record)`` is called after each step.
+
+    Raises:
+        ValueError, OSError: naming the file or setting, before training begins.
+    """
+    with Group.join(settings.device) as group:
+        return _Run(settings, group).train(progress or (lambda step, record: None))
+
+
+class _Run:
+    def __init__(self, settings, group):
+        self.settings, self.group = settings, group
+        self.out = Path(settings.out)
+        self.state_path = self.out / "training_state.pt"
+        self.metrics_path = self.out / "metrics.jsonl"
+        if not settings.resume and self.state_path.exists():
+            raise ValueError(f"{self.out} holds a run already; --resume goes on with it")
+        documents = read_documents(settings.text)
+        if group.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+        tokenizer = self._tokenizer(documents)
+        self.corpus = Corpus(documents, tokenizer)
+        train, self.held_out = self.corpus.split(settings.held_out)
+        self.sampler = PairSampler(
+            self.corpus, train, settings.max_length, settings.batch_tokens, settings.seed,
+            whole_words=settings.whole_words,
+        )  # fmt: skip
+        self.entropy = self.corpus.unigram_entropy(train)
+        torch.manual_seed(settings.seed)
+        self.model = self._new_model().to(group.device)
+        self.model.bert.gradient_checkpointing = settings.checkpoint_activations
+        self.step = self.epoch = self.place = 0  # place: of the next batch in its epoch
+        self.tested = None  # the last record with held-out figures
+        self.parallel = self._parallel()
+        groups = parameter_groups(self.model, settings.weight_decay)
+        self.optimizer = OPTIMIZERS[settings.optimizer](groups, lr=settings.lr)
+        self.schedule = warmup_then_linear_decay(
+            self.optimizer, round(settings.warmup * settings.steps), settings.steps
+        )
+        if self.state_path.is_file():
+            self._load()
+        elif group.rank == 0:  # killed before its first checkpoint, if anything was here
+            self.metrics_path.unlink(missing_ok=True)
+
+    def _tokenizer(self, documents):
+        """The first process's, for all: two trainings on one text may break ties differently."""
+        settings, kept = self.settings, self.out / "tokenizer.json"
+        if self.group.rank == 0 and not (settings.resume and kept.is_file()):
+            if source := settings.tokenizer or settings.init:
+                tokenizer = load_tokenizer(source)
+            else:
+                tokenizer = train_tokenizer(documents, settings.vocab_size)
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+            with atomic_path(kept) as path:
+                tokenizer.save(str(path))
+        if self.group.size > 1:
+            dist.barrier()
+        return load_tokenizer(self.out)
+
+    def _new_model(self):
+        s = self.settings
+        if s.init:
+            model = BertForPreTraining.from_pretrained(s.init, torch.float32).train()
+            config = model.config
+        else:
+            config = BertConfig(
+                vocab_size=self.corpus.vocab_size, hidden_size=s.hidden, num_hidden_layers=s.layers,
+                num_attention_heads=s.heads, intermediate_size=s.intermediate or 4 * s.hidden,
+                max_position_embeddings=s.max_length, hidden_dropout_prob=s.dropout,
+                attention_probs_dropout_prob=s.dropout, pad_token_id=self.corpus.pad,
+            )  # fmt: skip
+            model = BertForPreTraining(config)
+        if s.max_length > config.max_position_embeddings:
+            raise ValueError(f"max_length is {s.max_length}; the model has "
+                             f"{config.max_position_embeddings} positions")  # fmt: skip
+        if self.corpus.vocab_size > config.vocab_size:
+            raise ValueError(f"the tokenizer has {self.corpus.vocab_size} tokens, the model "
+                             f"{config.vocab_size}")  # fmt: skip
+        return model
+
+    def _parallel(self):
+        if self.settings.shard:
+            from torch.distributed.fsdp import fully_shard
+
+            if self.group.size == 1:
+                raise ValueError("shard needs several processes: torchrun --nproc-per-node ...")
+            for layer in self.model.bert.layers:
+                fully_shard(layer)
+            return fully_shard(self.model)
+        if self.group.size == 1:
+            return self.model
+        devices = None if self.group.device.type == "cpu" else [self.group.device]
+        return DistributedDataParallel(self.model, device_ids=devices)
+
+    # -- training --
+
+    def train(self, progress):
+        settings, epoch = self.settings, None
+        while self.step < settings.steps:
+            if epoch != self.epoch:
+                pairs, slices = self.sampler.epoch(self.epoch)
+                epoch = self.epoch
+                if not slices:
+                    raise ValueError("the text makes no pair of sentences")
+            record = self._step(pairs, slices[self.place])
+            self.place += 1
+            if self.place == len(slices):
+                self.epoch, self.place = self.epoch + 1, 0
+            self.step += 1
+            record = {"step": self.step, **record}
+            save = self.step % settings.save_every == 0 or self.step == settings.steps
+            if save and len(self.held_out):
+                self.tested = record = record | self.evaluate()
+            if self.group.rank == 0:
+                with open(self.metrics_path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+            progress(self.step, record)
+            if save:
+                self._save()
+        return self.tested
+
+    def _step(self, pairs, whole):
+        """One optimizer step; its figures. Every process's part weighs what it has of the step's
+        masked tokens and pairs, so that cutting a batch up changes nothing but rounding."""
+        group, began = self.group, time.perf_counter()
+        # Where there are more parts than pairs, some compute a pair that counts for nothing.
+        cuts = _cut(whole, group.size * self.settings.accumulate)
+        filled = [part if part.stop > part.start else slice(whole.start, whole.start + 1)
+                  for part in cuts]  # fmt: skip
+        batches = [self.sampler.batch(pairs, part, self.epoch) for part in filled]
+        real = [part.stop - part.start for part in cuts]
+        count = whole.stop - whole.start
+        masked = sum(b.masked for b, pairs_of in zip(batches, real, strict=True) if pairs_of)
+        own = slice(group.rank * self.settings.accumulate, None)
+        mine = list(zip(batches, real, strict=True))[own][: self.settings.accumulate]
+        self.optimizer.zero_grad(set_to_none=True)
+        figures = torch.zeros(5, dtype=torch.float64, device=group.device)
+        for i, (batch, pairs_of) in enumerate(mine):
+            # Dropout depends on nothing that a resumed run would have to remember.
+            torch.manual_seed(hash((self.settings.seed, self.step, group.rank, i)) % 2**63)
+            last = i == len(mine) - 1
+            with self._without_exchange(not last):
+                shares = (batch.masked / masked, pairs_of / count) if pairs_of else (0.0, 0.0)
+                loss, found = self._loss(self.parallel, batch, *shares)
+                (loss * group.size).backward()  # exchanged gradients are means
+            if pairs_of:
+                figures += found
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if not math.isfinite(norm):
+            raise ValueError(f"step {self.step + 1}: the gradient's norm is {norm}: lower lr")
+        rate = self.schedule.get_last_lr()[0]
+        self.optimizer.step()
+        self.schedule.step()
+        lm, following, right, right_following, tokens = group.sum(figures).tolist()
+        return {
+            "epoch": self.epoch, "loss": lm + following, "masked_lm_loss": lm,
+            "next_sentence_loss": following, "masked_lm_accuracy": right / masked,
+            "next_sentence_accuracy": right_following / count, "gradient_norm": float(norm),
+            "lr": rate, "tokens_per_second": tokens / (time.perf_counter() - began),
+        }  # fmt: skip
+
+    def _without_exchange(self, wanted):
+        if wanted and isinstance(self.parallel, DistributedDataParallel):
+            return self.parallel.no_sync()
+        return contextlib.nullcontext()
+
+    def _loss(self, model, batch, masked_share, pair_share):
+        """This part's loss, and its (masked_lm_loss, next_sentence_loss, right, right, tokens)."""
+        batch = batch.to(self.group.device)
+        gpu = self.group.device.type == "cuda"
+        with torch.autocast("cuda", torch.bfloat16, enabled=gpu):
+            out = model(
+                batch.input_ids, token_type_ids=batch.token_type_ids, cu_seqlens=batch.cu_seqlens,
+                max_seqlen=batch.max_seqlen, labels=batch.labels,
+                next_sentence_label=batch.next_sentence_label,
+            )  # fmt: skip
+        masked = out.masked_lm_loss * masked_share
+        following = out.next_sentence_loss * pair_share
+        guess = out.seq_relationship_logits.argmax(1) == batch.next_sentence_label
+        figures = torch.stack([
+            masked.detach().double(), following.detach().double(), out.masked_lm_correct.double(),
+            guess.sum().double(), guess.new_full((), len(batch.input_ids), dtype=torch.float64),
+        ])  # fmt: skip
+        return masked + following, figures
+
+    @torch.no_grad()
+    def evaluate(self):
+        """Loss and accuracy on held-out documents: the same pairs and masks every time."""
+        sampler = dataclasses.replace(self.sampler, documents=self.held_out, seed=2**31)
+        pairs, slices = sampler.epoch(0)
+        slices = slices[:64]
+        self.model.eval()
+        total, masked, count = torch.zeros(5, dtype=torch.float64), 0, 0
+        for some in slices:
+            batch = sampler.batch(pairs, some, 0)
+            weights = batch.masked, len(batch.next_sentence_label)
+            _, found = self._loss(self.parallel, batch, *weights)
+            total += found.cpu()
+            masked, count = masked + weights[0], count + weights[1]
+        self.model.train()
+        lm, following, right, right_following, _ = total.tolist()
+        return {
+            "held_out_masked_lm_loss": lm / masked, "held_out_masked_lm_accuracy": right / masked,
+            "held_out_next_sentence_loss": following / count,
+            "held_out_next_sentence_accuracy": right_following / count, "held_out_pairs": count,
+            "unigram_entropy": self.entropy,
+        }  # fmt: skip
+
+    # -- checkpoints --
+
+    def _weights(self):
+        """Model and optimizer, whole, whatever the sharding."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return get_state_dict(self.model, self.optimizer, options=options)
+
+    def _save(self):
+        """One file, all or nothing, is what a resumed run starts from; metrics past it are cut."""
+        model, optimizer = self._weights()
+        if self.group.rank:
+            return
+        settings = {name: getattr(self.settings, name) for name in BINDING}
+        with atomic_path(self.state_path) as path:
+            torch.save({
+                "model": model, "optimizer": optimizer, "schedule": self.schedule.state_dict(),
+                "step": self.step, "epoch": self.epoch, "place": self.place, "settings": settings,
+            }, path)  # fmt: skip
+        self._write_results(model)
+
+    def _write_results(self, weights):
+        with torch.device("meta"):
+            whole = BertForPreTraining(self.model.config)
+        whole.load_state_dict(weights, assign=True)
+        whole.save_pretrained(self.out)
+        plot(read_metrics(self.metrics_path, self.step), self.out / "curves.png")
+
+    def _load(self):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
+        try:
+            state = torch.load(self.state_path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load raises nearly anything
+            raise ValueError(f"{self.state_path} cannot be read: {error}") from error
+        for name, value in state["settings"].items():
+            if (mine := getattr(self.settings, name)) != value:
+                raise ValueError(f"--resume: {name} was {value}, and is {mine} now")
+        set_state_dict(
+            self.model, self.optimizer, model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"], options=StateDictOptions(full_state_dict=True),
+        )  # fmt: skip
+        self.schedule.load_state_dict(state["schedule"])
+        self.step, self.epoch, self.place = state["step"], state["epoch"], state["place"]
+        records = read_metrics(self.metrics_path, self.step)
+        self.tested = next((r for r in reversed(records) if "held_out_pairs" in r), None)
+        if self.group.rank == 0:
+            with atomic_path(self.metrics_path) as path:
+                lines = (json.dumps(record) + "\n" for record in records)
+                Path(path).write_text("".join(lines), encoding="utf-8")
+
+
+def _cut(whole, parts):
+    """A slice in as many, as even as can be; empty where there are more parts than pairs."""
+    edges = [whole.start + (whole.stop - whole.start) * i // parts for i in range(parts + 1)]
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]
+
+
+def read_metrics(path, steps):
+    """The records of the first steps; what a killed run wrote after them is left out."""
+    records = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            if len(records) == steps:
+                break
+            records.append(json.loads(line))
+    return records
+
+
+def plot(records, path):
+    """The curves as a PNG, where matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    every = records[:: max(1, len(records) // 2000)]
+    steps = [record["step"] for record in every]
+    tested = [record for record in records if "held_out_masked_lm_loss" in record]
+    for axes, what, name in (
+        (loss, "masked_lm_loss", "masked words, nats"),
+        (accuracy, "masked_lm_accuracy", "masked words"),
+        (accuracy, "next_sentence_accuracy", "next sentence"),
+    ):
+        (line,) = axes.plot(steps, [record[what] for record in every], alpha=0.5, lw=0.8)
+        axes.plot(
+            [record["step"] for record in tested], [r[f"held_out_{what}"] for r in tested],
+            "o-", ms=3, color=line.get_color(), label=f"{name}, held out",
+        )  # fmt: skip
+    if tested:
+        loss.axhline(tested[-1]["unigram_entropy"], ls=":", color="gray", label="unigram entropy")
+    for axes, title in ((loss, "loss"), (accuracy, "accuracy")):
+        axes.set(title=title, xlabel="step")
+        axes.legend(frameon=False)
+    with atomic_path(path) as written:
+        figure.savefig(written, format="png", dpi=120)
+
+
+def command(args):
+    """Pre-training from plain text; ``torchrun ... -m bert_fast.cli pretrain`` for many."""
+    names = [f.name for f in dataclasses.fields(Settings)]
+    settings = Settings(**{name: getattr(args, name) for name in names})
+    if int(os.environ.get("RANK", 0)):
+        pretrain(settings)
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = BarColumn(), TextColumn("{task.completed}/{task.total} {task.description}")
+    with Progress(*columns, TimeRemainingColumn()) as bar:
+        task = bar.add_task("", total=settings.steps)
+
+        def show(step, record):
+            said = (
+                f"loss {record['loss']:.3f}, words {record['masked_lm_accuracy']:.0%}, "
+                f"next sentence {record['next_sentence_accuracy']:.0%}, "
+                f"{record['tokens_per_second']:,.0f} tokens/s"
+            )
+            bar.update(task, completed=step, description=said)
+
+        last = pretrain(settings, show)
+    if last is not None:
+        print(
+            f"held out, {last['held_out_pairs']} pairs: masked words "
+            f"{last['held_out_masked_lm_loss']:.3f} nats (unigram entropy "
+            f"{last['unigram_entropy']:.3f}), {last['held_out_masked_lm_accuracy']:.1%} right; "
+            f"next sentence {last['held_out_next_sentence_accuracy']:.1%} right"
+        )
+    print(f"{settings.out}: model.safetensors, tokenizer.json, metrics.jsonl, curves.png")
+
+
+def add_parser(commands):
+    sub = commands.add_parser("pretrain", help=command.__doc__, description=command.__doc__)
+    add_options(sub, Settings)
+    sub.set_defaults(function=command)
+
+
+def add_options(parser, settings):
+    """An option for each field of a dataclass; its metadata are argparse's."""
+    for f in dataclasses.fields(settings):
+        options = dict(f.metadata)
+        kinds = {int: int, float: float, int | None: int, float | None: float}
+        if f.type is bool:
+            options |= {"action": "store_true"}
+        elif f.type is list:
+            options |= {"nargs": "+"}
+        else:
+            options |= {"type": kinds.get(f.type, str)}
+        if f.default is dataclasses.MISSING:
+            options |= {"required": True}
+        else:
+            options |= {"default": f.default}
+            if f.default is not None and f.type is not bool:
+                options["help"] = f"{options.get('help', '')} (default {f.default})".strip()
+        parser.add_argument("--" + f.name.replace("_", "-"), **options)

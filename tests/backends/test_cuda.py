@@ -1,0 +1,306 @@
+"""The CUDA kernels without a GPU: what their host build must notice, faults planted in them, and
+what nvcc makes of them for real chips.
+
+That they are right is tested where every backend's are: `cuda-host` and `cuda-gpu` in
+test_attention.py and its neighbours.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cuda_host
+import pytest
+import torch
+from conftest import NO_CUDA_HOST, assert_within, cu_seqlens
+
+import bert_fast
+from bert_fast import _C, ops
+
+ROOT = Path(__file__).resolve().parents[2]
+NVCC = shutil.which("nvcc")
+needs_host = pytest.mark.skipif(bool(NO_CUDA_HOST), reason=NO_CUDA_HOST or "it is here")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+
+
+# ---- the host build ----
+
+
+def gradients(dtype, lengths, heads, head_dim, seed=0, backend="cuda", **options):
+    torch.manual_seed(seed)
+    qkv, bias = torch.randn(sum(lengths), 3, heads, head_dim), torch.randn(3, heads, head_dim)
+    dout = torch.randn(sum(lengths), heads, head_dim)
+    exact = torch.float64 if backend == "truth" else dtype
+    qkv = qkv.to(dtype).to(exact).requires_grad_()
+    out = ops.attention_qkv(
+        qkv, cu_seqlens(lengths), bias=bias.to(dtype).to(exact), seed=5,
+        backend="eager" if backend == "truth" else backend, **options,
+    )  # fmt: skip
+    (grad,) = torch.autograd.grad(out, qkv, dout.to(dtype).to(exact))
+    return out.detach(), grad
+
+
+@needs_host
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("head_dim", [32, 80])
+def test_attention_as_turing_runs_it(monkeypatch, dtype, head_dim):
+    """Compute capability 7.5: no bf16 in its tensor cores, 64 KiB of shared memory."""
+    monkeypatch.setenv("BERT_FAST_HOST_CAPABILITY", "75")
+    options = {"dropout_p": 0.2, "causal": True}
+    found = [
+        gradients(dtype, [70, 3, 33], 2, head_dim, backend=name, **options)
+        for name in ("cuda", "eager", "truth")
+    ]
+    assert_within(*found, name="out, dqkv")
+
+
+@needs_host
+def test_what_turing_has_no_room_for_is_an_error(monkeypatch):
+    monkeypatch.setenv("BERT_FAST_HOST_CAPABILITY", "75")
+    with pytest.raises(RuntimeError, match=r"cuda_attention_backward \(20 and 20 tokens, 1 heads "
+                       r"of 200\) on cuda:0: this head_dim needs more shared memory"):  # fmt: skip
+        gradients(torch.float16, [20], 1, 200)
+
+
+@needs_host
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_every_schedule_gives_the_same_bits(monkeypatch, dtype):
+    """Of warps and of blocks: a missing barrier, or a sum whose order is free, would show."""
+
+    def run():
+        x, residual = torch.randn(2, 37, 80, generator=torch.Generator().manual_seed(3)).to(dtype)
+        x.requires_grad_()
+        weight = torch.linspace(0.5, 2, 80, requires_grad=True)
+        wide = torch.randn(5, 1100, generator=torch.Generator().manual_seed(4)).to(dtype)
+        normed = ops.layer_norm(
+            x, weight, weight, residual=residual, linear_bias=weight, dropout_p=0.1, seed=1,
+            backend="cuda",
+        )  # fmt: skip
+        out = ops.gelu(normed, weight, backend="cuda")
+        wider = ops.layer_norm(wide, wide[0].float(), wide[1].float(), backend="cuda")
+        return [
+            *gradients(dtype, [150, 70], 1, 64, dropout_p=0.1), out.detach(), wider,
+            *gradients(dtype, [20, 9, 0, 32, 17], 2, 64, dropout_p=0.1),
+            *torch.autograd.grad(out.float().square().sum(), [x, weight]),
+        ]  # fmt: skip
+
+    first = run()
+    for seed in range(1, 5):
+        monkeypatch.setenv("BERT_FAST_HOST_SEED", str(seed))
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+@needs_host
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_nothing_on_the_other_side(dtype):
+    """Zeros, whatever was on its way to shared memory; over several schedules."""
+    for _ in range(8):
+        for lengths_q, lengths_k in (([150, 0], [0, 0]), ([40], [0]), ([0, 0], [0, 70])):
+            q, k = (
+                torch.randn(sum(lengths), 2, 64, dtype=dtype, requires_grad=True)
+                for lengths in (lengths_q, lengths_k)
+            )
+            out = ops.attention(
+                q, k, k, cu_seqlens(lengths_q), cu_seqlens(lengths_k), backend="cuda"
+            )
+            dq, dk = torch.autograd.grad(out, [q, k], torch.randn_like(out))
+            assert not any(t.ne(0).any() for t in (out, dq, dk))
+
+
+SANITIZED = """
+import sys
+sys.path[:0] = ["tests"]
+import torch, test_cuda
+from bert_fast import ops
+for dtype in (torch.bfloat16, torch.float32):
+    for lengths, head_dim in (([65, 1, 0, 63], 24), ([130], 17), ([2], 128), ([31, 1, 0, 16], 64)):
+        test_cuda.gradients(dtype, lengths, 2, head_dim, dropout_p=0.1, causal=True)
+    for width in (77, 80, 1032):
+        x = torch.randn(11, width, dtype=dtype, requires_grad=True)
+        v = torch.randn(width, requires_grad=True)
+        y = ops.layer_norm(x, v, v, residual=x, dropout_p=0.1, backend="cuda")
+        ops.gelu(y, v, backend="cuda").sum().backward()
+print("done")
+"""
+
+
+@needs_host
+def test_no_access_out_of_bounds(tmp_path):
+    """Under AddressSanitizer: every tensor and every block's shared memory ends in a red zone."""
+    module = cuda_host.build(
+        ROOT / "build" / "cuda_host_asan", flags=("-O1", "-g", "-fsanitize=address")
+    )
+    libraries = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True,
+                       check=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]  # fmt: skip
+    answer = subprocess.run(
+        [sys.executable, "-c", SANITIZED], cwd=ROOT, capture_output=True, text=True, check=False,
+        env=os.environ | {
+            "LD_PRELOAD": " ".join(libraries), "BERT_FAST_CUDA_HOST": str(module),
+            "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+        },
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stderr[-3000:]
+    assert answer.stdout.endswith("done\n")
+
+
+# ---- planted faults ----
+
+# file, what is there, what a tired hand might write
+FAULTS = [
+    ("attention.cu", "first + row < length", "first + row <= length"),
+    ("attention.cu", "norm = norm * shrink + side_sum(weight)", "norm = norm + side_sum(weight)"),
+    ("attention.cu", "total[j] *= shrink", "total[j] *= 1.0f"),
+    ("attention.cu", "(dweight - center)", "dweight"),
+    ("attention.cu", "weight *= keep;", ""),
+    ("attention.h", "column < k_length &&", "column <= k_length &&"),
+    ("attention.h", "column <= row + k_length - q_length", "column <= row"),
+    ("attention.h", "row * t.token + head * t.head", "row * t.head + head * t.token"),
+    ("attention.h", "if (cu[middle] / rows + middle <= tile)",
+     "if (cu[middle] / rows + middle < tile)"),
+    ("attention_mma.cu", "first + row < s.length && d < s.head_dim", "d < s.head_dim"),
+    ("attention_mma.cu", "(c ^ twist) * 8", "(c + twist) * 8"),
+    ("attention_mma.cu", "left.chunk(row + lane % 16, 2 * k + lane / 16)",
+     "left.chunk(row + lane % 16, 2 * k)"),
+    ("attention_mma.cu", "n * 8 + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2",
+     "n * 8 + lane % 8 + lane / 8 % 2 * 8, 2 * k + lane / 16"),
+    ("attention_mma.cu", "right.chunk(k * 16 + lane % 16, n + lane / 16)",
+     "right.chunk(k * 16 + lane / 2, n + lane % 2)"),
+    ("attention_mma.cu", "total[n][i] *= shrink[i / 2]", "total[n][i] *= shrink[i % 2]"),
+    ("attention_mma.cu", "first + n * 8 + lane % 4 * 2 + i % 2",
+     "first + n * 8 + lane % 4 + i % 2"),
+    ("attention_mma.cu", "shuffle_xor(upper ? w.w[i] : w.w[i + bit], 4 * bit)",
+     "shuffle_xor(upper ? w.w[i + bit] : w.w[i], 4 * bit)"),
+    ("attention_mma.cu", "shuffle_xor(odd ? w.w[0] : w.w[2], 1)",
+     "shuffle_xor(odd ? w.w[2] : w.w[0], 1)"),
+    ("layer_norm.cu", "if (column >= width) continue;\n    P pack;", "P pack;"),
+    ("layer_norm.cu", "xhat * product", "xhat * sum"),
+    ("layer_norm.cu", "(column + j) / 4", "(column + j) / kCount"),
+    ("layer_norm.cu", "(g ? *slot : 0.0f) + mine[k]", "mine[k]"),
+    ("gelu.cu", "(i % packs_per_row) * kCount", "(i % packs_per_row)"),
+    ("gelu.cu", "w < kRows; ++w", "w < kRows - 1; ++w"),
+    ("gelu.cu", "i < programs; ++i", "i < programs - 1; ++i"),
+]  # fmt: skip
+REMOVABLE = r"((warp|team)_)?barrier(<\w+>)?\(\)|copy_async_wait<\d>\(\)"
+
+
+def removals():
+    """Each barrier and each wait for copies, taken out alone."""
+    for file in ("attention.cu", "attention_mma.cu", "layer_norm.cu", "gelu.cu"):
+        text = (ROOT / "csrc" / "cuda" / file).read_text(encoding="utf-8")
+        for found in re.finditer(rf"^.*\b({REMOVABLE});.*$", text, re.M):
+            changed = re.sub(REMOVABLE, "", found[0], count=1)
+            yield file, found.span(), changed, found[0].strip()
+
+
+def planted():
+    """(file, text with one fault, what it is)"""
+    for file, span, line, was in removals():
+        text = (ROOT / "csrc" / "cuda" / file).read_text(encoding="utf-8")
+        number = text[: span[0]].count("\n") + 1
+        yield file, text[: span[0]] + line + text[span[1] :], f"{file}:{number}: no {was}"
+    for file, right, wrong in FAULTS:
+        text = (ROOT / "csrc" / "cuda" / file).read_text(encoding="utf-8")
+        assert right in text, f"{file} no longer has {right!r}: plant it anew"
+        yield file, text.replace(right, wrong), f"{file}: {wrong} for {right}"
+
+
+def survives(number, file, text, folder):
+    """Whether the suite's tests of the host build pass on a faulty copy."""
+    csrc, build = folder / f"csrc-{number}", folder / f"build-{number}"
+    shutil.copytree(ROOT / "csrc", csrc)
+    shutil.copytree(ROOT / "build" / "cuda_host", build)
+    for made in build.iterdir():
+        made.touch()
+    (csrc / "cuda" / file).write_text(text, encoding="utf-8")
+    module = cuda_host.build(build, csrc)
+    op = file.partition(".")[0].removesuffix("_mma")
+    answer = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-k", "cuda-host or schedule or other_side",
+         "-m", "not full and not gpu", f"tests/test_{op}.py", "tests/test_cuda.py"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+        env=os.environ | {"BERT_FAST_CUDA_HOST": str(module)},
+    )  # fmt: skip
+    shutil.rmtree(csrc)
+    shutil.rmtree(build)
+    return answer.returncode == 0
+
+
+@needs_host
+@pytest.mark.full
+def test_planted_faults_are_caught(tmp_path, capsys):
+    """Of all of them at least 95%, and every survivor is named."""
+    faults = list(planted())
+    with ThreadPoolExecutor(2) as pool:
+        alive = list(pool.map(lambda i: survives(i, *faults[i][:2], tmp_path), range(len(faults))))
+    survivors = [what for (_, _, what), lives in zip(faults, alive, strict=True) if lives]
+    with capsys.disabled():
+        print(f"\n{len(faults)} faults planted, {len(survivors)} not noticed: {survivors}")
+    assert len(survivors) <= 0.05 * len(faults), survivors
+
+
+# ---- as nvcc compiles them ----
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    "arch",
+    [
+        "90a",
+        *(pytest.param(a, marks=pytest.mark.full) for a in ["75", "80", "86", "89", "100", "120"]),
+    ],
+)
+@pytest.mark.parametrize("file", ["attention", "attention_mma", "gelu", "layer_norm"])
+def test_compiles_without_spills(file, arch, tmp_path):
+    """No register spilled, 16-byte accesses to global memory, tensor-core products."""
+    cubin = tmp_path / "kernel.cubin"
+    report = subprocess.run(
+        [NVCC, "-std=c++17", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin",
+         "-Xptxas=-v", "-o", cubin, ROOT / "csrc" / "cuda" / f"{file}.cu"],
+        capture_output=True, text=True, check=True,
+    ).stderr  # fmt: skip
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", report)]
+    assert len(spills) >= 2 * 9
+    assert not any(spills), report
+    triton = importlib.util.find_spec("triton")
+    tool = shutil.which("cuobjdump") or (
+        triton and Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    )
+    if not tool:
+        pytest.skip("no cuobjdump, of CUDA's or of Triton's, to read instructions with")
+    sass = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    if file == "attention_mma":
+        assert sass.count("HMMA") > 1000
+        assert arch == "75" or "LDGSTS" in sass  # cp.async
+        assert "LDSM" in sass
+    if file != "attention":
+        wide = "LDGSTS.E.BYPASS.128" if file == "attention_mma" and arch != "75" else "LDG.E.128"
+        assert wide.removesuffix(".128") in sass
+        assert ".128" in sass
+        assert "STG.E.128" in sass
+
+
+@pytest.mark.skipif(_C.cuda_archs is None, reason="needs an extension built with nvcc")
+def test_inspect_reads_the_extension():
+    from bert_fast.inspect import CHIPS, cuda_kernels
+
+    chips = [chip for chip in CHIPS if str(chip) in _C.cuda_archs]
+    found = list(cuda_kernels(chips[:1]))
+    names = {(kernel.kernel, kernel.work) for kernel in found}
+    assert ("cuda/attention_mma.cu", "forward_kernel<bf16, 64, 64, false, 128>") in names
+    assert ("cuda/gelu.cu", "backward<fp16, 8, erf>") in names
+    assert not [kernel for kernel in found if kernel.faults()]
+
+
+@needs_host
+def test_what_it_does_not_take_is_said():
+    x = torch.randn(2, 8200)
+    with pytest.raises(bert_fast.BackendUnavailableError, match="up to 8192, not 8200"):
+        ops.layer_norm(x, x[0], x[0], backend="cuda")

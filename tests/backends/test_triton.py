@@ -1,0 +1,286 @@
+"""The Triton kernels without a GPU: compiled for real chips, and faults planted in them.
+
+That they are right is tested where every backend's are, in Triton's interpreter: `backend` in
+test_attention.py and its neighbours.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import HAS_GPU, cu_seqlens
+
+import bert_fast
+from bert_fast import ops
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
+)
+
+
+def compiling(*command, cwd=ROOT):
+    """Runs Python where Triton compiles: the tests' own process interprets."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *command], cwd=cwd, capture_output=True, text=True, check=False,
+        env=env | {"PYTHONPATH": str(cwd), "TRITON_DEFAULT_FP_FUSION": "1"},
+    )  # fmt: skip
+
+
+# Before 8.0 the widest heads' backward needs more shared memory than there is: backends.SUPPORT
+# knows.
+TOO_WIDE_FOR_75 = re.compile(r"attention, .* heads of 256, .*backward")
+
+
+def inspected(tmp_path, *options):
+    out = tmp_path / "inspected.json"
+    answer = compiling("-m", "bert_fast.cli", "inspect", "--json", str(out), *options)
+    assert out.is_file(), answer.stdout[-4000:] + answer.stderr[-2000:]
+    return json.loads(out.read_text())
+
+
+def check(rows):
+    """No spill, no more shared memory than the chip has, tensor cores, 16-byte loads."""
+    rows = [row for row in rows if not row["kernel"].startswith("cuda/")]
+    rows = [r for r in rows if not (r["chip"] == 75 and TOO_WIDE_FOR_75.match(r["work"]))]
+    assert not [row for row in rows if row["faults"]]
+    kernels = {row["kernel"] for row in rows}
+    assert {"attention.forward", "attention.backward_q", "attention.backward_kv"} <= kernels
+    assert {"linear_gelu.forward", "linear_gelu.backward", "embedding.forward"} <= kernels
+    assert {"layer_norm.forward", "layer_norm.backward", "gelu.forward", "gelu.backward"} <= kernels
+    assert all(row["spills"] == 0 and row["widest_load"] == 128 for row in rows)
+
+
+def test_main_variants_compile_for_two_chips(tmp_path):
+    rows = inspected(tmp_path, "--chips", "80", "90")
+    check(rows)
+    found = {(row["chip"], row["products"]) for row in rows if row["kernel"] == "attention.forward"}
+    assert found == {(80, "HMMA"), (90, "HGMMA")}
+
+
+@pytest.mark.full
+def test_all_variants_compile_for_every_chip(tmp_path):
+    def some(chips):
+        folder = tmp_path / chips[0]
+        folder.mkdir()
+        return inspected(folder, "--full", "--chips", *chips)
+
+    with ThreadPoolExecutor() as pool:
+        for rows in pool.map(some, [("80", "90", "120"), ("75", "89", "100")]):
+            check(rows)
+
+
+COUNTED = """
+import itertools, torch
+from bert_fast import inspect
+from bert_fast.kernels import attention_forward, attention_backward, gelu_forward, gelu_backward
+from bert_fast.kernels import layer_norm_forward, layer_norm_backward, embedding_forward
+from bert_fast.kernels import linear_gelu_forward, linear_gelu_backward
+
+def meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+vector, seed = meta(768, dtype=torch.float32), meta(1, dtype=torch.int64)
+weight = meta(96, 768)
+with inspect.recorded() as launches:
+    for total in [1, 2, 15, 16, *range(17, 8000, 173)]:
+        batch = total % 37 + 1
+        cu, q = meta(batch + 1, dtype=torch.int32), meta(total, 3, 12, 64)
+        options = (cu, cu, 512, 512, None, 0.125, False, 0.1, seed)
+        out, lse = attention_forward(*q.unbind(1), *options)
+        attention_backward(out, *q.unbind(1), out, lse, *options, *torch.empty_like(q).unbind(1))
+        x = meta(total, 768)
+        out, s, mean, rstd = layer_norm_forward(x, vector, vector, x, vector, 1e-12, 0.1, seed)
+        layer_norm_backward(out, s, mean, rstd, vector, True, 0.1, seed)
+        gelu_forward(x, vector, "none")
+        gelu_backward(x, x, vector, "none")
+        y, product = linear_gelu_forward(x, weight, vector[:96], "none", True)
+        linear_gelu_backward(y, product, vector[:96], weight, "none")
+        ids = meta(total, dtype=torch.int64)
+        embedding_forward(ids, ids, ids, *[meta(9, 768)] * 3, vector, vector, 1e-12, x.dtype, True)
+names = {launch.kernel.__module__ + launch.kernel.__name__ for launch in launches}
+print(len(launches), len(names), len(set(launches)))
+"""
+
+
+def test_nothing_recompiles_when_token_counts_change():
+    answer = compiling("-c", COUNTED)
+    assert answer.returncode == 0, answer.stderr
+    launches, kernels, compilations = map(int, answer.stdout.split())
+    assert launches >= 50 * 12
+    assert kernels == 12
+    assert compilations == kernels
+
+
+def test_a_fault_in_the_compiled_code_would_be_seen():
+    from bert_fast.inspect import Compiled
+
+    good = Compiled("attention, bfloat16", 1, 1, "attention.forward", 90, 8, 168, 65536, 0,
+                    "HGMMA", 128)  # fmt: skip
+    assert good.faults() == []
+    assert good.ctas == 1
+    for change, said in [
+        ({"spills": 8}, "8 bytes of registers spilled"),
+        ({"shared": 300_000}, "300000 bytes of shared memory; the chip has 232448"),
+        ({"products": ""}, "its matrix products are none, not HGMMA"),
+        ({"widest_load": 32}, "its widest load is 32 bits"),
+    ]:
+        assert said in Compiled(**(vars(good) | change)).faults()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not HAS_GPU,
+    reason="needs an NVIDIA GPU; that the launches read no value is "
+    "seen without one where token counts change: meta tensors have none",
+)
+def test_a_cuda_graph_captures_the_model():
+    config = bert_fast.BertConfig(vocab_size=50, hidden_size=64, num_attention_heads=1)
+    model = bert_fast.BertModel(config).cuda().half().eval()
+    ids = torch.randint(1, 50, (4, 40), device="cuda")
+    mask = (torch.arange(40) < torch.tensor([40, 3, 0, 17])[:, None]).long().cuda()
+    with torch.no_grad(), bert_fast.use_backend("triton"):
+        wanted = [t.clone() for t in model(ids, mask, capacity=80)[:2]]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = model(ids, mask, capacity=80)
+        graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(found[:2], wanted, strict=True))
+
+
+def test_what_it_does_not_take_is_said():
+    if torch.cuda.is_available():
+        pytest.skip("on a GPU these are CUDA tensors, in the op's own tests")
+    qkv, cu = torch.randn(3, 3, 1, 300), cu_seqlens([3])
+    with pytest.raises(bert_fast.BackendUnavailableError, match="head_dim up to 256, not 300"):
+        ops.attention_qkv(qkv, cu, backend="triton")
+    x = torch.randn(2, 20000)
+    with pytest.raises(bert_fast.BackendUnavailableError, match="last dimension up to 16384"):
+        ops.layer_norm(x, x[0], x[0], backend="triton")
+
+
+def test_autotune_searches_once_and_keeps_the_fastest(monkeypatch, tmp_path):
+    """With a clock of our own: the seventh call is the fastest."""
+    from bert_fast.kernels import tuning
+
+    monkeypatch.setenv("BERT_FAST_CACHE", str(tmp_path))
+    monkeypatch.setenv("BERT_FAST_AUTOTUNE", "1")
+    timed = []
+
+    def clock(call):
+        timed.append(call.args[0])
+        call()
+        return 0.1 if len(timed) == 7 else 1.0
+
+    monkeypatch.setattr(tuning, "_milliseconds", clock)
+    qkv, cu = torch.randn(130, 3, 1, 16), cu_seqlens([70, 60])
+    with bert_fast.use_backend("triton"), torch.device("cuda" if HAS_GPU else "cpu"):
+        qkv, cu = (t.cuda() if HAS_GPU else t for t in (qkv, cu))
+        first = ops.attention_qkv(qkv, cu, max_seqlen=70)
+        assert len(timed) > 10
+        (kept,) = json.loads((tmp_path / "tuned.json").read_text()).values()
+        assert tuple(kept) == timed[6]
+        searched = len(timed)
+        again = ops.attention_qkv(qkv[:100].clone(), cu_seqlens([70, 30]).to(cu), max_seqlen=70)
+        assert len(timed) == searched  # a batch of another size is no other kind
+        assert torch.equal(again[:70], first[:70])
+        (tmp_path / "tuned.json").write_text("{")
+        with pytest.raises(ValueError, match=r"tuned.json is not what BERT_FAST_AUTOTUNE wrote"):
+            ops.attention_qkv(qkv, cu, max_seqlen=70)
+        monkeypatch.delenv("BERT_FAST_AUTOTUNE")
+        ops.attention_qkv(qkv, cu, max_seqlen=70)
+    assert len(timed) == searched
+
+
+# file, what is there, what a tired hand might write, and the tests that must notice
+MUTANTS = [
+    ("attention", "seen = (row < q_length)[:, None] & (col < k_length)[None, :]",
+     "seen = (row < q_length)[:, None] & (col < k_length + 1)[None, :]"),
+    ("attention", "total *= shrink[:, None]", "total *= 1.0"),
+    ("attention", "norm = norm * shrink + tl.sum(weights, 1)", "norm = norm + tl.sum(weights, 1)"),
+    ("attention", "x = tl.load(first + row[:, None] * stride + d",
+     "x = tl.load(first + row[:, None] * heads * HEAD_DIM + d"),
+    ("attention", "col[None, :] <= row[:, None] + (k_length - q_length)",
+     "col[None, :] <= row[:, None]"),
+    ("attention", "dropped = tl.where(keep, weights * keep_scale, 0.0)",
+     "dropped = weights * keep_scale"),
+    ("attention", "keep = keep_mask(tl.load(seed), cut, row, first // 4, head",
+     "keep = keep_mask(tl.load(seed) + 1, cut, row, first // 4, head"),
+    ("attention", "dscores = weights * (dweights - center[:, None])",
+     "dscores = weights * dweights"),
+    ("attention", "if tl.load(cu + middle) // BLOCK + middle <= tile:",
+     "if tl.load(cu + middle) // BLOCK + middle < tile:"),
+    ("layer_norm", "deviation = tl.where(inside, s - center[:, None], 0.0)",
+     "deviation = s - center[:, None]"),
+    ("layer_norm", "s = tl.where(keep, s * keep_scale, 0.0)", "s = tl.where(keep, s, 0.0)"),
+    ("layer_norm", "ds = tl.where(keep, ds * keep_scale, 0.0)", "ds = ds * 1.0"),
+    ("layer_norm", "xhat * tl.sum(g * xhat, 1)[:, None]", "xhat * tl.sum(g, 1)[:, None]"),
+    ("layer_norm", "range(program * ROWS, rows, programs * ROWS)",
+     "range(program * ROWS, rows - 1, programs * ROWS)"),
+    ("gelu", "range(tl.program_id(1) * ROWS, rows,", "range(tl.program_id(1) * ROWS, rows - ROWS,"),
+    ("gelu", "bias + at % width", "bias + at % (width - 1)"),
+    ("gelu", "u * DENSITY * tl.exp(-0.5 * u * u)", "DENSITY * tl.exp(-0.5 * u * u)"),
+    ("linear_gelu", "first = number // per_group * GROUP", "first = number // per_group"),
+    ("linear_gelu", "(r < rows)[:, None] & (c < cols)[None, :], 0.0)",
+     "(r < rows)[:, None] & (c < cols + 1)[None, :], 0.0)"),
+    ("linear_gelu", "u, at = halves[i], col + i * HALF", "u, at = halves[i], col"),
+    ("linear_gelu", "at = partials + row_tile.to(tl.int64) * out_width + c", "at = partials + c"),
+    ("linear_gelu", "dz = dy.to(tl.float32) * gelu_gradient(u, TANH)", "dz = dy.to(tl.float32)"),
+    ("embedding", "s += _row_of(position, position_ids,", "s += _row_of(position, input_ids,"),
+    ("embedding", "table + i[:, None] * width + col", "table + i[:, None] * (width - 1) + col"),
+    ("common", "for begin in range(0, count, ROWS):", "for begin in range(0, count - 1, ROWS):"),
+]  # fmt: skip
+NOTICE = {
+    "attention": "tests/test_attention.py", "layer_norm": "tests/test_layer_norm.py",
+    "gelu": "tests/test_gelu.py", "common": "tests/test_gelu.py",
+    "linear_gelu": "tests/test_linear_gelu.py", "embedding": "tests/test_embedding.py",
+}  # fmt: skip
+
+
+def survives(folder, file, right, wrong):
+    """Whether the suite's Triton tests pass on a copy of the project with one fault."""
+    for name in ("bert_fast", "kernels", "csrc", "tests", "benchmarks", "pyproject.toml"):
+        source = ROOT / name
+        ignore = shutil.ignore_patterns("__pycache__", "results")
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=ignore, symlinks=True)
+        else:
+            shutil.copy(source, folder / name)
+    link = folder / "bert_fast" / "kernels"  # else an editable install's finder finds the original
+    if not link.exists():
+        link.symlink_to("../kernels")
+    path = folder / "kernels" / f"{file}.py"
+    text = path.read_text(encoding="utf-8")
+    assert right in text, f"{file}.py no longer has {right!r}: plant it anew"
+    path.write_text(text.replace(right, wrong), encoding="utf-8")
+    answer = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-k", "triton", "-m", "not full and not gpu",
+         NOTICE[file]],
+        cwd=folder, capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+    )  # fmt: skip
+    shutil.rmtree(folder)
+    return answer.returncode != 1 or " failed" not in answer.stdout
+
+
+@pytest.mark.full
+def test_planted_faults_are_caught(tmp_path):
+    """Each fault alone; the suite's Triton tests must fail on it."""
+
+    def some(number):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        return survives(folder, *MUTANTS[number])
+
+    with ThreadPoolExecutor(2) as pool:
+        alive = list(pool.map(some, range(len(MUTANTS))))
+    assert not [mutant for mutant, lives in zip(MUTANTS, alive, strict=True) if lives]

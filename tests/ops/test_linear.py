@@ -1,0 +1,182 @@
+"""fp32 linear layers by three bf16 parts: the scheme, the AMX kernel, and prepacked models."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from conftest import assert_within, same_bits_at_any_thread_count
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import bert_fast
+from bert_fast import _C, ops
+from bert_fast.models.bert import Linear
+from bert_fast.models.workspace import Workspace
+
+needs_amx = pytest.mark.skipif(
+    not _C.linear_available(), reason="this processor, kernel or compiler has no AMX (amx_bf16)"
+)
+
+
+def split(x):
+    parts, rest = [], x
+    for _ in range(3):
+        parts.append(rest.bfloat16().float())
+        rest = rest - parts[-1]
+    assert rest.eq(0).all()  # 8 bits each make 24: nothing is left
+    return parts
+
+
+def test_the_scheme_itself_is_fp32():
+    """Six of nine products of the parts, exactly summed, lose less than fp32's own rounding. Runs
+    on any processor."""
+    x, w = torch.randn(64, 96), torch.randn(96, 48)
+    exact = x.double() @ w.double()
+    (xh, xm, xl), (wh, wm, wl) = ([p.double() for p in split(t)] for t in (x, w))
+    six = xh @ wh + xh @ wm + xm @ wh + xh @ wl + xm @ wm + xl @ wh
+    bound = x.double().abs() @ w.double().abs() * 2.0**-24
+    assert ((six - exact).abs() <= bound).all()
+
+
+# From the 16 rows on that PackedWeight is used for: on fewer, sgemm sums in another order, with
+# half the error.
+def check(rows, in_features, out_features, approximate, with_bias):
+    x, weight = torch.randn(rows, in_features), torch.randn(out_features, in_features)
+    bias = torch.randn(out_features) if with_bias else None
+    packed = ops.pack_weight(weight)
+    out = torch.full((rows, out_features), math.nan)
+    packed.forward(x, weight, bias, approximate, out, Workspace())
+
+    def torchs(x, weight, bias):
+        y = torch.nn.functional.linear(x, weight, bias)
+        return y if approximate is None else torch.nn.functional.gelu(y, approximate=approximate)
+
+    truth = torchs(x.double(), weight.double(), None if bias is None else bias.double())
+    assert_within(out, torchs(x, weight, bias), truth)
+
+
+@needs_amx
+@pytest.mark.parametrize("approximate", [None, "none", "tanh"])
+@pytest.mark.parametrize(
+    ("rows", "in_features", "out_features"),
+    [(16, 8, 16), (33, 33, 33), (17, 770, 31), (300, 64, 96), (513, 768, 65), (40, 1600, 257)],
+)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_kernel(rows, in_features, out_features, approximate, with_bias):
+    check(rows, in_features, out_features, approximate, with_bias)
+
+
+@needs_amx
+@settings(deadline=None, max_examples=40)
+@given(
+    rows=st.sampled_from([0, 16, 17, 31, 32, 33, 64, 100, 257, 300]),
+    in_features=st.integers(8, 900),
+    out_features=st.integers(8, 300),
+    approximate=st.sampled_from([None, "none", "tanh"]),
+    with_bias=st.booleans(),
+)
+def test_drawn_shapes(rows, in_features, out_features, approximate, with_bias):
+    check(rows, in_features, out_features, approximate, with_bias)
+
+
+@needs_amx
+def test_a_lesser_instruction_set_has_none_of_it():
+    weight = torch.randn(32, 32)
+    best = _C.cpu_isa()
+    try:
+        _C.set_cpu_isa("generic")
+        assert ops.pack_weight(weight) is None
+    finally:
+        _C.set_cpu_isa(best)
+    assert ops.pack_weight(weight) is not None
+
+
+@needs_amx
+def test_infinities_stay_and_nan_is_seen():
+    x, weight = torch.randn(4, 40), torch.rand(8, 40) + 0.1
+    x[1, 3], x[2, 5] = math.inf, math.nan
+    out = ops.pack_weight(weight).forward(x, weight, None, None, torch.empty(4, 8), Workspace())
+    assert out[0].isfinite().all()
+    assert out[3].isfinite().all()
+    assert not out[1].isfinite().any()
+    assert out[2].isnan().all()
+
+
+@needs_amx
+def test_bitwise_the_same_at_any_thread_count():
+    x, weight = torch.randn(700, 384), torch.randn(1536, 384)
+
+    def run():
+        packed = ops.pack_weight(weight)
+        return (packed.forward(x, weight, None, None, torch.empty(700, 1536), Workspace()),)
+
+    same_bits_at_any_thread_count(run)
+
+
+def model():
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = bert_fast.BertConfig(vocab_size=40, intermediate_size=100, **sizes)
+    return bert_fast.BertModel(config).eval()
+
+
+@torch.no_grad()
+def outputs(model, ids):
+    return model(ids).last_hidden_state
+
+
+def test_prepacked_model_follows_its_weights():
+    """After an optimizer's step, load_state_dict, deepcopy, pickle: never a stale weight. Where
+    there is no AMX prepack changes nothing, and this holds all the same."""
+    plain, ids = model(), torch.randint(1, 40, (3, 20))
+    packed = copy.deepcopy(plain).prepack()
+    assert (packed.layers[0].attention.qkv.packed is not None) == _C.linear_available()
+    assert isinstance(packed.layers[0].attention.qkv, Linear)
+
+    def same():
+        torch.testing.assert_close(outputs(packed, ids), outputs(plain, ids), rtol=0, atol=2e-6)
+
+    same()
+    with torch.no_grad():
+        for either in (plain, packed):
+            either.layers[1].feed_forward.down.weight.mul_(1.5)
+    same()
+    fresh = model()
+    for either in (plain, packed):
+        either.load_state_dict(fresh.state_dict())
+    same()
+    before = outputs(packed, ids)
+    for copied in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        with torch.no_grad():
+            copied.layers[0].attention.out.weight.add_(1.0)
+        assert not torch.equal(outputs(copied, ids), before)
+        assert torch.equal(outputs(packed, ids), before)
+    packed.double()
+    assert outputs(packed, ids).dtype == torch.float64
+
+
+@needs_amx
+def test_another_backend_is_obeyed(monkeypatch):
+    packed, ids = model().prepack(), torch.randint(1, 40, (3, 20))
+    wanted = outputs(packed, ids)
+
+    def fail(*args):
+        raise AssertionError("the packed weight was used")
+
+    monkeypatch.setattr(type(packed.layers[0].attention.qkv.packed), "forward", fail)
+    with bert_fast.use_backend("eager"):
+        torch.testing.assert_close(outputs(packed, ids), wanted, rtol=0, atol=2e-6)
+    with pytest.raises(AssertionError, match="was used"):
+        outputs(packed, ids)
+
+
+def test_prepacked_model_still_trains():
+    packed, ids = model().prepack(), torch.randint(1, 40, (3, 20))
+    before = outputs(packed, ids)
+    packed(ids).last_hidden_state.square().mean().backward()
+    torch.optim.SGD(packed.parameters(), lr=1.0).step()
+    after = outputs(packed, ids)
+    assert not torch.equal(before, after)
+    packed.layers[0].attention.qkv.packed = None
+    torch.testing.assert_close(outputs(packed, ids), after, rtol=0, atol=2e-6)

@@ -1,0 +1,307 @@
+"""Pre-training: pairs and masks, a run that is killed, runs cut up, what it leaves."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from bert_fast.training import corpus, optim
+from bert_fast.training.pretrain import Settings, _cut, pretrain
+
+SENTENCES = [
+    "the cat sees a dog by the river", "one red house has a green door", "old men run to new trees",
+    "she finds that his boat was blue", "we had been there long before noon", "rain fell on us all",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Forty documents of a few fixed sentences and parts of them: soon learned."""
+    rng = random.Random(7)
+    documents = []
+    for _ in range(40):
+        lines = (rng.choice(SENTENCES).split() for _ in range(rng.randint(3, 20)))
+        parts = (line[rng.randint(0, 2) :] for line in lines)
+        documents.append("\n".join(" ".join(part) for part in parts))
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n\n".join(documents) + "\n", encoding="utf-8")
+    tokenizer = corpus.train_tokenizer(corpus.read_documents([path]), 120)
+    tokenizer.save(str(path.parent / "tokenizer.json"))
+    return path
+
+
+def settings(text, out, **changes):
+    small = {
+        "tokenizer": str(text.parent), "layers": 2, "hidden": 32, "heads": 2, "max_length": 32,
+        "steps": 12, "batch_tokens": 400, "save_every": 4, "lr": 5e-3, "device": "cpu",
+    }  # fmt: skip
+    return Settings(text=[str(text)], out=str(out), **small | changes)
+
+
+def losses(out):
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(r["step"], r["masked_lm_loss"], r["next_sentence_loss"], r["gradient_norm"],
+             r.get("held_out_masked_lm_loss")) for r in records]  # fmt: skip
+
+
+# ---- data ----
+
+
+@pytest.fixture(scope="module")
+def sampler(text):
+    documents = corpus.read_documents([text])
+    whole = corpus.Corpus(documents, corpus.train_tokenizer(documents, 120))
+    train, held_out = whole.split(0.1)
+    assert len(train) + len(held_out) == len(documents) == 40
+    assert set(train).isdisjoint(held_out)
+    return corpus.PairSampler(whole, train, 32, 400, seed=3)
+
+
+def test_pairs_follow_or_do_not(sampler):
+    """b starts where a ends and lies in its document, or lies in another; half and half."""
+    whole = sampler.corpus
+    pairs, slices = sampler.epoch(0)
+    starts = whole.sentences[whole.documents]
+    document_a, document_b = (np.searchsorted(starts, pairs[:, i], "right") - 1 for i in (0, 2))
+    elsewhere = pairs[:, 4] == 1
+    assert ((document_a != document_b) == elsewhere).all()
+    assert (pairs[~elsewhere, 2] >= pairs[~elsewhere, 1]).all()
+    assert set(document_a) | set(document_b) <= set(sampler.documents)
+    assert (pairs[:, 1] > pairs[:, 0]).all()
+    assert (pairs[:, 3] > pairs[:, 2]).all()
+    assert (pairs[:, 1] - pairs[:, 0] + pairs[:, 3] - pairs[:, 2] <= 29).all()
+    shares = [np.mean(sampler.epoch(e)[0][:, 4]) for e in range(20)]
+    assert 0.45 < np.mean(shares) < 0.6  # a lone last sentence can only be followed by another's
+    assert [s.start for s in slices[1:]] == [s.stop for s in slices[:-1]]
+    assert slices[-1].stop == len(pairs)
+
+
+def test_vocabulary(text):
+    vocabulary = corpus.train_tokenizer(corpus.read_documents([text]), 120).get_vocab()
+    assert [vocabulary[token] for token in corpus.SPECIAL] == [0, 1, 2, 3, 4]
+    assert sorted(vocabulary.values()) == list(range(len(vocabulary)))
+    words = sorted(set(vocabulary) - set(corpus.SPECIAL), key=vocabulary.get)
+    assert words == sorted(words)
+
+
+def test_every_epoch_anew_and_from_the_seed_alone(sampler):
+    first, again, other = (sampler.epoch(e)[0] for e in (0, 0, 1))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+    a, b = (sampler.batch(first, slice(0, 3), 0) for _ in range(2))
+    assert torch.equal(a.input_ids, b.input_ids)
+    assert not torch.equal(a.input_ids, sampler.batch(first, slice(0, 3), 1).input_ids)
+
+
+@pytest.mark.parametrize("whole_words", [False, True])
+def test_masks(sampler, whole_words):
+    """15% of the tokens, never a special one: 80% [MASK], 10% another, 10% the same."""
+    sampler = corpus.PairSampler(
+        sampler.corpus, sampler.documents, 32, 400, seed=4, whole_words=whole_words
+    )
+    whole, masked, total, kinds = sampler.corpus, 0, 0, np.zeros(3)
+    for epoch in range(30):
+        pairs, slices = sampler.epoch(epoch)
+        for some in slices:
+            batch = sampler.batch(pairs, some, epoch)
+            lengths = batch.cu_seqlens.diff()
+            assert len(batch.input_ids) == batch.cu_seqlens[-1] <= 400
+            assert batch.max_seqlen == lengths.max() <= 32
+            labels, ids = batch.labels.numpy(), batch.input_ids.numpy()
+            chosen = labels != -100
+            original = np.where(chosen, labels, ids)
+            assert not np.isin(labels[chosen], [whole.cls, whole.sep, whole.pad]).any()
+            begins = batch.cu_seqlens[:-1].numpy()
+            assert (original[begins] == whole.cls).all()
+            assert (original[batch.cu_seqlens[1:].numpy() - 1] == whole.sep).all()
+            assert (original == whole.sep).sum() == 2 * len(begins)
+            a0, a1, b0, b1, label = pairs[some.start]
+            row = original[: lengths[0]]
+            assert np.array_equal(row[1 : a1 - a0 + 1], whole.ids[a0:a1])
+            assert np.array_equal(row[a1 - a0 + 2 : -1], whole.ids[b0:b1])
+            assert batch.token_type_ids[: lengths[0]].sum() == b1 - b0 + 1
+            assert batch.next_sentence_label[0] == label
+            if whole_words:  # a piece that continues a word shares its fate
+                continues = np.flatnonzero(whole.continues[original])
+                assert (chosen[continues] == chosen[continues - 1]).all()
+            masked, total = masked + chosen.sum(), total + len(ids) - 3 * len(begins)
+            kinds += [
+                (ids[chosen] == whole.mask).sum(),
+                ((ids != labels) & (ids != whole.mask) & chosen).sum(),
+                (ids == labels).sum(),
+            ]
+    assert 0.11 < masked / total < 0.18
+    share = kinds / kinds.sum()
+    assert abs(share - [0.8, 0.1, 0.1]).max() < 0.03
+
+
+def test_what_is_no_corpus_is_said(tmp_path):
+    path = tmp_path / "one.txt"
+    path.write_text("one\ntwo\n")
+    with pytest.raises(ValueError, match=r"one\.txt: 1 document; .* needs two at least"):
+        corpus.read_documents([path])
+    path.write_bytes(b"one\n\xff\n")
+    with pytest.raises(ValueError, match=r"one\.txt is not UTF-8: byte 4"):
+        corpus.read_documents([path])
+
+
+# ---- runs ----
+
+
+def test_it_learns_and_hugging_face_loads_it(text, tmp_path):
+    longer = {"hidden": 64, "batch_tokens": 800, "dropout": 0.0, "steps": 300, "save_every": 150}
+    new = {"tokenizer": None, "vocab_size": 120}
+    last = pretrain(settings(text, tmp_path / "run", **longer, **new))
+    assert last["held_out_masked_lm_loss"] < 0.8 * last["unigram_entropy"]
+    model = transformers.BertForPreTraining.from_pretrained(tmp_path / "run")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run")
+    out = model(**tokenizer(["the cat", "a red house"], padding=True, return_tensors="pt"))
+    assert out.prediction_logits.shape[2] == model.config.vocab_size
+    assert (tmp_path / "run" / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_parts_of_a_step_make_the_whole(text, tmp_path):
+    """The same losses when a step is computed in parts, activations are not kept; and with many
+    parts, of which some are empty."""
+    for name, change in {
+        "whole": {}, "parts": {"accumulate": 3}, "empty": {"accumulate": 40},
+        "again": {"checkpoint_activations": True},
+    }.items():  # fmt: skip
+        pretrain(settings(text, tmp_path / name, dropout=0.0, steps=6, **change))
+    whole = np.array(losses(tmp_path / "whole"))[:, :4].astype(float)
+    for name in ("parts", "empty", "again"):
+        np.testing.assert_allclose(
+            np.array(losses(tmp_path / name))[:, :4].astype(float), whole, rtol=1e-4
+        )
+
+
+def run(text, out, *options, launcher=(), **environment):
+    small = settings(text, out)
+    command = [
+        sys.executable, *launcher, "-m", "bert_fast.cli", "pretrain", "--text", str(text),
+        "--out", str(out), *options, "--device", "cpu",
+    ]  # fmt: skip
+    for name in ("tokenizer", "layers", "hidden", "heads", "max_length", "batch_tokens",
+                 "save_every", "lr"):  # fmt: skip
+        command += [f"--{name.replace('_', '-')}", str(getattr(small, name))]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True, env=os.environ | environment,
+    )  # fmt: skip
+
+
+def test_killed_and_resumed_bit_for_bit(text, tmp_path):
+    """kill -9 at any moment, several times; the losses are those of a run nobody disturbed."""
+    whole = run(text, tmp_path / "whole", "--steps", "60")
+    said, _ = whole.communicate()
+    assert whole.returncode == 0, said
+    out, kills = tmp_path / "killed", 0
+    for _ in range(20):
+        process = run(text, out, "--steps", "60", "--resume")
+        state, seen = out / "training_state.pt", None
+        if state.exists():
+            seen = state.stat().st_mtime_ns
+        while kills < 3 and process.poll() is None:  # until a checkpoint more is there
+            if state.exists() and state.stat().st_mtime_ns != seen:
+                time.sleep(random.random() * 0.3)
+                os.killpg(process.pid, signal.SIGKILL)
+                kills += process.wait() == -signal.SIGKILL
+                break
+            time.sleep(0.01)
+        said, _ = process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, said
+    assert kills >= 1
+    assert losses(out) == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_two_processes_are_one_with_their_batch(text, tmp_path, shard):
+    """By torchrun and gloo: the step's batch is the group's."""
+    options = ["--steps", "8", "--dropout", "0"]
+    alone = run(text, tmp_path / "one", *options)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options += ["--shard"] if shard else []
+    both = run(text, tmp_path / "two", *options, launcher=launcher, OMP_NUM_THREADS="1")
+    for process in (alone, both):
+        said, _ = process.communicate()
+        assert process.returncode == 0, said
+    np.testing.assert_allclose(
+        np.array(losses(tmp_path / "two")).astype(float),
+        np.array(losses(tmp_path / "one")).astype(float), rtol=1e-3,
+    )  # fmt: skip
+    transformers.BertForPreTraining.from_pretrained(tmp_path / "two")
+
+
+def test_bad_settings_are_said(text, tmp_path):
+    for change, message in {
+        "steps": (0, "steps must be at least 1"),
+        "held_out": (1.0, r"held_out must be in \[0, 1\)"),
+        "max_length": (4, "max_length must be at least 8"),
+        "optimizer": ("sgd", "optimizer must be one of"),
+    }.items():
+        value, said = message
+        with pytest.raises(ValueError, match=said):
+            settings(text, tmp_path, **{change: value})
+    pretrain(settings(text, tmp_path, steps=4))
+    with pytest.raises(ValueError, match="holds a run already; --resume goes on"):
+        pretrain(settings(text, tmp_path))
+    with pytest.raises(ValueError, match=r"--resume: lr was 0\.005, and is 0\.1 now"):
+        pretrain(settings(text, tmp_path, steps=4, resume=True, lr=0.1))
+    (tmp_path / "training_state.pt").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"training_state\.pt cannot be read"):
+        pretrain(settings(text, tmp_path, steps=4, resume=True))
+
+
+def test_cut():
+    assert _cut(slice(5, 12), 3) == [slice(5, 7), slice(7, 9), slice(9, 12)]
+    assert [s.stop - s.start for s in _cut(slice(0, 2), 4)] == [0, 1, 0, 1]
+
+
+# ---- optimizers ----
+
+
+def test_lamb_is_its_paper():
+    """One step by hand, and a problem it solves."""
+    weight, bias = torch.randn(3, 4), torch.randn(4)
+    parameters = [torch.nn.Parameter(t.clone()) for t in (weight, bias)]
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+    optim.LAMB(parameters, lr=0.1, weight_decay=0.01).step()
+    for p, was in zip(parameters, (weight, bias), strict=True):
+        update = p.grad / (p.grad.abs() + 1e-6) + 0.01 * was
+        ratio = was.norm() / update.norm() if was.ndim > 1 else 1
+        torch.testing.assert_close(p.detach(), was - 0.1 * ratio * update, rtol=1e-4, atol=1e-5)
+    x = torch.nn.Parameter(torch.randn(5, 5))
+    optimizer = optim.LAMB([x], lr=0.05, weight_decay=0.0)
+    target = torch.randn(5, 5)
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss = (x - target).square().sum()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.5
+
+
+def test_schedule_and_groups():
+    model = torch.nn.Linear(3, 4)
+    matrices, vectors = optim.parameter_groups(model, 0.1)
+    assert matrices["params"] == [model.weight]
+    assert vectors == {"params": [model.bias], "weight_decay": 0.0}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    schedule = optim.warmup_then_linear_decay(optimizer, 2, 6)
+    rates = []
+    for _ in range(7):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
