@@ -270,8 +270,9 @@ def test_with_transformers_4(tmp_path):
                 "charset-normalizer"]  # fmt: skip
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path]
     subprocess.run([*pip, *packages], check=True)
-    here = Path(__file__).parent
-    files = [here / f"test_{n}.py" for n in ("heads", "encoder_decoder", "checkpoint", "finetune")]
+    tests = Path(__file__).parents[1]
+    files = [tests / "models" / f"test_{n}.py" for n in ("heads", "encoder_decoder", "checkpoint")]
+    files.append(tests / "training" / "test_finetune.py")
     answer = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-m", "not full and not gpu", __file__, *files],
         env=os.environ | {"PYTHONPATH": str(tmp_path)}, cwd=Path(__file__).parents[2],
