@@ -125,7 +125,7 @@ MATRIX = re.compile(r"(HMMA|HGMMA|IMMA|QMMA|UTC\w*MMA)\b")
 
 
 PRODUCTS = ("attention.forward", "attention.backward_q", "attention.backward_kv",
-            "linear_gelu.forward", "linear_gelu.backward")  # fmt: skip
+            "linear.forward", "linear.backward")  # fmt: skip
 
 
 def cases(full=False):

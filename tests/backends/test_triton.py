@@ -55,7 +55,7 @@ def check(rows):
     assert not [row for row in rows if row["faults"]]
     kernels = {row["kernel"] for row in rows}
     assert {"attention.forward", "attention.backward_q", "attention.backward_kv"} <= kernels
-    assert {"linear_gelu.forward", "linear_gelu.backward", "embedding.forward"} <= kernels
+    assert {"linear.forward", "linear.backward", "embedding.forward"} <= kernels
     assert {"layer_norm.forward", "layer_norm.backward", "gelu.forward", "gelu.backward"} <= kernels
     assert all(row["spills"] == 0 and row["widest_load"] == 128 for row in rows)
 
