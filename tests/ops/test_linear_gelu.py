@@ -6,6 +6,7 @@ from conftest import DTYPES, assert_within
 
 import bert_fast
 from bert_fast import backends, ops
+from bert_fast.backends import choice
 
 # x's shape and out_width. In 16 bits the even ones go through descriptors where the chip has them.
 SHAPES = [((1, 16), 8), ((7, 64), 136), ((131, 40), 264), ((65, 33), 77), ((0, 16), 8),
@@ -51,7 +52,7 @@ def test_inference_writes_where_it_is_told(backend):
 
 def test_auto_uses_it_where_it_was_measured_to_win_alone(monkeypatch):
     """No chip has been measured: the table is empty, and says so by the platform's BLAS."""
-    monkeypatch.setattr(backends, "why_not", lambda *args: None)
+    monkeypatch.setattr(choice, "why_not", lambda *args: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     asked = ("linear_gelu", "cuda", torch.bfloat16, False)
