@@ -15,7 +15,7 @@ from conftest import assert_within
 
 import bert_fast
 from bert_fast.bench import data
-from bert_fast.hugging_face import accelerate as hugging_face
+from bert_fast.hugging_face import accelerated as hugging_face
 
 SIZES = {
     "vocab_size": 90, "hidden_size": 36, "num_hidden_layers": 3, "num_attention_heads": 3,

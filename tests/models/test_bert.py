@@ -66,7 +66,7 @@ def test_outputs_losses_and_gradients(tmp_path, name):
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
     found, loss = run(ours, torch.float32)
-    gradients = bert_fast.checkpoint.to_hugging_face(named_gradients(ours))
+    gradients = bert_fast.models.checkpoint.to_hugging_face(named_gradients(ours))
     torchs, torchs_loss = run(theirs, torch.float32)
     torchs_gradients = named_gradients(theirs)
     torchs_gradients = {k: v.clone() for k, v in torchs_gradients.items()}
