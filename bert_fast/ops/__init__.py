@@ -1,18 +1,12 @@
 """The ops: what users call, what ``torch.library`` knows, what backends do. One file an op."""
 
 from bert_fast.ops import reference
-from bert_fast.ops.attention import (
-    attention,
-    attention_qkv,
-    can_use_packed,
-    check_cu_seqlens,
-    embedding_layer_norm,
-    gelu,
-    is_concrete,
-    layer_norm,
-    linear_gelu,
-    pack_weight,
-)
+from bert_fast.ops.attention import attention, attention_qkv
+from bert_fast.ops.checks import check_cu_seqlens, is_concrete
+from bert_fast.ops.embedding import embedding_layer_norm
+from bert_fast.ops.gelu import gelu
+from bert_fast.ops.layer_norm import layer_norm
+from bert_fast.ops.linear import can_use_packed, linear_gelu, pack_weight
 
 __all__ = [
     "attention",

@@ -1,0 +1,163 @@
+"""BERT's embeddings: three tables gathered, added and normalised."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bert_fast import backends
+from bert_fast.ops.checks import (
+    check,
+    check_same_dtype,
+    check_tensors,
+    check_vector,
+    is_concrete,
+    shape_of,
+)
+from bert_fast.ops.layer_norm import layer_norm
+from bert_fast.ops.library import (
+    define,
+    fake,
+    needs_grad_of,
+    register_autocast,
+    register_autograd,
+)
+
+
+def embedding_layer_norm(
+    input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, *,
+    eps=1e-12, padding_idx=None, backend=None,
+):  # fmt: skip
+    """LN(word[input_ids] + position[position_ids] + token_type[token_type_ids]) · weight + bias.
+
+    Args:
+        input_ids, position_ids, token_type_ids: packed, (total_tokens,), int32 or int64;
+            token_type_ids None means all 0. Ids outside of their tables are torch's own errors.
+        word, position, token_type: embedding tables, (number, hidden).
+        weight, bias, eps: layer-norm's, as in :func:`layer_norm`.
+        padding_idx: the row of ``word`` that gets no gradient.
+
+    Returns:
+        (total_tokens, hidden); under autocast in its dtype, else in the tables'.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+        BackendUnavailableError: the backend asked for cannot run this.
+    """
+    check_tensors(
+        ("word", word), position=position, token_type=token_type, weight=weight, bias=bias
+    )
+    check_same_dtype(("word", word), position=position, token_type=token_type)
+    for name, table in (("word", word), ("position", position), ("token_type", token_type)):
+        check(
+            table.ndim == 2 and table.shape[1] == word.shape[1] >= 1,
+            f"{name} must be (number, {word.shape[-1]}), not {shape_of(table)}",
+        )
+    ids = {
+        "input_ids": input_ids, "position_ids": position_ids, "token_type_ids": token_type_ids
+    }  # fmt: skip
+    for name, tensor in ids.items():
+        if tensor is not None or name != "token_type_ids":
+            _check_packed_ids(name, tensor, input_ids, word.device)
+    check_vector("weight", weight, word.shape[1])
+    check_vector("bias", bias, word.shape[1])
+    needs_grad = needs_grad_of(word, position, token_type, weight, bias)
+    device, width = word.device.type, word.shape[1]
+    name = backends.choose("embedding_layer_norm", device, word.dtype, needs_grad, backend, width)
+    if name != "eager":
+        _check_in_tables(ids, (word, position, token_type))
+        on = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if on else word.dtype
+        return torch.ops.bert_fast.embedding_layer_norm(
+            input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps,
+            -1 if padding_idx is None else padding_idx, dtype, needs_grad, name,
+        )[0]  # fmt: skip
+    rest, first = F.embedding(position_ids, position), None
+    if token_type_ids is None:
+        first = token_type[0]
+    else:
+        rest = rest + F.embedding(token_type_ids, token_type)
+    return layer_norm(
+        F.embedding(input_ids, word, padding_idx), weight, bias, residual=rest, linear_bias=first,
+        eps=eps, backend=backend,
+    )  # fmt: skip
+
+
+def _check_packed_ids(name, ids, like, device):
+    check(
+        isinstance(ids, Tensor) and ids.dtype in (torch.int32, torch.int64),
+        f"{name} must be an int64 or int32 tensor", TypeError,
+    )  # fmt: skip
+    check(
+        ids.ndim == 1 and ids.shape == like.shape,
+        lambda: f"{name} must be packed, (total_tokens,), and like input_ids, not {shape_of(ids)}",
+    )
+    check(ids.device == device, f"{name} is on {ids.device}, word on {device}")
+
+
+def _check_in_tables(ids, tables):
+    """What torch's embedding checks, where the values can be seen; on a device the kernel does."""
+    for (name, tensor), table in zip(ids.items(), tables, strict=True):
+        if tensor is not None and is_concrete(tensor) and tensor.numel():
+            low, high = (int(bound) for bound in torch.aminmax(tensor))
+            check(
+                low >= 0 and high < len(table),
+                f"{name} out of range: {low} to {high}, the table has 0 to {len(table) - 1}",
+                IndexError,
+            )
+
+
+@define(
+    "embedding_layer_norm(Tensor input_ids, Tensor position_ids, Tensor? token_type_ids, "
+    "Tensor word, Tensor position, Tensor token_type, Tensor weight, Tensor bias, float eps, "
+    "int padding_idx, ScalarType dtype, bool training, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+def _embedding_layer_norm(input_ids, position_ids, token_type_ids, *rest):
+    *tables, weight, bias, eps, _, dtype, training, backend = rest
+    ids = (None if i is None else i.contiguous() for i in (input_ids, position_ids, token_type_ids))
+    out, *saved = backends.module(backend).embedding_forward(
+        *ids, *(t.contiguous() for t in tables), weight, bias, eps, dtype, training
+    )
+    return out, *(out.new_empty(0) if t is None else t for t in saved)
+
+
+@fake("embedding_layer_norm")
+def _(input_ids, position_ids, token_type_ids, word, *rest):
+    *_, dtype, training, _ = rest
+    rows, width = input_ids.numel() if training else 0, word.shape[1]
+    out = word.new_empty((input_ids.numel(), width), dtype=dtype)
+    total = out.new_empty((rows, width) if training else (0,))
+    kind = torch.float32 if training else dtype
+    return out, total, *(word.new_empty((rows,), dtype=kind) for _ in range(2))
+
+
+def _save_embedding_layer_norm(ctx, inputs, output):
+    *ids, word, position, token_type, weight, bias, _, ctx.padding_idx, _, _, ctx.backend = inputs
+    _, total, mean, rstd = output
+    ctx.mark_non_differentiable(total, mean, rstd)
+    ctx.save_for_backward(*ids, total, mean, rstd, weight)
+    ctx.tables = [(t.shape[0], t.dtype) for t in (word, position, token_type)]
+    ctx.bias_dtype = bias.dtype
+
+
+def _embedding_layer_norm_autograd(ctx, dout, *_):
+    *ids, total, mean, rstd, weight = ctx.saved_tensors
+    _, dsum, dweight, dbias, _ = torch.ops.bert_fast.layer_norm_backward(
+        dout, total, mean, rstd, weight, False, 0.0, None, ctx.backend
+    )
+    if ids[2] is None:
+        ids[2] = torch.zeros_like(ids[0])
+    dtables = [
+        torch.ops.aten.embedding_dense_backward(dsum.to(dtype), i, count, padding, False)
+        if needed else None
+        for i, (count, dtype), padding, needed in zip(
+            ids, ctx.tables, (ctx.padding_idx, -1, -1), ctx.needs_input_grad[3:6], strict=True
+        )
+    ]  # fmt: skip
+    return *[None] * 3, *dtables, dweight.to(weight.dtype), dbias.to(ctx.bias_dtype), *[None] * 5
+
+
+register_autograd(
+    "embedding_layer_norm", _embedding_layer_norm_autograd, _save_embedding_layer_norm
+)
+register_autocast("embedding_layer_norm", 0)

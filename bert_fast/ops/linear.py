@@ -1,0 +1,153 @@
+"""A linear layer and the GELU after it; weights prepared for repeated inference."""
+
+import torch
+import torch.nn.functional as F
+
+from bert_fast import backends
+from bert_fast.ops.checks import (
+    check,
+    check_approximate,
+    check_out,
+    check_same_dtype,
+    check_tensors,
+    check_vector,
+    shape_of,
+)
+from bert_fast.ops.gelu import gelu
+from bert_fast.ops.library import (
+    autocast,
+    contiguous_like,
+    define,
+    fake,
+    needs_grad_of,
+    refuse_second_derivative,
+    register_autocast,
+    register_autograd,
+)
+
+
+def linear_gelu(x, weight, bias=None, *, approximate="none", backend=None, out=None):
+    """GELU(x Wᵀ + bias): a linear layer and the activation after it.
+
+    One kernel where the backend has one and it is known to win (see :mod:`bert_fast.backends`), or
+    was asked for by name; else torch's product and :func:`gelu`.
+
+    Args:
+        x: (..., width).
+        weight: (out_width, width), x's dtype.
+        bias: (out_width,), any float dtype.
+        approximate, backend: as in :func:`gelu`.
+        out: (..., out_width), written and returned; inference alone.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+        BackendUnavailableError: the backend asked for cannot run this.
+    """
+    check_tensors(("x", x), weight=weight, bias=bias)
+    x, weight = autocast(x, weight)
+    check(x.ndim >= 1 and x.shape[-1] >= 1, lambda: f"x must be (..., width), not {shape_of(x)}")
+    check_same_dtype(("x", x), weight=weight)
+    check(
+        weight.ndim == 2 and weight.shape[0] >= 1 and weight.shape[1] == x.shape[-1],
+        lambda: f"weight must be (out_width, {x.shape[-1]}), not {shape_of(weight)}",
+    )
+    check_vector("bias", bias, weight.shape[0])
+    check_approximate(approximate)
+    needs_grad = needs_grad_of(x, weight, bias)
+    name = backends.choose("linear_gelu", x.device.type, x.dtype, needs_grad, backend)
+    if out is not None:
+        like = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device="meta")
+        check_out(out, like, needs_grad, x.device)
+    if name != "eager":
+        result, _ = torch.ops.bert_fast.linear_gelu(x, weight, bias, approximate, needs_grad, name)
+        return result if out is None else out.copy_(result)
+    if out is None:
+        return gelu(F.linear(x, weight), bias, approximate=approximate, backend=backend)
+    product = torch.mm(x.reshape(-1, x.shape[-1]), weight.t(), out=out.view(-1, weight.shape[0]))
+    return gelu(product, bias, approximate=approximate, backend=backend, out=product).view(
+        out.shape
+    )
+
+
+def pack_weight(weight):
+    """A linear layer's weight prepared for repeated inference, or None where nothing is won by it:
+    see :class:`bert_fast.backends.cpu.PackedWeight`."""
+    if backends.why_unavailable("cpu") is not None:
+        return None
+    packed = backends.module("cpu").PackedWeight
+    return packed(weight) if packed.possible(weight) else None
+
+
+def can_use_packed(packed, weight, rows):
+    """Whether ``rows`` rows go through a packed weight: enough of them, a weight that is still of
+    the right kind, and no other backend asked for."""
+    if rows < packed.MIN_ROWS or not packed.possible(weight):
+        return False
+    return backends.choose("gelu", "cpu", weight.dtype, needs_grad=False) == "cpu"
+
+
+@define(
+    "linear_gelu(Tensor x, Tensor weight, Tensor? bias, str approximate, bool training, "
+    "str backend) -> (Tensor, Tensor)"
+)
+def _linear_gelu(x, weight, bias, approximate, training, backend):
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    out, product = backends.module(backend).linear_gelu_forward(
+        rows, weight.contiguous(), bias, approximate, training
+    )
+    out = out.view(*x.shape[:-1], weight.shape[0])
+    return out, x.new_empty(0) if product is None else product.view_as(out)
+
+
+@define(
+    "linear_gelu_backward(Tensor dout, Tensor product, Tensor? bias, Tensor weight, "
+    "str approximate, str backend) -> (Tensor, Tensor, Tensor)"
+)
+def _linear_gelu_backward(dout, product, bias, weight, approximate, backend):
+    width = dout.shape[-1]
+    dx, dproduct, dbias = backends.module(backend).linear_gelu_backward(
+        dout.reshape(-1, width).contiguous(), product.view(-1, width), bias, weight.contiguous(),
+        approximate,
+    )  # fmt: skip
+    dx = dx.view(*dout.shape[:-1], weight.shape[1])
+    dbias = dout.new_empty(0, dtype=torch.float32) if dbias is None else dbias
+    return dx, dproduct.view(dout.shape), dbias
+
+
+@fake("linear_gelu")
+def _(x, weight, bias, approximate, training, backend):
+    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return out, x.new_empty(out.shape if training else (0,))
+
+
+@fake("linear_gelu_backward")
+def _(dout, product, bias, weight, approximate, backend):
+    dx = dout.new_empty((*dout.shape[:-1], weight.shape[1]))
+    return (
+        dx,
+        contiguous_like(dout),
+        dout.new_empty((0 if bias is None else dout.shape[-1],), dtype=torch.float32),
+    )
+
+
+def _save_linear_gelu(ctx, inputs, output):
+    x, weight, bias, ctx.approximate, _, ctx.backend = inputs
+    _, product = output
+    ctx.mark_non_differentiable(product)
+    ctx.save_for_backward(x, weight, bias, product)
+
+
+def _linear_gelu_autograd(ctx, dout, _):
+    x, weight, bias, product = ctx.saved_tensors
+    dx, dproduct, dbias = torch.ops.bert_fast.linear_gelu_backward(
+        dout, product, bias, weight, ctx.approximate, ctx.backend
+    )
+    dweight = None
+    if ctx.needs_input_grad[1]:
+        dweight = dproduct.reshape(-1, dproduct.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+    return dx, dweight, None if bias is None else dbias.to(bias.dtype), None, None, None
+
+
+register_autograd("linear_gelu", _linear_gelu_autograd, _save_linear_gelu)
+refuse_second_derivative("linear_gelu_backward")
+register_autocast("linear_gelu", 2)
