@@ -1,6 +1,7 @@
 """Custom kernels that make BERT fast: attention, layer-norm and GELU, forward and backward."""
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
 from bert_fast.backends import BackendUnavailableError, use_backend
 from bert_fast.models.bert import BertConfig, BertModel, BertOutput
@@ -12,6 +13,23 @@ from bert_fast.ops import (
     layer_norm,
     linear_gelu,
 )
+
+if TYPE_CHECKING:  # what __getattr__ below imports when it is used
+    from bert_fast import nn as nn
+    from bert_fast.embeddings.encoder import SentenceEncoder
+    from bert_fast.hugging_face import accelerate, restore
+    from bert_fast.models.checkpoint import CheckpointError
+    from bert_fast.models.encoder_decoder import EncoderDecoderModel
+    from bert_fast.models.graphs import cudagraph
+    from bert_fast.models.heads import (
+        BertForMaskedLM,
+        BertForMultipleChoice,
+        BertForNextSentencePrediction,
+        BertForPreTraining,
+        BertForQuestionAnswering,
+        BertForSequenceClassification,
+        BertForTokenClassification,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
@@ -62,7 +80,7 @@ _LATER = {
 }  # fmt: skip
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name == "nn":
         return importlib.import_module("bert_fast.nn")
     if name in _LATER:

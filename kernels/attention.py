@@ -295,10 +295,6 @@ def _backward_kv(
     _store_rows(dv, dvalues, k_begin, col, k_length, dv_stride, dv_head, HEAD_DIM, BLOCK_D)
 
 
-# ------------------------------------------------------------------------------------------------
-# Launch
-# ------------------------------------------------------------------------------------------------
-
 # The padded head_dim -> BLOCK_M, BLOCK_N, warps, stages; plain FMA (float32, and any dtype before
 # 8.0) apart, then by chip: 90 and 100 have instructions of 64 rows, the others share mma.sync. What
 # spills no register and fits every chip's shared memory (`bert-fast inspect`); no time has been

@@ -139,10 +139,6 @@ def _backward(
         _store(dx, total, row, col, rows, width, BLOCK_M, BLOCK_N, TMA)
 
 
-# ------------------------------------------------------------------------------------------------
-# Launch
-# ------------------------------------------------------------------------------------------------
-
 # BLOCK_M, BLOCK_N, BLOCK_K, warps, stages: by plain FMA or chip, the others sharing mma.sync; apart
 # from them 16-bit rows that are no multiple of 16 bytes, loaded element by element. What spills no
 # register (`bert-fast inspect`); no time has been measured yet.

@@ -64,7 +64,7 @@ def _path():
     return cache_directory() / "tuned.json"
 
 
-_cached = {}  # path -> (its time stamp, what was in it)
+_cached: dict = {}  # path -> (its time stamp, what was in it)
 
 
 def _read(path):

@@ -14,10 +14,14 @@ import contextlib
 import contextvars
 import importlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Literal
 
 import torch
 
+BackendName = Literal["auto", "eager", "cpu", "triton", "cuda"]
 LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -63,10 +67,10 @@ MODULES = {
 AUTO = {"cpu": ("cpu", "eager"), "cuda": ("triton", "cuda", "eager")}
 # Ops that `auto` leaves alone but on these compute capabilities, each with the measurement that put
 # it there. linear_gelu has to beat cuBLAS followed by gelu, and no chip has been measured.
-ONLY_WHERE_MEASURED = {"linear_gelu": {}}
+ONLY_WHERE_MEASURED: dict[str, dict[tuple[int, int], str]] = {"linear_gelu": {}}
 
 _override = contextvars.ContextVar("bert_fast_backend", default=None)
-_modules = {}  # name -> module, or the reason why there is none
+_modules: dict[str, ModuleType | str] = {}  # name -> module, or the reason why there is none
 
 
 class BackendUnavailableError(RuntimeError):
@@ -109,7 +113,7 @@ def interpreted(name):
     return name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def why_unavailable(name):
+def why_unavailable(name: str) -> str | None:
     """Why the backend cannot run on this machine at all, or None where it can."""
     if name == "eager":
         return None
@@ -189,7 +193,7 @@ def _capability(device):
 
 # A traced graph keeps the backend it was traced with. This is what the decorator
 # torch.compiler.assume_constant_result sets; the decorator imports all of Dynamo, 0.8 s, at once.
-choose._dynamo_marked_constant = True
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def module(name):
@@ -198,7 +202,7 @@ def module(name):
 
 
 @contextlib.contextmanager
-def use_backend(name):
+def use_backend(name: BackendName) -> Iterator[None]:
     """``with use_backend("eager"): ...`` runs every op inside on that backend."""
     token = _override.set(check_name(name, "use_backend"))
     try:

@@ -1,10 +1,13 @@
 """Attention over packed sequences: softmax(Q Kᵀ · scale) V, forward and backward."""
 
 import math
+from typing import Any, Literal, overload
 
 import torch
+from torch import Tensor
 
 from bert_fast import backends
+from bert_fast.backends import BackendName
 from bert_fast.ops import reference
 from bert_fast.ops.checks import (
     check,
@@ -28,6 +31,16 @@ from bert_fast.ops.library import (
 )
 
 
+@overload
+def attention(*args: Any, return_lse: Literal[True], **options: Any) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None = None, *,
+    max_seqlen: int | None = None, max_seqlen_k: int | None = None, bias: Tensor | None = None,
+    softmax_scale: float | None = None, causal: bool = False, dropout_p: float = 0.0,
+    seed: int | Tensor | None = None, padded_tail: bool = False, return_lse: Literal[False] = False,
+    backend: BackendName | None = None, out: Tensor | None = None,
+) -> Tensor: ...  # fmt: skip
 def attention(
     q, k, v, cu_seqlens, cu_seqlens_k=None, *, max_seqlen=None, max_seqlen_k=None, bias=None,
     softmax_scale=None, causal=False, dropout_p=0.0, seed=None, padded_tail=False,
@@ -89,6 +102,17 @@ def attention(
     )  # fmt: skip
 
 
+@overload
+def attention_qkv(
+    *args: Any, return_lse: Literal[True], **options: Any
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention_qkv(
+    qkv: Tensor, cu_seqlens: Tensor, *, max_seqlen: int | None = None, bias: Tensor | None = None,
+    softmax_scale: float | None = None, causal: bool = False, dropout_p: float = 0.0,
+    seed: int | Tensor | None = None, padded_tail: bool = False, return_lse: Literal[False] = False,
+    backend: BackendName | None = None, out: Tensor | None = None,
+) -> Tensor: ...  # fmt: skip
 def attention_qkv(
     qkv, cu_seqlens, *, max_seqlen=None, bias=None, softmax_scale=None, causal=False,
     dropout_p=0.0, seed=None, padded_tail=False, return_lse=False, backend=None, out=None,

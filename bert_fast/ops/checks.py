@@ -1,9 +1,12 @@
 """What every op checks before any kernel runs: a message names the argument and what it must be."""
 
 import itertools
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+Approximate = Literal["none", "tanh"]
 
 
 def check(ok, message, error=ValueError):

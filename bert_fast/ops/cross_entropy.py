@@ -69,7 +69,9 @@ def _backward(
     x: Tensor, weight: Tensor, bias: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The last three are what a second derivative would be by: asked for, it is refused."""
-    return tuple(gradient * dloss.to(gradient.dtype) for gradient in (dx, dweight, dbias))
+    scaled = (gradient * dloss.to(gradient.dtype) for gradient in (dx, dweight, dbias))
+    dx, dweight, dbias = scaled
+    return dx, dweight, dbias
 
 
 @_backward.register_fake

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bert_fast import backends
+from bert_fast.backends import BackendName
 from bert_fast.ops.checks import (
     check,
     check_same_dtype,
@@ -24,9 +25,10 @@ from bert_fast.ops.library import (
 
 
 def embedding_layer_norm(
-    input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, *,
-    eps=1e-12, padding_idx=None, backend=None,
-):  # fmt: skip
+    input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None, word: Tensor,
+    position: Tensor, token_type: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-12,
+    padding_idx: int | None = None, backend: BackendName | None = None,
+) -> Tensor:  # fmt: skip
     """LN(word[input_ids] + position[position_ids] + token_type[token_type_ids]) · weight + bias.
 
     Args:

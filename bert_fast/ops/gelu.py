@@ -1,10 +1,13 @@
 """GELU with the bias of the linear layer before it."""
 
 import torch
+from torch import Tensor
 
 from bert_fast import backends
+from bert_fast.backends import BackendName
 from bert_fast.ops import reference
 from bert_fast.ops.checks import (
+    Approximate,
     check,
     check_approximate,
     check_out,
@@ -23,7 +26,10 @@ from bert_fast.ops.library import (
 )
 
 
-def gelu(x, bias=None, *, approximate="none", backend=None, out=None):
+def gelu(
+    x: Tensor, bias: Tensor | None = None, *, approximate: Approximate = "none",
+    backend: BackendName | None = None, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """GELU(x + bias) (Hendrycks & Gimpel 2016): exact by erf, or ``approximate="tanh"``.
 
     Args:

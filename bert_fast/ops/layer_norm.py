@@ -1,8 +1,10 @@
 """Layer-norm with what stands before it: bias, dropout and residual."""
 
 import torch
+from torch import Tensor
 
 from bert_fast import backends
+from bert_fast.backends import BackendName
 from bert_fast.ops import reference
 from bert_fast.ops.checks import (
     check,
@@ -26,9 +28,10 @@ from bert_fast.ops.library import (
 
 
 def layer_norm(
-    x, weight, bias, *, residual=None, linear_bias=None, eps=1e-12, dropout_p=0.0, seed=None,
-    backend=None, out=None,
-):  # fmt: skip
+    x: Tensor, weight: Tensor, bias: Tensor, *, residual: Tensor | None = None,
+    linear_bias: Tensor | None = None, eps: float = 1e-12, dropout_p: float = 0.0,
+    seed: int | Tensor | None = None, backend: BackendName | None = None, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """LN(residual + dropout(x + linear_bias)) · weight + bias (Ba et al. 2016, eq. 4), one pass.
 
     Args:

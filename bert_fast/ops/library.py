@@ -33,7 +33,7 @@ def register_autograd(name, backward, save):
     )
 
 
-def no_second_order(ctx, *_):
+def _no_second_order(ctx, *_):
     raise NotImplementedError(
         "bert_fast's kernels have no second derivative; backend='eager' has every one"
     )
@@ -41,7 +41,7 @@ def no_second_order(ctx, *_):
 
 def refuse_second_derivative(name):
     """For an op's ``<name>_backward``."""
-    torch.library.register_autograd(f"bert_fast::{name}", no_second_order, lib=_library)
+    torch.library.register_autograd(f"bert_fast::{name}", _no_second_order, lib=_library)
 
 
 def register_autocast(name, num_activations):

@@ -2,9 +2,12 @@
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from bert_fast import backends
+from bert_fast.backends import BackendName
 from bert_fast.ops.checks import (
+    Approximate,
     check,
     check_approximate,
     check_out,
@@ -26,7 +29,10 @@ from bert_fast.ops.library import (
 )
 
 
-def linear_gelu(x, weight, bias=None, *, approximate="none", backend=None, out=None):
+def linear_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, approximate: Approximate = "none",
+    backend: BackendName | None = None, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """GELU(x Wᵀ + bias): a linear layer and the activation after it.
 
     One kernel where the backend has one and it is known to win (see :mod:`bert_fast.backends`), or
