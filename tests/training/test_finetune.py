@@ -11,9 +11,11 @@ import transformers
 import bert_fast
 from bert_fast.cli import main
 from bert_fast.embeddings.encoder import load_tokenizer
-from bert_fast.training import corpus
+from bert_fast.training import corpus, tasks
 from bert_fast.training.finetune import Settings, Tuned, finetune
-from bert_fast.training.tasks import task as tasks
+from bert_fast.training.tasks import figures as figures_of
+from bert_fast.training.tasks import question_answering
+from bert_fast.training.tasks.tagging import _entities
 
 GOOD = ["fine", "great", "lovely"]
 BAD = ["poor", "dull", "awful"]
@@ -261,12 +263,12 @@ def test_figures():
     figures = task.judge([tasks.Example("", None, t) for t in truth], guess)
     assert np.isclose(figures["pearson"], np.corrcoef(truth, guess)[0, 1])
     assert np.isclose(figures["spearman"], np.corrcoef([1, 2.5, 2.5, 4], [2, 1, 3.5, 3.5])[0, 1])
-    assert tasks._entities(["B-a", "I-a", "I-b", "O", "B-a", "B-a"]) == {
+    assert _entities(["B-a", "I-a", "I-b", "O", "B-a", "B-a"]) == {
         (0, 2, "a"), (2, 3, "b"), (4, 5, "a"), (5, 6, "a"),
     }  # fmt: skip
-    assert tasks._normal("The  Cat's, a dog!") == "cats dog"
-    assert np.isclose(tasks._overlap(["a", "b", "c"], ["b", "c", "d", "e"]), 4 / 7)
-    assert tasks._accuracy_and_f1(["x", "x", "y"], ["x", "y", "y"]) == {
+    assert question_answering._normal("The  Cat's, a dog!") == "cats dog"
+    assert np.isclose(question_answering._overlap(["a", "b", "c"], ["b", "c", "d", "e"]), 4 / 7)
+    assert figures_of.accuracy_and_f1(["x", "x", "y"], ["x", "y", "y"]) == {
         "accuracy": 2 / 3, "f1_macro": 2 / 3,
     }  # fmt: skip
 

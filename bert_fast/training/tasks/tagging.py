@@ -1,0 +1,142 @@
+"""A tag for each word: named entities, parts of speech."""
+
+import collections
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bert_fast.models import heads
+from bert_fast.ops.cross_entropy import IGNORED
+from bert_fast.training.tasks.figures import draw_confusion
+from bert_fast.training.tasks.rows import DataError, read_lines, read_rows
+from bert_fast.training.tasks.task import Example, Feature, Task
+
+
+class Tagging(Task):
+    """A tag a word: CoNLL's form, or JSONL with ``words`` and ``tags``. A word's first token
+    carries its tag. Tags B-x and I-x are judged as entities, others a word at a time."""
+
+    model = heads.BertForTokenClassification
+
+    def read(self, path, labelled=True):
+        path = Path(path)
+        examples = (self._jsonl if path.suffix == ".jsonl" else self._conll)(path, labelled)
+        if not examples:
+            raise DataError(f"{path} has no rows")
+        return examples
+
+    def _jsonl(self, path, labelled):
+        examples = []
+        for number, row in read_rows(path):
+            words, tags = row.get("words"), row.get("tags") if labelled else None
+            for name, value in (("words", words), ("tags", tags)):
+                if name == "tags" and not labelled:
+                    continue
+                if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
+                    raise DataError(f"{path}:{number}: {name!r} must be a list of texts")
+            if labelled and len(words) != len(tags):
+                raise DataError(f"{path}:{number}: {len(words)} words, but {len(tags)} tags")
+            if words:
+                examples.append(Example(words, None, tags))
+        return examples
+
+    def _conll(self, path, labelled):
+        examples, words, tags = [], [], []
+        for number, line in enumerate([*read_lines(path), ""], 1):
+            columns = line.split()
+            if columns and labelled and len(columns) < 2:
+                raise DataError(f"{path}:{number}: a word and its tag expected, not {line!r}")
+            if columns:
+                words.append(columns[0])
+                tags.append(columns[-1])
+            elif words:
+                examples.append(Example(words, None, tags if labelled else None))
+                words, tags = [], []
+        return examples
+
+    def fit(self, examples):
+        self.labels = sorted({tag for example in examples for tag in example.label})
+
+    def features(self, tokenizer, examples, max_length):
+        tokenizer.enable_truncation(max_length)
+        encodings = tokenizer.encode_batch([e.text for e in examples], is_pretokenized=True)
+        return [
+            Feature(e.ids, e.type_ids, self._target(examples[i], e), i, e)
+            for i, e in enumerate(encodings)
+        ]
+
+    def check(self, examples):
+        """A tag that training never saw cannot be right, but is no reason to stop."""
+
+    def _target(self, example, encoding):
+        if example.label is None:
+            return None
+        target = [IGNORED] * len(encoding.ids)
+        for place, word in _first_tokens(encoding):
+            tag = example.label[word]
+            target[place] = self.labels.index(tag) if tag in self.labels else IGNORED
+        return target
+
+    def label_tensors(self, features, seqlen):
+        rows = [f.label + [IGNORED] * (seqlen - len(f.label)) for f in features]
+        return {"labels": torch.tensor(rows)}
+
+    def outputs(self, out, lengths):
+        best = out.logits.argmax(-1).cpu()
+        return [(row[:length],) for row, length in zip(best, lengths, strict=True)]
+
+    def predictions(self, examples, features, outputs):
+        """A tag a word: O, or the first of all tags, for words that were cut off."""
+        found = []
+        for feature, (best,) in zip(features, outputs, strict=True):
+            words = examples[feature.example].text
+            tags = ["O" if "O" in self.labels else self.labels[0]] * len(words)
+            for place, word in _first_tokens(feature.encoding):
+                tags[word] = self.labels[best[place]]
+            found.append(tags)
+        return found
+
+    def judge(self, examples, predictions):
+        truth = [tag for example in examples for tag in example.label]
+        guess = [tag for tags in predictions for tag in tags]
+        figures = {"accuracy": float(np.mean([a == b for a, b in zip(truth, guess, strict=True)]))}
+        if any(tag.startswith("B-") for tag in self.labels):
+            wanted = [_entities(example.label) for example in examples]
+            found = [_entities(tags) for tags in predictions]
+            right = sum(len(a & b) for a, b in zip(wanted, found, strict=True))
+            total = sum(map(len, wanted)) + sum(map(len, found))
+            figures = {"entity_f1": 2 * right / max(total, 1), **figures}
+        return figures
+
+    def row(self, prediction):
+        return {"tags": prediction}
+
+    def draw(self, axes, examples, predictions):
+        pairs = [(e.label, tags) for e, tags in zip(examples, predictions, strict=True)]
+        truth, guess = ([tag for pair in pairs for tag in pair[i]] for i in (0, 1))
+        common = [tag for tag, _ in collections.Counter(truth).most_common(20)]
+        draw_confusion(axes, common, truth, guess)
+
+
+def _first_tokens(encoding):
+    """(place, word) of the first token of each word."""
+    previous = None
+    for place, word in enumerate(encoding.word_ids):
+        if word is not None and word != previous:
+            yield place, word
+        previous = word
+
+
+def _entities(tags):
+    """{(begin, end, kind)} of tags B-x, I-x, O; an I-x without its B-x begins one, as in CoNLL's
+    own evaluation."""
+    found, begin, kind = set(), None, None
+    for i, tag in enumerate([*tags, "O"]):
+        head, _, name = tag.partition("-")
+        if begin is not None and (head != "I" or name != kind):
+            found.add((begin, i, kind))
+            begin = None
+        if head in ("B", "I") and begin is None:
+            begin, kind = i, name
+    return found
