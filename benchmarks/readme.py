@@ -3,29 +3,37 @@
 python -m benchmarks.readme
 """
 
-import json
 from pathlib import Path
 
+from bert_fast.bench import report
 from bert_fast.bench.command import lines
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- measured: written by benchmarks.readme -->", "<!-- /measured -->"
-PEERS = ["HF sdpa", "torch.compile default", "ONNX Runtime", "OpenVINO", "CTranslate2"]
-PEERS += ["GEMMs alone", "bert_fast, not prepacked", "bert_fast.accelerate"]
+LEGEND = (
+    "fp32 inference unless said otherwise; medians; each row is one run, contestants in turn. "
+    'A column "faster than" says how many times. "GEMMs alone": the row\'s matrix products by '
+    "`torch.mm` (MKL) and nothing else: a bound, not a contestant."
+)
+ACCELERATED = "bert_fast.accelerate"
+PEERS = ["HF eager", "HF sdpa", "torch.compile default", "ONNX Runtime", "OpenVINO", "CTranslate2"]
+PEERS += ["GEMMs alone", "bert_fast, not prepacked"]
 GPU_LEVELS = ("op", "layer", "model", "train")  # as make gpu names their files
 
 
 def tables(results=RESULTS):
     """The Markdown of every device's results; for a GPU, "not measured" where there are none."""
-    parts = [_device(path) for path in sorted(results.glob("*/bars.json"))]
+    parts = [LEGEND]
+    parts += [_device(path) for path in sorted(results.glob("*/bars.json"))]
+    parts += [_device(path) for path in sorted(results.glob("*/*-accelerate.json"))]
     parts += [_growth(path) for path in sorted(results.glob("*/sweep-batch.json"))]
     parts += [_drop_in(path) for path in sorted(results.glob("*/drop-in.json"))]
     parts += [_finetune(path) for path in sorted(results.glob("*/finetune.json"))]
     found = {level: sorted(results.glob(f"*/{level}.json")) for level in GPU_LEVELS}
     parts += [_level(path) for paths in found.values() for path in paths]
     if missing := [f"`bert-fast bench {level}`" for level, paths in found.items() if not paths]:
-        parts.append(f"On an NVIDIA GPU *not measured*: {', '.join(missing)}.")
+        parts.append(f"Not measured on any GPU yet: {', '.join(missing)}.")
     return "\n\n".join(parts)
 
 
@@ -36,7 +44,7 @@ def _level(path):
         f"{facts['device']}, driver {facts['driver']}, torch {facts['torch']}, "
         f"triton {facts.get('triton')}, {facts['date']}:",
         "",
-        "| work | ours, ms | % of possible | the best other | its time over ours |",
+        "| workload | bert_fast, ms | % of possible | the best other | times faster than it |",
         "| --- | --- | --- | --- | --- |",
     ]
     for row in result["rows"]:
@@ -49,14 +57,14 @@ def _level(path):
             if name not in row["ceilings"] and not name.startswith("bert_fast")
         }  # fmt: skip
         best = min(others, key=others.get, default=None)
-        ratio = f"`{best}` | {others[best] / ours['ms']:.2f}x" if best else " | "
+        ratio = f"`{best}` | {others[best] / ours['ms']:.2f}" if best else " | "
         possible = f"{ours['possible']:.0%}" if "possible" in ours else ""
         table.append(f"| {row['work']} | {ours['ms']:.3f} | {possible} | {ratio} |")
     return "\n".join(table)
 
 
 def _read(path):
-    result = json.loads(path.read_text(encoding="utf-8"))
+    result = report.load(path)
     return result, result["environment"]
 
 
@@ -64,17 +72,16 @@ def _drop_in(path):
     """Hugging Face's own programs, before and after."""
     result, facts = _read(path)
     table = [
-        f"The same work by Hugging Face's code and ours, in turn, on the {facts['device']}, "
-        f"transformers {facts['transformers']}, {facts['date']}:",
+        f"The same work by Hugging Face's code and ours, in turn: {_machine(facts)}:",
         "",
-        "| work | Hugging Face | ours | |",
+        "| workload | Hugging Face | bert_fast | times faster |",
         "| --- | --- | --- | --- |",
     ]
     for row in result["rows"]:
         theirs, ours = row["hugging_face"], row["ours"]
         table.append(
             f"| {row['work']} | {theirs:,.0f} {row['unit']} | {ours:,.0f} {row['unit']} "
-            f"| {ours / theirs:.2f}x |"
+            f"| {ours / theirs:.2f} |"
         )
     return "\n".join(table)
 
@@ -83,10 +90,10 @@ def _finetune(path):
     """A mean over seeds, and its standard deviation, each."""
     result, facts = _read(path)
     table = [
-        "Fine-tuning MiniLM-L6, the same recipe with Hugging Face's model and with ours, on the "
-        f"{facts['device']}, {facts['date']}:",
+        "Fine-tuning MiniLM-L6, the same recipe with Hugging Face's model and with ours: "
+        f"{_machine(facts)}:",
         "",
-        "| work, seeds | figure on held-out rows | Hugging Face | ours | our training time |",
+        "| task, seeds | figure on test rows | Hugging Face | bert_fast | training, times faster |",
         "| --- | --- | --- | --- | --- |",
     ]
     for row in result["rows"]:
@@ -96,7 +103,7 @@ def _finetune(path):
         )
         table.append(
             f"| {row['work']}, {len(row['seeds'])} | {row['figure']} | {theirs} | {ours} "
-            f"| {row['time']:.2f} of theirs |"
+            f"| {1 / row['time']:.2f} |"
         )
     return "\n".join(table)
 
@@ -117,28 +124,40 @@ def _growth(path):
     )
 
 
+def _machine(facts):
+    return (
+        f"{facts['device']}, {facts['threads']} threads, {facts['cpu kernels']}, "
+        f"torch {facts['torch']}, transformers {facts['transformers']}, {facts['date']}"
+    )
+
+
 def _device(path):
+    """Whole models, a row each for bert_fast's own and for the accelerated one; then the rest."""
     result, facts = _read(path)
+    measured = {name for row in result["rows"] for name, r in row["results"].items() if "ms" in r}
+    peers = [name for name in PEERS if name in measured]
     table = [
-        f"{facts['device']}, {facts['threads']} threads, {facts['cpu kernels']}, fp32, "
-        f"torch {facts['torch']}, transformers {facts['transformers']}, {facts['date']}. Each row "
-        "is one run, contestants in turn, medians; a peer's figure is its time over ours. "
-        '"GEMMs alone": the row\'s matrix products by `torch.mm` (MKL) and nothing else.',
+        f"{_machine(facts)}:",
         "",
-        "| work | ours, ms | " + " | ".join(PEERS) + " |",
-        "| --- " * (2 + len(PEERS)) + "|",
+        "| workload | bert_fast, ms | faster than " + " | faster than ".join(peers) + " |",
+        "| --- " * (2 + len(peers)) + "|",
     ]
     others = []
     for row in result["rows"]:
         times = {name: r["ms"] for name, r in row["results"].items() if "ms" in r}
-        ours, work = times["bert_fast"], row["work"].rpartition(",")[0]
-        if row["kind"] == "model":
-            ratios = [f"{times[p] / ours:.2f}x" if p in times else "-" for p in PEERS]
-            table.append(f"| {work} | {ours:.0f} | " + " | ".join(ratios) + " |")
-        else:
+        work = row["work"].rpartition(",")[0]
+        if row["kind"] != "model":
             (peer,) = row["bars"]
-            others.append(f"| {work} | {ours:.2f} | `{peer}` | {times[peer] / ours:.2f}x |")
-    table += ["", "| work | ours, ms | peer | |", "| --- | --- | --- | --- |", *others]
+            ours = times["bert_fast"]
+            others.append(f"| {work} | {ours:.2f} | `{peer}` | {times[peer] / ours:.2f} |")
+            continue
+        for name, label in (("bert_fast", ""), (ACCELERATED, ", `bert_fast.accelerate`")):
+            if (ours := times.get(name)) is not None:
+                ratios = [f"{times[p] / ours:.2f}" if p in times else "-" for p in peers]
+                table.append(f"| {work}{label} | {ours:.0f} | " + " | ".join(ratios) + " |")
+    if others:
+        table += ["", "| workload | bert_fast, ms | peer | times faster than it |"]
+        table += ["| --- | --- | --- | --- |", *others]
     return "\n".join(table)
 
 

@@ -11,12 +11,12 @@ import functools
 import itertools
 import math
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
 import bert_fast
+from bert_fast.bench.peers.ours import Eager
 
 OPS = ("attention", "layer_norm", "gelu", "linear_gelu")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -29,43 +29,6 @@ MODELS = {  # the shapes; weights are drawn, because no time depends on them
         hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
     ),
 }
-
-
-def _same(tensor):
-    return tensor
-
-
-@dataclass
-class Run:
-    """One contestant's way to do a work on one copy of the inputs, in its own layout.
-
-    forward: no arguments; returns the output. packed: a tensor of that layout -> real tokens.
-    leaves, dout: for backward, what gradients are taken of, and the output's gradient.
-    gradient: the gradients of the leaves -> what is compared (default: each of them, packed).
-    """
-
-    forward: Callable
-    packed: Callable = _same
-    leaves: tuple = ()
-    dout: torch.Tensor | None = None
-    gradient: Callable | None = None
-
-    def call(self, backward):
-        """What is timed: forward; or backward alone, of a forward that is done here."""
-        if not backward:
-            return self.forward
-        with torch.enable_grad():
-            out = self.forward()
-        return lambda: torch.autograd.grad(out, self.leaves, self.dout, retain_graph=True)
-
-    def results(self, backward):
-        if not backward:
-            return [self.packed(self.forward())]
-        with torch.enable_grad():
-            out = self.forward()
-        gradients = torch.autograd.grad(out, self.leaves, self.dout)
-        packed = self.gradient or (lambda grads: [self.packed(g) for g in grads])
-        return [self.packed(out.detach()), *packed(gradients)]
 
 
 @dataclass
@@ -107,8 +70,6 @@ class Work:
 
     def _eager(self, dtype):
         """The definition, on copy 0 of the inputs."""
-        from bert_fast.bench.peers import Eager
-
         work = copy.copy(self)
         work._compute = dtype
         return getattr(Eager(), self.kind)(work, work.inputs(0)).results(self.backward)

@@ -1,5 +1,6 @@
 """bert-fast bench: wrong results are refused, turns are taken, spreads and files are whole."""
 
+import csv
 import json
 import math
 from types import SimpleNamespace
@@ -7,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bert_fast.bench import lengths, report, run, timing, works
+from bert_fast.bench import changes, lengths, plots, report, run, selection, timing, works
+from bert_fast.bench.contestant import Run
 from bert_fast.bench.peers import Eager, Gemms, Ours, Peer, Torch, peers
-from bert_fast.bench.works import Run
 from bert_fast.cli import main
 
 SMALL = {"vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -149,13 +150,13 @@ def result(ms, half=0.01):
 
 
 def test_moved_is_beyond_both_spreads_and_not_the_machine(tmp_path, capsys):
-    assert report.moved(result(10), result(10.1)) == 0
-    assert report.moved(result(10), result(11)) == 1
-    assert report.moved(result(10), result(9)) == -1
-    assert report.moved(result(10, half=0.1), result(11)) == 0
+    assert changes.moved(result(10), result(10.1)) == 0
+    assert changes.moved(result(10), result(11)) == 1
+    assert changes.moved(result(10), result(9)) == -1
+    assert changes.moved(result(10, half=0.1), result(11)) == 0
     peers = {f"peer {i}": result(10 + i) for i in range(3)}
     slower = {name: result(r["ms"] * 1.2) for name, r in peers.items()}
-    assert report.machine_moved(peers, slower) == pytest.approx(1.2)
+    assert changes.machine_moved(peers, slower) == pytest.approx(1.2)
 
     def write(name, results):
         row = {"work": "w", "results": results}
@@ -166,8 +167,8 @@ def test_moved_is_beyond_both_spreads_and_not_the_machine(tmp_path, capsys):
     old = write("old.json", peers | {"bert_fast": result(5)})
     same = write("same.json", slower | {"bert_fast": result(6)})
     worse = write("worse.json", slower | {"bert_fast": result(9)})
-    assert report.compare(old, same) == []
-    assert report.compare(old, worse) == [("w", "bert_fast", pytest.approx(1.5))]
+    assert changes.compare(old, same) == []
+    assert changes.compare(old, worse) == [("w", "bert_fast", pytest.approx(1.5))]
     assert main(["bench", "compare", old, same]) == 0
     assert "Nothing moved beyond the spread." in capsys.readouterr().out
 
@@ -184,9 +185,9 @@ def test_noise_is_told():
 
 
 def test_linearity_finds_line_and_distance():
-    start, slope, off = report.linearity([(100, 3.0), (200, 5.0), (400, 9.0)])
+    start, slope, off = plots.linearity([(100, 3.0), (200, 5.0), (400, 9.0)])
     assert (start, slope, off) == pytest.approx((1.0, 0.02, 0.0), abs=1e-9)
-    assert report.linearity([(100, 1.0), (200, 4.0), (400, 16.0)])[2] > 0.2
+    assert plots.linearity([(100, 1.0), (200, 4.0), (400, 16.0)])[2] > 0.2
 
 
 def test_possible_is_the_slower_ceiling_by_the_faster_way():
@@ -285,9 +286,8 @@ def test_op_to_table_json_and_plot(tmp_path, capsys):
 
 
 def test_sweep_over_batch_shows_the_line(tmp_path, capsys, monkeypatch):
-    from bert_fast.bench import command
 
-    monkeypatch.setitem(command.SWEEPS, "batch", (1, 2, 4))
+    monkeypatch.setitem(selection.SWEEPS, "batch", (1, 2, 4))
     plot = tmp_path / "sweep.png"
     bench("sweep", "batch", "--seqlen", "16", "--peers", "sdpa", "--rounds", "1",
           "--plot", str(plot))  # fmt: skip
@@ -297,19 +297,17 @@ def test_sweep_over_batch_shows_the_line(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("over", ["seqlen", "padding", "width"])
 def test_sweeps_vary_what_they_say(over, monkeypatch):
-    from bert_fast.bench import command
-
     args = SimpleNamespace(level="sweep", over=over, device="cpu", dtype=None, models=None,
                            quick=False, seqlen=None, batch=None, lengths=None, share=0.65,
                            order="random")  # fmt: skip
-    swept = list(command.works_of(args))
-    assert [x for x, _ in swept] == list(command.SWEEPS[over])
+    swept = list(selection.works_of(args))
+    assert [x for x, _ in swept] == list(selection.SWEEPS[over])
     seen = [
         {"seqlen": w.lengths[0], "padding": round(1 - w.share, 1),
          "width": w.config_changes.get("hidden_size")}[over]
         for _, w in swept
     ]  # fmt: skip
-    assert seen == pytest.approx(list(command.SWEEPS[over]), abs=0.06)
+    assert seen == pytest.approx(list(selection.SWEEPS[over]), abs=0.06)
 
 
 def test_a_wrong_result_of_ours_ends_in_1(monkeypatch, capsys):
@@ -370,7 +368,7 @@ def test_on_a_gpu_a_copy_takes_what_its_bytes_take():
 def test_results_become_the_readmes_tables(tmp_path):
     from benchmarks.readme import tables
 
-    assert "On an NVIDIA GPU *not measured*: `bert-fast bench op`" in tables(tmp_path)
+    assert "Not measured on any GPU yet: `bert-fast bench op`" in tables(tmp_path)
     peers = {"torch.nn.functional": {"ms": 3.0}, "copy": {"ms": 0.9}, "bad": {"refused": "wrong"}}
     row = {"work": "w", "kind": "gelu", "ceilings": ["copy"]}
     rows = [
@@ -381,6 +379,64 @@ def test_results_become_the_readmes_tables(tmp_path):
     facts = {"device": "D", "driver": "1", "torch": "2", "date": "today"}
     report.write(tmp_path / "gpu" / "op.json", {"environment": facts, "rows": rows})
     shown = tables(tmp_path)
-    assert "| w | 1.500 | 60% | `torch.nn.functional` | 2.00x |" in shown
+    assert "| w | 1.500 | 60% | `torch.nn.functional` | 2.00 |" in shown
     assert "| w | no kernel of ours | | | |" in shown
-    assert "not measured*: `bert-fast bench layer`" in shown
+    assert "Not measured on any GPU yet: `bert-fast bench layer`" in shown
+
+
+def test_accelerated_models_have_rows_of_their_own(tmp_path):
+    from benchmarks.readme import tables
+
+    results = {name: {"ms": ms} for name, ms in (
+        ("bert_fast", 10.0), ("bert_fast.accelerate", 20.0), ("HF sdpa", 30.0))}  # fmt: skip
+    row = {"work": "m, full, float32", "kind": "model", "ceilings": [], "results": results}
+    facts = {"device": "D", "threads": 2, "cpu kernels": "avx2", "torch": "2", "transformers": "5",
+             "date": "today"}  # fmt: skip
+    (tmp_path / "cpu").mkdir()
+    report.write(tmp_path / "cpu" / "m-accelerate.json", {"environment": facts, "rows": [row]})
+    shown = tables(tmp_path)
+    assert "D, 2 threads, avx2" in shown
+    assert "| workload | bert_fast, ms | faster than HF sdpa |" in shown
+    assert "| m, full | 10 | 3.00 |" in shown
+    assert "| m, full, `bert_fast.accelerate` | 20 | 1.50 |" in shown
+
+
+def test_a_result_names_its_schema(tmp_path):
+    path = tmp_path / "r.json"
+    report.write(path, {"rows": []})
+    assert json.loads(path.read_text())["schema"] == report.SCHEMA
+    assert report.read(path)[1] == {}
+    path.write_text('{"rows": []}')  # from before there was a schema
+    assert report.read(path)[1] == {}
+    path.write_text('{"schema": 2, "rows": []}')
+    with pytest.raises(ValueError, match=r"r\.json is of schema 2; this version reads 1"):
+        report.read(path)
+    for text in ("[1]", "{", '{"rows": [1]}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"r\.json is not a result of bert-fast bench"):
+            report.read(path)
+
+
+def test_csv(tmp_path):
+    """A line for each work and contestant, refused ones with their reason."""
+    results = {
+        "bert_fast": {"ms": 1.5, "spread": [1.0, 2.0], "possible": 0.5},
+        "peer, with a comma": {"refused": 'wrong "numbers"'},
+    }
+    row = {"work": "w, x", "kind": "gelu", "results": results, "tokens": None, "flops": 3,
+           "bytes": 4, "absent": {}, "ceilings": []}  # fmt: skip
+    report.write_csv(tmp_path / "r.csv", [row])
+    with open(tmp_path / "r.csv", encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["contestant"] for line in lines] == list(results)
+    assert lines[0]["work"] == "w, x"
+    numbers = [lines[0][name] for name in ("ms", "spread_low", "spread_high")]
+    assert numbers == ["1.5", "1.0", "2.0"]
+    assert lines[1]["ms"] == ""
+    assert lines[1]["refused"] == 'wrong "numbers"'
+
+
+def test_no_matplotlib_is_said(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match=r"--plot needs matplotlib.*bert_fast\[plot\]"):
+        assert not plots.can_draw("--plot")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import bert_fast
 from bert_fast import _C, ops
-from bert_fast.models.bert import Linear
+from bert_fast.models.blocks import Linear
 from bert_fast.models.workspace import Workspace
 
 needs_amx = pytest.mark.skipif(
