@@ -4,7 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from bert_fast.backends import BackendUnavailableError, use_backend
-from bert_fast.models.bert import BertConfig, BertModel, BertOutput
+from bert_fast.models.bert import BertModel, BertOutput
+from bert_fast.models.config import BertConfig
 from bert_fast.ops import (
     attention,
     attention_qkv,

@@ -1,5 +1,4 @@
-"""Hugging Face models, made faster where they stand: :func:`accelerate`, :func:`restore`, and
-``attn_implementation="bert_fast"``.
+"""Hugging Face models, made faster where they stand: :func:`accelerate`, :func:`restore`.
 
 An accelerated model is the same object with the same parameters. Three of its modules change class,
 to an heir of their own: the one that takes the mask (it counts the real tokens), the one that loops
@@ -8,66 +7,24 @@ Hooks, gradient checkpointing, copies, pickles and DataParallel's replicas go on
 nothing else changes. What a call asks that the ops do not do runs on the code that was inherited.
 """
 
-import contextlib
 import contextvars
 import functools
 import inspect
-import math
-import warnings
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from bert_fast import ops
+from bert_fast.hugging_face.families import (
+    FAMILIES,
+    family_of,
+    warn_once,
+    why_not,
+    why_not_this_call,
+)
 from bert_fast.models.blocks import GELU_APPROXIMATE, View, feed_forward, project_add_norm
 from bert_fast.models.packing import Packing
 from bert_fast.models.workspace import NoWorkspace, Workspace, can_reuse_memory
-
-
-@dataclass(frozen=True)
-class Family:
-    """Where a family keeps what a layer of BERT consists of. Paths start at the layer."""
-
-    encoder: str = "encoder"  # the module with the layers, in the model
-    activation: str = "hidden_act"  # in the config
-    qkv: tuple = ("attention.self.query", "attention.self.key", "attention.self.value")
-    attention_dropout: str = "attention.self.dropout"
-    out: str = "attention.output.dense"
-    out_dropout: str | None = "attention.output.dropout"
-    attention_norm: str = "attention.output.LayerNorm"
-    up: str = "intermediate.dense"
-    down: str = "output.dense"
-    down_dropout: str = "output.dropout"
-    norm: str = "output.LayerNorm"
-    output: str = "BaseModelOutputWithPastAndCrossAttentions"  # the encoder's, of transformers
-
-    def linears(self):
-        return *self.qkv, self.out, self.up, self.down
-
-
-BERT = Family()
-FAMILIES = {
-    "BertModel": BERT,
-    "RobertaModel": BERT,
-    "XLMRobertaModel": BERT,
-    "CamembertModel": BERT,
-    "ElectraModel": BERT,
-    "DistilBertModel": Family(
-        encoder="transformer",
-        activation="activation",
-        qkv=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
-        attention_dropout="attention.dropout",
-        out="attention.out_lin",
-        out_dropout=None,
-        attention_norm="sa_layer_norm",
-        up="ffn.lin1",
-        down="ffn.lin2",
-        down_dropout="ffn.dropout",
-        norm="output_layer_norm",
-        output="BaseModelOutput",
-    ),
-}
 
 
 def accelerate(model, *, prepack=False):
@@ -91,16 +48,16 @@ def accelerate(model, *, prepack=False):
         ValueError: there is no encoder that can be accelerated, or one that cannot, and why.
     """
     # An encoder's own class tells its family; an accelerated one has been here before.
-    found = [m for m in model.modules() if _family(m) and not isinstance(m, _Accelerated)]
+    found = [m for m in model.modules() if family_of(m) and not isinstance(m, _Accelerated)]
     done = any(isinstance(m, _Model) for m in model.modules())
     if not found and not done:
         known = ", ".join(FAMILIES)
         raise ValueError(f"{type(model).__name__} holds none of transformers' {known}")
     for base in found:  # all or none
-        if reason := _why_not(base):
+        if reason := why_not(base):
             raise ValueError(f"{type(base).__name__} cannot be accelerated: {reason}")
     for base in found:
-        family = _family(base)
+        family = family_of(base)
         encoder = getattr(base, family.encoder)
         for layer in encoder.layer:
             _change_class(layer, _Layer)
@@ -122,59 +79,6 @@ def restore(model):
             module.__class__ = module.inherited
             module.__dict__.pop("_bert_fast", None)
     return model
-
-
-# ------------------------------------------------------------------------------------------------
-# What can be accelerated
-# ------------------------------------------------------------------------------------------------
-
-
-def _family(module):
-    kind = type(module)
-    return FAMILIES.get(kind.__name__) if kind.__module__.startswith("transformers.") else None
-
-
-def _why_not(base):
-    """Why a model cannot be accelerated at all, or None."""
-    config, family = base.config, _family(base)
-    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
-        return "it is a decoder"
-    positions = getattr(config, "position_embedding_type", None) or "absolute"
-    if positions != "absolute":
-        return f"its position_embedding_type is {positions!r}"
-    activation = getattr(config, family.activation)
-    if activation not in GELU_APPROXIMATE:
-        return (
-            f"its {family.activation} is {activation!r}, not one of {', '.join(GELU_APPROXIMATE)}"
-        )
-    for i, layer in enumerate(getattr(base, family.encoder).layer):
-        for path in family.linears():
-            linear = layer.get_submodule(path)
-            if type(linear) is not nn.Linear or linear.bias is None:
-                return f"layer {i}'s {path} is no plain nn.Linear with a bias, but {linear}"
-    return None
-
-
-def _why_not_this_call(mask, arguments):
-    """Why one call runs as it did before, or None."""
-    for name in ("head_mask", "encoder_hidden_states", "past_key_values", "cache"):
-        if arguments.get(name) is not None:
-            return name
-    if arguments.get("output_attentions"):
-        return "output_attentions"
-    if mask is not None and (not torch.is_tensor(mask) or mask.ndim != 2):
-        return "an attention_mask that is not (batch, seqlen)"
-    return None
-
-
-@functools.cache
-def _warn_once(name, reason):
-    warnings.warn(f"bert_fast leaves {name} to transformers in calls with {reason}", stacklevel=5)
-
-
-# ------------------------------------------------------------------------------------------------
-# The three classes
-# ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -229,14 +133,14 @@ def _forward_model(self, *args, **kwargs):
     options = arguments | {"output_attentions": arguments.get(
         "output_attentions", getattr(self.config, "output_attentions", False)
     )}  # fmt: skip
-    if reason := _why_not_this_call(mask, options):
-        _warn_once(type(self).__name__, reason)
+    if reason := why_not_this_call(mask, options):
+        warn_once(type(self).__name__, reason)
         return original(self, *args, **kwargs)
     ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
     if (ids is None) == (embeds is None):
         return original(self, *args, **kwargs)  # which says what is wrong
     like = ids if embeds is None else embeds
-    packing = _packing_of(mask, like.shape[:2], like.device)
+    packing = packing_of(mask, like.shape[:2], like.device)
     token = _packing.set(packing)
     try:
         out = original(self, **arguments)  # no mask: nothing is left to hide
@@ -250,7 +154,7 @@ def _forward_model(self, *args, **kwargs):
     return out
 
 
-def _packing_of(mask, shape, device):
+def packing_of(mask, shape, device):
     if mask is None:
         return Packing.of_full(*shape, device)
     if tuple(mask.shape) != tuple(shape):
@@ -355,52 +259,3 @@ class _Layer(_Accelerated):
             self.get_submodule(family.norm), settings.approximate,
             settings.dropout_p(self, family.down_dropout), workspace,
         )  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------------
-# attn_implementation="bert_fast"
-# ------------------------------------------------------------------------------------------------
-
-
-def attention_forward(
-    module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs
-):
-    """transformers' interface: q, k, v are (batch, num_heads, seqlen, head_dim), the mask is what
-    transformers gives FlashAttention, (batch, seqlen_k) or None."""
-    batch, num_heads, seqlen, head_dim = query.shape
-    causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
-    if causal and attention_mask is not None:
-        raise ValueError("attn_implementation 'bert_fast': causal attention takes no padding mask")
-    seqlen_k, device = key.shape[2], query.device
-    keys = _packing_of(attention_mask, (batch, seqlen_k), device)
-    if attention_mask is not None and seqlen == seqlen_k:
-        queries = keys
-    else:
-        queries = Packing.of_full(batch, seqlen, device)
-    groups = num_heads // key.shape[1]  # of queries, that share a key
-    if groups > 1:
-        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
-    q, k, v = (
-        packing.pack(t.transpose(1, 2))
-        for packing, t in ((queries, query), (keys, key), (keys, value))
-    )
-    out = ops.attention(
-        q, k, v, queries.cu_seqlens, keys.cu_seqlens,
-        max_seqlen=queries.max_seqlen, max_seqlen_k=keys.max_seqlen,
-        softmax_scale=1 / math.sqrt(head_dim) if scaling is None else scaling,
-        causal=causal and seqlen > 1, dropout_p=dropout, padded_tail=queries.padded_tail,
-    )  # fmt: skip
-    return queries.unpack(out), None
-
-
-def register():
-    """Makes ``attn_implementation="bert_fast"`` known to transformers."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    masks = AttentionMaskInterface()
-    AttentionInterface.register("bert_fast", attention_forward)
-    AttentionMaskInterface.register("bert_fast", masks["flash_attention_2"])
-
-
-with contextlib.suppress(ImportError):  # no transformers: nobody to tell
-    register()

@@ -4,9 +4,6 @@ Between the embeddings and the output every tensor is packed, (total_tokens, ...
 alone, and ``cu_seqlens`` to tell the sequences apart.
 """
 
-import json
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,90 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from bert_fast import ops
 from bert_fast.models.blocks import GELU_APPROXIMATE, Linear, feed_forward, project_add_norm
+from bert_fast.models.checkpoint import load, save
 from bert_fast.models.packing import Packing
 from bert_fast.models.workspace import NoWorkspace, Workspace, can_reuse_memory
-
-
-@dataclass
-class BertConfig:
-    """Hugging Face's ``config.json``, by its own names and defaults."""
-
-    vocab_size: int = 30522
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    hidden_act: str = "gelu"
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-12
-    pad_token_id: int | None = 0
-    id2label: dict | None = None
-    label2id: dict | None = None
-    problem_type: str | None = None
-    classifier_dropout: float | None = None
-
-    def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"config: {field.name} must be a positive integer, not {value!r}")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"config: hidden_size {self.hidden_size} is not a multiple of "
-                f"num_attention_heads {self.num_attention_heads}"
-            )
-        if self.hidden_act not in GELU_APPROXIMATE:
-            known = ", ".join(GELU_APPROXIMATE)
-            raise ValueError(f"config: hidden_act must be one of {known}, not {self.hidden_act!r}")
-
-    @property
-    def num_labels(self):
-        """Of a classifier; Hugging Face's default is 2."""
-        return 2 if self.id2label is None else len(self.id2label)
-
-    @classmethod
-    def from_json(cls, path):
-        """Reads ``config.json``.
-
-        Raises:
-            ValueError: not JSON, another architecture, or a BERT this model is not.
-        """
-        values = read_json(path)
-        if isinstance(values, dict) and values.get("is_decoder"):
-            raise ValueError(f"{path}: is_decoder is set; this BertModel is an encoder")
-        return cls.from_dict(values, path)
-
-    @classmethod
-    def from_dict(cls, values, source):
-        """What ``config.json`` holds. ``source`` is named in errors."""
-        if not isinstance(values, dict):
-            raise ValueError(f"{source} must hold a JSON object")
-        if values.get("model_type", "bert") != "bert":
-            raise ValueError(f"{source}: model_type is {values['model_type']!r}, not 'bert'")
-        positions = values.get("position_embedding_type") or "absolute"
-        if positions != "absolute":
-            raise ValueError(f"{source}: position_embedding_type {positions!r} is not supported")
-        known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
-
-    def to_dict(self):
-        values = {name: value for name, value in asdict(self).items() if value is not None}
-        return {"model_type": "bert", **values}
-
-    def to_json(self, architecture="BertModel"):
-        return json.dumps({"architectures": [architecture], **self.to_dict()}, indent=2) + "\n"
-
-
-def read_json(path):
-    """What a JSON file holds; a ValueError that names it, where it is none."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a JSON file: {error}") from error
 
 
 def exportable(kind):
@@ -220,7 +136,6 @@ class BertModel(nn.Module):
         Raises:
             CheckpointError: naming the file, and the keys that are missing or misshapen.
         """
-        from bert_fast.models.checkpoint import load
 
         def make(config, state):
             has_pooler = any("pooler." in key for key in state)
@@ -231,8 +146,6 @@ class BertModel(nn.Module):
 
     def save_pretrained(self, directory):
         """Writes what Hugging Face's ``BertModel.from_pretrained`` loads."""
-        from bert_fast.models.checkpoint import save
-
         save(self, directory)
 
     def prepack(self):

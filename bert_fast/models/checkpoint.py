@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from bert_fast.files import atomic_path
+from bert_fast.models.config import BertConfig
 
 # Ours -> Hugging Face's; "N" is the layer. The fused qkv stands for its three parts, in order.
 NAMES = {
@@ -131,8 +132,6 @@ def load(make, directory, dtype=None, config_class=None, **changes):
     """The model that ``make(config, state)`` returns, with a checkpoint's weights. ``changes``: to
     its config, of ``config_class``, by default BertConfig. See
     :meth:`bert_fast.BertModel.from_pretrained`."""
-    from bert_fast.models.bert import BertConfig
-
     directory = Path(directory)
     config_path = directory / "config.json"
     if not config_path.is_file():

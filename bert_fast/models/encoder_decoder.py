@@ -1,8 +1,5 @@
 """BERT reads, a second BERT writes: Hugging Face's ``EncoderDecoderModel`` (Rothe et al. 2020), for
-translation. The decoder's layers have causal self-attention, and attention to what was read.
-
-Everything is packed, decoding too: a step is one query a sentence that is not finished yet.
-"""
+translation."""
 
 import json
 from dataclasses import dataclass
@@ -12,23 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bert_fast import ops
 from bert_fast.models import checkpoint
-from bert_fast.models.bert import (
-    Attention,
-    BertConfig,
-    BertModel,
-    Embeddings,
-    FeedForward,
-    check_ids,
-    exportable,
-    initialiser,
-    read_json,
-)
-from bert_fast.models.blocks import Linear, project_add_norm
-from bert_fast.models.heads import PreTrainingHeads
+from bert_fast.models.bert import BertModel, check_ids, exportable
+from bert_fast.models.blocks import Linear
+from bert_fast.models.config import BertConfig, read_json
+from bert_fast.models.decoder import Decoder
+from bert_fast.models.generation import Decoding, beam_search, greedy
 from bert_fast.models.packing import Packing
-from bert_fast.models.workspace import NoWorkspace, Workspace, can_reuse_memory
 from bert_fast.ops.cross_entropy import IGNORED
 
 
@@ -100,123 +87,6 @@ class Seq2SeqPrediction(NamedTuple):
     loss: Tensor | None
     logits: Tensor | None
     encoder_last_hidden_state: Tensor
-
-
-class CausalAttention(Attention):
-    causal = True
-
-    def step(self, x, decoding, cache, workspace):
-        """One token of each live row, which sees the tokens before it. ``cache`` is (rows,
-        capacity, 2, num_heads, head_dim), keys and values so far; this token's are added."""
-        (tokens, hidden), take = x.shape, workspace.take
-        heads = self.num_heads, self.head_dim
-        qkv = self.qkv.matmul(x, take("qkv", tokens, 3 * hidden, x), workspace)
-        qkv = qkv.view(tokens, 3, *heads)
-        cache[decoding.live, decoding.position] = qkv[:, 1:]
-        k, v = cache.flatten(0, 1).unbind(1)
-        context = take("hidden", tokens, hidden, x)
-        context = ops.attention(
-            qkv[:, 0], k, v, decoding.own_queries, decoding.own_keys,
-            max_seqlen=1, max_seqlen_k=decoding.capacity, bias=self.qkv.bias.view(3, *heads),
-            out=None if context is None else context.view(tokens, *heads),
-        ).view(tokens, hidden)  # fmt: skip
-        return project_add_norm(context, self.out, self.norm, x, 0.0, workspace)
-
-
-class CrossAttention(nn.Module):
-    """Queries of the decoder's tokens, keys and values of the encoder's."""
-
-    def __init__(self, config):
-        super().__init__()
-        hidden = config.hidden_size
-        self.num_heads = config.num_attention_heads
-        self.head_dim = hidden // self.num_heads
-        self.dropout_p = config.attention_probs_dropout_prob
-        self.hidden_dropout_p = config.hidden_dropout_prob
-        self.q = Linear(hidden, hidden)
-        self.kv = Linear(hidden, 2 * hidden)
-        self.out = Linear(hidden, hidden)
-        self.norm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
-
-    def keys_and_values(self, memory):
-        """(tokens, 2, num_heads, head_dim) of the encoder's output; their bias is added later."""
-        kv = self.kv.matmul(memory, None, NoWorkspace())
-        return kv.view(len(memory), 2, self.num_heads, self.head_dim)
-
-    def forward(self, x, cu_seqlens, max_seqlen, kv, source, workspace, padded_tail=False):
-        """x: (total_tokens, hidden), divided by cu_seqlens. kv: :meth:`keys_and_values` of the
-        texts in ``source``, their packing."""
-        (tokens, hidden), heads = x.shape, (self.num_heads, self.head_dim)
-        q = self.q.matmul(x, workspace.take("q", tokens, hidden, x), workspace)
-        k, v = kv.unbind(1)
-        context = workspace.take("hidden", tokens, hidden, x)
-        context = ops.attention(
-            q.view(tokens, *heads), k, v, cu_seqlens, source.cu_seqlens,
-            max_seqlen=max_seqlen, max_seqlen_k=source.max_seqlen,
-            bias=torch.cat([self.q.bias, self.kv.bias]).view(3, *heads),
-            dropout_p=self.dropout_p if self.training else 0.0,
-            padded_tail=padded_tail or source.padded_tail,
-            out=None if context is None else context.view(tokens, *heads),
-        ).view(tokens, hidden)  # fmt: skip
-        dropout_p = self.hidden_dropout_p if self.training else 0.0
-        return project_add_norm(context, self.out, self.norm, x, dropout_p, workspace)
-
-
-class DecoderLayer(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.attention = CausalAttention(config)
-        self.cross_attention = CrossAttention(config)
-        self.feed_forward = FeedForward(config)
-
-    def forward(self, x, packing, memory, source, workspace):
-        x = self.attention(x, packing, workspace)
-        kv = self.cross_attention.keys_and_values(memory)
-        x = self.cross_attention(
-            x, packing.cu_seqlens, packing.max_seqlen, kv, source, workspace, packing.padded_tail
-        )
-        return self.feed_forward(x, workspace)
-
-    def step(self, x, decoding, cache, kv, workspace):
-        x = self.attention.step(x, decoding, cache, workspace)
-        x = self.cross_attention(
-            x, decoding.queries, decoding.beams, kv, decoding.source, workspace
-        )
-        return self.feed_forward(x, workspace)
-
-
-class DecoderStack(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.embeddings = Embeddings(config)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
-
-
-class Decoder(nn.Module):
-    """Hugging Face's ``BertLMHeadModel`` with cross-attention; scores share the embeddings'
-    weight."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.bert = DecoderStack(config)
-        self.cls = PreTrainingHeads(config, sentences=False)
-        self.workspace = Workspace()
-        self.apply(initialiser(config))
-
-    def forward(self, input_ids, packing, memory, source):
-        """Packed ids to packed hidden states."""
-        x = self.bert.embeddings(input_ids, packing.positions(), None)
-        workspace = self.workspace if can_reuse_memory(x) else NoWorkspace()
-        for layer in self.bert.layers:
-            x = layer(x, packing, memory, source, workspace)
-        return x
-
-    def logits(self, hidden):
-        return self.cls.predictions(hidden, self.bert.embeddings.word.weight)
-
-    def loss(self, hidden, labels):
-        return self.cls.predictions.loss(hidden, self.bert.embeddings.word.weight, labels)[0]
 
 
 class EncoderDecoderModel(nn.Module):
@@ -364,113 +234,7 @@ class EncoderDecoderModel(nn.Module):
         if self.training:
             raise RuntimeError("generate is for inference: call eval() first")
         (memory,), source = self.encoder.encode(input_ids, attention_mask, token_type_ids)
-        decoding = _Decoding(self.decoder, memory, source, num_beams, max_new_tokens)
+        decoding = Decoding(self.decoder, memory, source, num_beams, max_new_tokens)
         if num_beams == 1:
-            return _greedy(decoding, self.config)
-        return _beam_search(decoding, self.config, length_penalty)
-
-
-class _Decoding:
-    """What decoding carries from token to token. Rows are sentences, or their beams, each with room
-    for ``capacity`` tokens; those that go on are ``live``.
-
-    Two sequences a row tell the ops where its keys are: what it has said, and the empty rest of its
-    room, to which no query belongs. So nothing is moved when sentences end or lengths grow.
-    """
-
-    def __init__(self, decoder, memory, source, beams, capacity):
-        self.decoder, self.source, self.beams, self.capacity = decoder, source, beams, capacity
-        self.batch, self.device = source.cu_seqlens.numel() - 1, memory.device
-        self.rows, self.position = self.batch * beams, 0
-        attention = [layer.cross_attention for layer in decoder.bert.layers]
-        self.memory = [a.keys_and_values(memory) for a in attention]
-        room = self.rows, capacity, 2
-        self.caches = [memory.new_empty(*room, a.num_heads, a.head_dim) for a in attention]
-        self.starts = torch.arange(self.rows + 1, device=self.device) * capacity
-
-    def step(self, tokens, live):
-        """Log-probabilities, up to a constant a row, of what follows ``tokens``, one a live row:
-        (live rows, vocab)."""
-        self.live = live
-        counts = torch.zeros(self.rows, dtype=torch.int32, device=self.device)
-        counts[live] = 1
-        self.own_queries = _offsets(torch.stack([counts, torch.zeros_like(counts)], 1).flatten())
-        ends = torch.stack([self.starts[:-1], self.starts[:-1] + self.position + 1], 1).flatten()
-        self.own_keys = torch.cat([ends, self.starts[-1:]]).int()
-        self.queries = _offsets(counts.view(self.batch, self.beams).sum(1, dtype=torch.int32))
-        stack = self.decoder.bert
-        x = stack.embeddings(tokens, torch.full_like(tokens, self.position), None)
-        workspace = self.decoder.workspace if can_reuse_memory(x) else NoWorkspace()
-        for layer, cache, kv in zip(stack.layers, self.caches, self.memory, strict=True):
-            x = layer.step(x, self, cache, kv, workspace)
-        self.position += 1
-        return self.decoder.logits(x)
-
-    def reorder(self, rows, sources):
-        """What ``rows`` have said becomes what ``sources`` had."""
-        for cache in self.caches:
-            cache[rows, : self.position] = cache[sources, : self.position]
-
-
-def _offsets(counts):
-    return F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
-
-
-def _said(decoding, config):
-    """Padding to write to, after the token that starts."""
-    said = torch.full(
-        (decoding.rows, decoding.capacity + 1), config.pad_token_id, device=decoding.device
-    )
-    said[:, 0] = config.decoder_start_token_id
-    return said
-
-
-def _greedy(decoding, config):
-    said = _said(decoding, config)
-    live = torch.arange(decoding.rows, device=decoding.device)
-    while len(live) and decoding.position < decoding.capacity:
-        best = decoding.step(said[live, decoding.position], live).argmax(1)
-        said[live, decoding.position] = best
-        live = live[best != config.eos_token_id]
-    return said[:, : decoding.position + 1]
-
-
-def _beam_search(decoding, config, length_penalty):
-    """A sentence is open while its best beam, were it to end now, would be among its best ends."""
-    batch, beams, device = decoding.batch, decoding.beams, decoding.device
-    said = _said(decoding, config).view(batch, beams, -1)
-    ended = said.clone()
-    scores = torch.full((batch, beams), -torch.inf, device=device)
-    scores[:, 0] = 0.0  # all beams are alike at first
-    ended_scores = torch.full_like(scores, -torch.inf)
-    beam, opened = torch.arange(beams, device=device), torch.arange(batch, device=device)
-    while len(opened) and decoding.position < decoding.capacity:
-        rows = (opened[:, None] * beams + beam).flatten()
-        logits = decoding.step(said.view(decoding.rows, -1)[rows, decoding.position], rows)
-        length = decoding.position  # of what is said, without the start
-        likely = logits.float().log_softmax(1).view(len(opened), beams, -1)
-        likely = (likely + scores[opened, :, None]).flatten(1)
-        top, place = likely.topk(2 * beams)  # half of them may end, and as many must go on
-        origin, token = place // logits.shape[1], place % logits.shape[1]
-        longer = said[opened[:, None], origin]
-        longer[:, :, length] = token
-        ends = token == config.eos_token_id
-        if length == decoding.capacity:
-            ends.fill_(True)
-
-        ending = top[:, :beams].masked_fill(~ends[:, :beams], -torch.inf) / length**length_penalty
-        all_scores = torch.cat([ended_scores[opened], ending], 1)
-        best, which = all_scores.topk(beams)
-        ended_scores[opened] = best
-        every = torch.cat([ended[opened], longer[:, :beams]], 1)
-        ended[opened] = every.gather(1, which[:, :, None].expand(-1, -1, every.shape[2]))
-
-        going, which = top.masked_fill(ends, -torch.inf).topk(beams)
-        scores[opened] = going
-        said[opened] = longer.gather(1, which[:, :, None].expand(-1, -1, longer.shape[2]))
-        sources = opened[:, None] * beams + origin.gather(1, which)
-        decoding.reorder(rows, sources.flatten())
-        opened = opened[going[:, 0] / length**length_penalty > best[:, -1]]
-    best = ended[:, 0]
-    padding = (best[:, 1:] == config.pad_token_id).flip(1).long().cumprod(1).sum(1)
-    return best[:, : best.shape[1] - int(padding.min()) if batch else 1]
+            return greedy(decoding, self.config)
+        return beam_search(decoding, self.config, length_penalty)

@@ -6,7 +6,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor
 
-from bert_fast.models.bert import BertConfig
+from bert_fast.models.config import BertConfig
 
 
 def cudagraph(model, *, max_graphs=32):

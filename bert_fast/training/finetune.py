@@ -14,6 +14,7 @@ from bert_fast.files import atomic_path
 from bert_fast.models.checkpoint import CheckpointError
 from bert_fast.training import tasks
 from bert_fast.training.optim import parameter_groups, warmup_then_linear_decay
+from bert_fast.training.options import add_options
 
 
 @dataclass
@@ -282,8 +283,6 @@ def command_predict(args):
 
 
 def add_parsers(commands):
-    from bert_fast.training.pretrain import add_options
-
     sub = commands.add_parser("finetune", help=command_finetune.__doc__)
     add_options(sub, Settings)
     sub.set_defaults(function=command_finetune)

@@ -21,10 +21,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bert_fast.embeddings.encoder import load_tokenizer
 from bert_fast.files import atomic_path
-from bert_fast.models.bert import BertConfig
+from bert_fast.models.config import BertConfig
 from bert_fast.models.heads import BertForPreTraining
 from bert_fast.training.corpus import Corpus, PairSampler, read_documents, train_tokenizer
+from bert_fast.training.metrics import plot, read_metrics
 from bert_fast.training.optim import OPTIMIZERS, parameter_groups, warmup_then_linear_decay
+from bert_fast.training.options import add_options
+from bert_fast.training.processes import BINDING, Group
 
 
 @dataclass
@@ -81,49 +84,6 @@ class Settings:
                 raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}")
-
-
-# What must not differ between a run and its resumption; the rest may (more steps would change the
-# learning rate that earlier steps had).
-BINDING = (
-    "max_length", "batch_tokens", "steps", "optimizer", "lr", "warmup", "weight_decay", "clip",
-    "whole_words", "held_out", "seed", "dropout",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Group:
-    """The processes that train together: torchrun's, or this one alone."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    @classmethod
-    @contextlib.contextmanager
-    def join(cls, device):
-        size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda":
-            if not torch.cuda.is_available():
-                raise ValueError("device is cuda, but torch sees no CUDA device")
-            torch.cuda.set_device(local)
-            device = f"cuda:{local}"
-        device = torch.device(device)
-        if size > 1:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        try:
-            yield cls(dist.get_rank() if size > 1 else 0, size, device)
-        finally:
-            if size > 1:
-                dist.destroy_process_group()
-
-    def sum(self, numbers):
-        """Of all processes' tensors."""
-        if self.size > 1:
-            dist.all_reduce(numbers)
-        return numbers
 
 
 def pretrain(settings, progress=None):
@@ -397,47 +357,6 @@ def _cut(whole, parts):
     return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
 
-def read_metrics(path, steps):
-    """The records of the first steps; what a killed run wrote after them is left out."""
-    records = []
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            if len(records) == steps:
-                break
-            records.append(json.loads(line))
-    return records
-
-
-def plot(records, path):
-    """The curves as a PNG, where matplotlib is installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
-    every = records[:: max(1, len(records) // 2000)]
-    steps = [record["step"] for record in every]
-    tested = [record for record in records if "held_out_masked_lm_loss" in record]
-    for axes, what, name in (
-        (loss, "masked_lm_loss", "masked words, nats"),
-        (accuracy, "masked_lm_accuracy", "masked words"),
-        (accuracy, "next_sentence_accuracy", "next sentence"),
-    ):
-        (line,) = axes.plot(steps, [record[what] for record in every], alpha=0.5, lw=0.8)
-        axes.plot(
-            [record["step"] for record in tested], [r[f"held_out_{what}"] for r in tested],
-            "o-", ms=3, color=line.get_color(), label=f"{name}, held out",
-        )  # fmt: skip
-    if tested:
-        loss.axhline(tested[-1]["unigram_entropy"], ls=":", color="gray", label="unigram entropy")
-    for axes, title in ((loss, "loss"), (accuracy, "accuracy")):
-        axes.set(title=title, xlabel="step")
-        axes.legend(frameon=False)
-    with atomic_path(path) as written:
-        figure.savefig(written, format="png", dpi=120)
-
-
 def command(args):
     """Pre-training from plain text; ``torchrun ... -m bert_fast.cli pretrain`` for many."""
     names = [f.name for f in dataclasses.fields(Settings)]
@@ -474,23 +393,3 @@ def add_parser(commands):
     sub = commands.add_parser("pretrain", help=command.__doc__, description=command.__doc__)
     add_options(sub, Settings)
     sub.set_defaults(function=command)
-
-
-def add_options(parser, settings):
-    """An option for each field of a dataclass; its metadata are argparse's."""
-    for f in dataclasses.fields(settings):
-        options = dict(f.metadata)
-        kinds = {int: int, float: float, int | None: int, float | None: float}
-        if f.type is bool:
-            options |= {"action": "store_true"}
-        elif f.type is list:
-            options |= {"nargs": "+"}
-        else:
-            options |= {"type": kinds.get(f.type, str)}
-        if f.default is dataclasses.MISSING:
-            options |= {"required": True}
-        else:
-            options |= {"default": f.default}
-            if f.default is not None and f.type is not bool:
-                options["help"] = f"{options.get('help', '')} (default {f.default})".strip()
-        parser.add_argument("--" + f.name.replace("_", "-"), **options)

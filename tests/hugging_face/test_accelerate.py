@@ -16,6 +16,7 @@ from conftest import assert_within
 import bert_fast
 from bert_fast.bench import data
 from bert_fast.hugging_face import accelerated as hugging_face
+from bert_fast.hugging_face import families
 
 SIZES = {
     "vocab_size": 90, "hidden_size": 36, "num_hidden_layers": 3, "num_attention_heads": 3,
@@ -189,7 +190,7 @@ def test_what_is_left_to_transformers():
     theirs.set_attn_implementation("eager")
     ours = bert_fast.accelerate(copy.deepcopy(theirs))
     inputs = batch(theirs)
-    hugging_face._warn_once.cache_clear()
+    families.warn_once.cache_clear()
     with torch.no_grad(), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         found = ours(**inputs, output_attentions=True)

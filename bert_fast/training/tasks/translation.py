@@ -9,7 +9,7 @@ import torch
 from bert_fast.embeddings.encoder import load_tokenizer
 from bert_fast.files import atomic_path
 from bert_fast.models import encoder_decoder
-from bert_fast.models.bert import BertConfig
+from bert_fast.models.config import BertConfig
 from bert_fast.ops.cross_entropy import IGNORED
 from bert_fast.training.corpus import SPECIAL
 from bert_fast.training.tasks.rows import DataError, read_lines, text_of

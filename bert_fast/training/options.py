@@ -1,0 +1,23 @@
+"""A dataclass of settings as options of the command line."""
+
+import dataclasses
+
+
+def add_options(parser, settings):
+    """An option for each field of a dataclass; its metadata are argparse's."""
+    for f in dataclasses.fields(settings):
+        options = dict(f.metadata)
+        kinds = {int: int, float: float, int | None: int, float | None: float}
+        if f.type is bool:
+            options |= {"action": "store_true"}
+        elif f.type is list:
+            options |= {"nargs": "+"}
+        else:
+            options |= {"type": kinds.get(f.type, str)}
+        if f.default is dataclasses.MISSING:
+            options |= {"required": True}
+        else:
+            options |= {"default": f.default}
+            if f.default is not None and f.type is not bool:
+                options["help"] = f"{options.get('help', '')} (default {f.default})".strip()
+        parser.add_argument("--" + f.name.replace("_", "-"), **options)
