@@ -2,12 +2,14 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import setuptools
 from checkout import ROOT, sources
 
 from benchmarks.readme import rewritten
@@ -92,6 +94,77 @@ def test_build_errors_are_one_sentence(tmp_path):
     assert "Traceback" not in answer.stderr
     answer = run_setup(tmp_path, BERT_FAST_CUDA="maybe")
     assert "BERT_FAST_CUDA must be auto, on or off" in answer.stderr
+
+
+@pytest.fixture
+def build(monkeypatch, tmp_path):
+    """The functions of setup.py; PATH is an empty folder for the test's own programs."""
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("BERT_FAST_CUDA_ARCHS", raising=False)
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def program(path, *lines):
+    path.write_text("\n".join(["#!/bin/sh", *(f"echo {line}" for line in lines)]))
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_chips_are_those_that_nvcc_knows(build, monkeypatch, tmp_path):
+    older = [f"compute_{n}" for n in (50, 60, 75, 80, 86, 89, 90)]
+    nvcc = program(tmp_path / "nvcc", *older)
+    assert build["cuda_archs"](nvcc) == ["75", "80", "86", "89", "90a"]
+    newest = program(tmp_path / "newest", *older[3:], "compute_100", "compute_110", "compute_120")
+    assert build["cuda_archs"](newest) == ["80", "86", "89", "90a", "100", "120"]
+
+    program(tmp_path / "nvidia-smi", "12.0", "7.5", "9.0", "9.0")
+    assert build["cuda_archs"](nvcc) == ["75", "90a"]
+    program(tmp_path / "nvidia-smi", "12.0")
+    assert build["cuda_archs"](nvcc) == ["80"]  # the chip then runs its PTX
+
+    monkeypatch.setenv("BERT_FAST_CUDA_ARCHS", "90a, 80")
+    assert build["cuda_archs"](nvcc) == ["80", "90a"]
+    monkeypatch.setenv("BERT_FAST_CUDA_ARCHS", "80;120")
+    with pytest.raises(SystemExit, match=r"nvcc does not know 120, only 50, 60, 75"):
+        build["cuda_archs"](nvcc)
+    monkeypatch.setenv("BERT_FAST_CUDA_ARCHS", "hopper")
+    with pytest.raises(SystemExit, match="'hopper' is no chip like 80 or 90a"):
+        build["cuda_archs"](nvcc)
+
+
+@pytest.mark.parametrize(
+    ("archs", "ptx"),
+    [(["75"], [80]), (["80"], [80]), (["75", "90a"], [80, 90]), (["80", "100", "120"], [80, 120])],
+)
+def test_ptx_for_chips_without_code(build, archs, ptx):
+    code = build["cuda_code"](archs)
+    assert [int(n) for n in re.findall(r"code=compute_(\d+)", code)] == ptx
+    assert re.findall(r"code=sm_(\w+)", code) == archs
+
+
+def test_link_command_of_each_system(build, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert "-undefined dynamic_lookup" in build["link_command"]("clang++", "", None)
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert build["link_command"]("g++", "-fopenmp", None) == "g++ -shared -fopenmp -s"
+    assert "-cudart=static" in build["link_command"]("g++", "-fopenmp", "nvcc")
+
+
+@pytest.mark.full
+def test_cpu_kernels_compile_for_arm(monkeypatch, tmp_path):
+    """Linux on ARM: what a build there compiles, the plain kernels, by a cross compiler."""
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    if not compiler:
+        pytest.skip("no aarch64-linux-gnu-g++ (Debian, Ubuntu: g++-aarch64-linux-gnu)")
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
+    flags = runpy.run_path(str(ROOT / "setup.py"))["CXX_FLAGS"].split()
+    for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
+        subprocess.run(
+            [compiler, *flags, "-fopenmp", "-Werror", "-c", source,
+             "-o", tmp_path / f"{source.stem}.o"],
+            check=True,
+        )  # fmt: skip
 
 
 def test_import_time():

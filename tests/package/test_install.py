@@ -1,5 +1,6 @@
 """The package as others install it: the source archive, the wheel, extras, fresh environments."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -93,6 +94,25 @@ def test_no_extra_moves_torch():
     (pin,) = next(r for r in held if r.name == "torch").specifier
     assert pin.operator == "=="
     assert pin.version in torch.specifier
+
+
+@pytest.mark.full
+def test_extras_resolve_beside_another_torch(tmp_path):
+    """All extras at once, beside a torch that is not the one we develop with: pip keeps it."""
+    tomllib = pytest.importorskip("tomllib", reason="is in Python from 3.11 on")
+    copy, report = sources(tmp_path / "copy"), tmp_path / "report.json"
+    project = tomllib.loads((copy / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = ",".join(project["optional-dependencies"])
+    (tmp_path / "theirs.txt").write_text("torch==2.12.0\n")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "-q", "install", "--dry-run", "--ignore-installed",
+         "--report", report, "-c", tmp_path / "theirs.txt", f"{copy}[{extras}]"],
+        check=True, env={**os.environ, "BERT_FAST_CUDA": "off"},
+    )  # fmt: skip
+    chosen = [item["metadata"] for item in json.loads(report.read_text())["install"]]
+    versions = {metadata["name"].lower(): metadata["version"] for metadata in chosen}
+    assert versions["torch"].partition("+")[0] == "2.12.0"
+    assert {"transformers", "onnxruntime", "sacrebleu"} <= set(versions)
 
 
 @pytest.mark.full
