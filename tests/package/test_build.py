@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 import setuptools
+import torch
 from checkout import ROOT, sources
 
 from benchmarks.readme import rewritten
+from bert_fast import _C, backends
+from bert_fast.backends import choice
 
 
 def test_layout_rules():
@@ -149,6 +152,33 @@ def test_link_command_of_each_system(build, monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
     assert build["link_command"]("g++", "-fopenmp", None) == "g++ -shared -fopenmp -s"
     assert "-cudart=static" in build["link_command"]("g++", "-fopenmp", "nvcc")
+
+
+def test_an_old_driver_is_said(monkeypatch):
+    """One sentence from why_unavailable, before a kernel fails to load; none is not an old one."""
+    monkeypatch.delenv("BERT_FAST_CUDA_HOST", raising=False)
+    monkeypatch.setattr(_C, "cuda_archs", "80")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def reason(driver, built):
+        monkeypatch.setattr(choice, "_modules", {})
+        monkeypatch.setattr(_C, "cuda_versions", lambda: (driver, built), raising=False)
+        return backends.why_unavailable("cuda")
+
+    assert reason(11080, 13000) == (
+        "the NVIDIA driver runs CUDA up to 11.8, and bert_fast was built with CUDA 13.0: "
+        "update the driver, or build bert_fast with the driver's CUDA"
+    )
+    assert reason(12080, 13000).startswith("the NVIDIA driver runs CUDA up to 12.8")
+    for driver, built in ((0, 13000), (12020, 12090), (13010, 12090)):
+        assert reason(driver, built) == "torch sees no CUDA device"
+
+
+@pytest.mark.skipif(_C.cuda_archs is None, reason="needs an extension built with nvcc")
+def test_the_extension_knows_its_cuda():
+    driver, built = _C.cuda_versions()
+    assert built >= 11000
+    assert driver == 0 or driver >= 1000
 
 
 @pytest.mark.full
