@@ -27,7 +27,7 @@ test-full: build
 	$(PY) -m pytest -m "full and not gpu"
 
 bench: build
-	$(PY) -m pip install -q -e ".[bench]" --no-build-isolation
+	$(PY) -m pip install -q -c constraints.txt -e ".[bench]" --no-build-isolation
 	mkdir -p out
 	$(PY) -m benchmarks.bars --json out/bars.json
 
@@ -45,10 +45,10 @@ carry:
 build: .venv/installed
 	$(PY) setup.py -q build_ext --inplace
 
-.venv/installed: pyproject.toml
+.venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install -q "torch==2.13.0"
-	$(PY) -m pip install -q -e ".[dev]"
+	$(PY) -m pip install -q -c constraints.txt torch
+	$(PY) -m pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
 
 clean:

@@ -1,7 +1,8 @@
 """Builds bert_fast._C: one ninja run over csrc/, with no torch in sight.
 
 BERT_FAST_CUDA=auto|on|off      build the CUDA kernels: when nvcc is found, or fail, or not
-BERT_FAST_CUDA_ARCHS="80;90a"   for these chips; default: the GPUs nvidia-smi shows, else all
+BERT_FAST_CUDA_ARCHS="80;90a"   for these chips; default: the GPUs nvidia-smi shows, else all,
+                                and of either those that nvcc knows
 """
 
 import os
@@ -59,27 +60,73 @@ def find_nvcc():
     return nvcc if mode != "off" else None
 
 
-def cuda_archs():
-    """Chips to compile for, as nvcc's sm_ numbers."""
-    if wanted := os.environ.get("BERT_FAST_CUDA_ARCHS"):
-        archs = [arch for arch in wanted.replace(",", ";").split(";") if arch]
-        for arch in archs:
-            if not arch.rstrip("af").isdigit():
-                sys.exit(f"bert_fast: BERT_FAST_CUDA_ARCHS: '{arch}' is no chip like 80 or 90a.")
-        return archs
+def number(arch):
+    """A chip's compute capability times ten: 90 of 90a."""
+    return int(arch.rstrip("af"))
+
+
+def cuda_archs(nvcc):
+    """Chips to compile for, as nvcc's sm_ numbers, the oldest first."""
+    wanted = os.environ.get("BERT_FAST_CUDA_ARCHS", "").replace(",", ";").split(";")
+    wanted = [arch.strip() for arch in wanted if arch.strip()]
+    for arch in wanted:
+        if not arch.rstrip("af").isdigit():
+            sys.exit(f"bert_fast: BERT_FAST_CUDA_ARCHS: '{arch}' is no chip like 80 or 90a.")
+    known = chips_known_to(nvcc)
+    if unknown := [arch for arch in wanted if number(arch) not in known]:
+        sys.exit(
+            f"bert_fast: BERT_FAST_CUDA_ARCHS: {nvcc} does not know {', '.join(unknown)}, only "
+            f"{', '.join(map(str, sorted(known)))}."
+        )
+    # A toolkit older or newer than the chips leaves those out: they run the PTX.
+    archs = wanted or [a for a in chips_here() or ALL_CUDA_ARCHS if number(a) in known]
+    return sorted(set(archs), key=number) or ["80"]
+
+
+def chips_known_to(nvcc):
+    answer = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True)
+    if answer.returncode:
+        sys.exit(f"bert_fast: {nvcc} --list-gpu-arch failed: {answer.stderr.strip()}")
+    return {number(line.split("_")[1]) for line in answer.stdout.split() if "_" in line}
+
+
+def chips_here():
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
-        return ALL_CUDA_ARCHS
+        return []
     found = {line.strip().replace(".", "") for line in answer.stdout.splitlines() if line.strip()}
-    return sorted("90a" if arch == "90" else arch for arch in found) or ALL_CUDA_ARCHS
+    return ["90a" if arch == "90" else arch for arch in found]
+
+
+def cuda_code(archs):
+    """nvcc's options: machine code for each chip, and PTX, which the driver compiles for others.
+    The newest chip's is for those that are not out yet; 8.0's for those between, like 11.0, which
+    runs neither 10.0's code nor 12.0's PTX. Not 7.5's: it has no bf16 products."""
+    ptx = sorted({80, max(80, number(archs[-1]))})
+    code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    return " ".join(code + [f"-gencode=arch=compute_{n},code=compute_{n}" for n in ptx])
+
+
+def link_command(cxx, openmp, nvcc):
+    if nvcc:
+        # nvcc knows where its libraries are. Static: the extension then imports without a
+        # driver, and beside any torch.
+        command = f"{nvcc} -shared -cudart=static -Xlinker=-s"
+        return command + (f" -Xcompiler={openmp}" if openmp else "")
+    if sys.platform == "darwin":
+        # Python's own symbols are in the process that imports; Apple's linker has no -s.
+        return f"{cxx} -shared {openmp} -undefined dynamic_lookup"
+    return f"{cxx} -shared {openmp} -s"
 
 
 class NinjaBuild(build_ext):
     """Writes build.ninja beside the objects and runs it: parallel, and incremental across runs."""
 
     def build_extension(self, ext):
+        if sys.platform == "win32":
+            sys.exit("bert_fast: Windows is not supported yet; build in WSL, which is Linux.")
         import pybind11  # a build requirement: absent only where there is nothing to build
 
         build = ROOT / "build" / f"ninja-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
@@ -92,13 +139,10 @@ class NinjaBuild(build_ext):
         includes = f"-I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
         common = f"{CXX_FLAGS} {openmp} {'-DBERT_FAST_X86' if x86 else ''}"
 
-        link = f"{cxx} -shared {openmp} -s"
+        archs = []
         if nvcc:
+            archs = cuda_archs(nvcc)
             nvcc += f" -ccbin {shlex.split(cxx)[-1]}"
-            # nvcc knows where its libraries are. Static: the extension then imports without a
-            # driver, and beside any torch.
-            link = f"{nvcc} -shared -cudart=static -Xlinker=-s"
-            link += f" -Xcompiler={openmp}" if openmp else ""
         lines = [
             "ninja_required_version = 1.3",
             f"rule cxx\n  command = {cxx} -MMD -MF $out.d {common} $flags -c $in -o $out",
@@ -106,7 +150,8 @@ class NinjaBuild(build_ext):
             f"rule nvcc\n  command = {nvcc} -std=c++17 -O3 -Xcompiler=-fPIC -MMD -MF $out.d"
             " $flags -c $in -o $out",
             "  depfile = $out.d\n  deps = gcc\n  description = nvcc $out",
-            f"rule link\n  command = {link} -o $out $in\n  description = link $out",
+            f"rule link\n  command = {link_command(cxx, openmp, nvcc)} -o $out $in",
+            "  description = link $out",
         ]
         objects = []
 
@@ -128,12 +173,8 @@ class NinjaBuild(build_ext):
                 compile_file("cxx", f"cpu/{source.name}", f"{source.stem}.{isa}.o", flags)
 
         if nvcc:
-            archs = cuda_archs()
-            flags = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs)
-            newest = archs[-1].rstrip("af")  # as PTX, for chips that are not out yet
             # Compressed: a seventh of the size; the driver unpacks what it loads.
-            flags += f" -gencode=arch=compute_{newest},code=compute_{newest} -t 0"
-            flags += " -Xfatbin=-compress-all"
+            flags = f"{cuda_code(archs)} -t 0 -Xfatbin=-compress-all"
             for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
                 compile_file("nvcc", f"cuda/{source.name}", f"{source.stem}.cuda.o", flags)
             includes += f" -DBERT_FAST_WITH_CUDA '-DBERT_FAST_CUDA_ARCHS=\"{';'.join(archs)}\"'"

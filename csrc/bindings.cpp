@@ -16,6 +16,12 @@
 #include "cuda/kernels.h"
 #endif
 
+#ifdef BERT_FAST_WITH_CUDA
+// The CUDA runtime's own, declared here so that this file compiles without CUDA's headers.
+extern "C" int cudaDriverGetVersion(int* version);
+extern "C" int cudaRuntimeGetVersion(int* version);
+#endif
+
 namespace py = pybind11;
 using namespace bert_fast;
 
@@ -171,6 +177,7 @@ void bind_cpu(py::module_& m, const char* name, Args (*arguments)(P...),
 
 }  // namespace
 
+// Without py::mod_gil_not_used: nobody has shown that this module needs no GIL.
 PYBIND11_MODULE(_C, m) {
   m.doc() = "bert_fast's compiled kernels. Private: bert_fast's ops validate, this does not.";
   using release_gil = py::call_guard<py::gil_scoped_release>;
@@ -212,6 +219,14 @@ PYBIND11_MODULE(_C, m) {
 
 #ifdef BERT_FAST_WITH_CUDA
   m.attr("cuda_archs") = BERT_FAST_CUDA_ARCHS;
+  // 1000 * major + 10 * minor: the newest CUDA that the driver runs, 0 without a driver; and ours.
+  m.def("cuda_versions", [] {
+    int driver = 0, runtime = 0;
+    if (cudaDriverGetVersion(&driver) || cudaRuntimeGetVersion(&runtime)) {
+      throw std::runtime_error("CUDA does not say its version");
+    }
+    return std::make_pair(driver, runtime);
+  });
   bind_cuda(m);
 #else
   m.attr("cuda_archs") = py::none();

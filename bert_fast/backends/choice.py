@@ -100,9 +100,24 @@ def _try_load(name):
         return import_module(name)
     if name == "cuda" and _C.cuda_archs is None:
         return "bert_fast was built without CUDA (no nvcc was found; build with BERT_FAST_CUDA=on)"
+    if name == "cuda" and (reason := _old_driver(*_C.cuda_versions())):
+        return reason
     if name in ("cuda", "triton") and not torch.cuda.is_available():
         return "torch sees no CUDA device"
     return import_module(name)
+
+
+def _old_driver(driver, built):
+    """Why the NVIDIA driver cannot run the extension, or None. Both are CUDA versions, 1000 * major
+    + 10 * minor; ``driver`` is 0 where there is none. Within a major version any driver runs a
+    chip's own code; PTX may need a newer one, which CUDA says when it loads a kernel."""
+    if driver == 0 or driver // 1000 >= built // 1000:
+        return None
+    driver, built = (f"{version // 1000}.{version % 1000 // 10}" for version in (driver, built))
+    return (
+        f"the NVIDIA driver runs CUDA up to {driver}, and bert_fast was built with CUDA {built}: "
+        "update the driver, or build bert_fast with the driver's CUDA"
+    )
 
 
 def interpreted(name):
