@@ -1,6 +1,7 @@
 # make demo   the main job: a real search by a real BERT, ours beside Hugging Face's
 # make test   lint and tests, minutes;  make test-full adds what takes longer
 # make build  the extension in place, incremental;  make bench  the speed bars
+# make docs   the API reference, from the docstrings, as HTML in out/docs
 # make gpu OUT=DIR [PARTS="test op"] [LIMIT=540]   what only a GPU can show; needs no .venv
 # make carry  the extension for such a machine (CROSS_PYTHON, CROSS_ARCHS), built here
 
@@ -13,7 +14,7 @@ CROSS_PYTHON ?= python3.12
 CROSS_ARCHS ?= 90a
 export BERT_FAST_CACHE ?= $(CURDIR)/.cache
 
-.PHONY: demo test test-full bench gpu carry build clean
+.PHONY: demo test test-full bench docs gpu carry build clean
 
 demo: build
 	$(PY) -m benchmarks.demo
@@ -21,6 +22,7 @@ demo: build
 test: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(PY) -m pytest -m "not full and not gpu"
 
 test-full: build
@@ -30,6 +32,10 @@ bench: build
 	$(PY) -m pip install -q -c constraints.txt -e ".[bench]" --no-build-isolation
 	mkdir -p out
 	$(PY) -m benchmarks.bars --json out/bars.json
+
+docs: build
+	$(PY) -m pip install -q -c constraints.txt -e ".[docs]" --no-build-isolation
+	$(BIN)/pdoc --docformat google --math -o out/docs bert_fast '!bert_fast.kernels'
 
 gpu:
 	$(PYTHON) -m benchmarks.gpu --out "$(OUT)" --parts "$(PARTS)" --limit "$(LIMIT)"

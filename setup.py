@@ -208,6 +208,7 @@ class NinjaBuild(build_ext):
 setup(
     packages=sorted({*find_packages(include=["bert_fast*"]), "bert_fast.kernels"}),
     package_dir={"bert_fast": "bert_fast", "bert_fast.kernels": "kernels"},
+    package_data={"bert_fast": ["py.typed"]},
     ext_modules=[Extension("bert_fast._C", sources=[])],
     cmdclass={"build_ext": NinjaBuild},
 )
