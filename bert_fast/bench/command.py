@@ -8,6 +8,7 @@ from rich.console import Console
 from bert_fast.bench import changes, lengths, plots, report, works
 from bert_fast.bench.run import BLOCKS, ceilings, measure, noise
 from bert_fast.bench.selection import SWEEPS, chosen_peers, works_of
+from bert_fast.extras import can_draw
 
 LEVELS = {
     "op": "attention, layer-norm, gelu, linear + gelu: forward and backward",
@@ -129,7 +130,7 @@ def run(args):
         report.write(args.json, result)
     if args.csv:
         report.write_csv(args.csv, result["rows"])
-    if args.plot and plots.can_draw("--plot"):
+    if args.plot and can_draw(args.plot):
         if args.level == "sweep":
             plots.plot_sweep(args.over, result["rows"], args.plot)
         else:

@@ -1,24 +1,11 @@
 """Rows and sweeps as pictures."""
 
-import importlib.util
 import itertools
-import warnings
 from pathlib import Path
 
 import torch
 
 from bert_fast.bench.report import OURS
-
-
-def can_draw(wish):
-    """Whether matplotlib is there; where it is not, a warning says what ``wish`` needs."""
-    if importlib.util.find_spec("matplotlib") is not None:
-        return True
-    warnings.warn(
-        f'{wish} needs matplotlib, so no picture is drawn: pip install "bert_fast[plot]"',
-        stacklevel=2,
-    )
-    return False
 
 
 def _pyplot():

@@ -3,50 +3,49 @@
 import dataclasses
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from bert_fast.embeddings.encoder import batches_by_tokens, load_tokenizer
+from bert_fast.extras import can_draw
 from bert_fast.files import atomic_path
 from bert_fast.models.checkpoint import CheckpointError
 from bert_fast.training import tasks
 from bert_fast.training.optim import parameter_groups, warmup_then_linear_decay
-from bert_fast.training.options import add_options
+from bert_fast.training.options import add_options, option, resolve_device
 
 
 @dataclass
 class Settings:
     """A run; the command line's options, by the same names."""
 
-    task: str = field(metadata={"choices": list(tasks.TASKS)})
-    model: str = field(metadata={"help": "a Hugging Face BERT checkpoint's directory"})
-    train: str = field(metadata={"help": "the training rows"})
-    out: str = field(metadata={"help": "directory for the model, its figures and their picture"})
-    test: str | None = field(default=None, metadata={"help": "rows to judge by; default a tenth"})
-    train_targets: str | None = field(
-        default=None, metadata={"help": "translation: a file aligned with train, a text a line"}
+    task: str = option("what the model is to do", choices=list(tasks.TASKS))
+    model: str = option("directory of a Hugging Face BERT checkpoint")
+    train: str = option("the training rows")
+    out: str = option("directory for the model, its metrics and a plot")
+    test: str | None = option("test rows (default: a tenth of --train)", None)
+    train_targets: str | None = option(
+        "translation: a file aligned with --train, one text per line", None
     )
-    test_targets: str | None = field(default=None, metadata={"help": "translation: of test"})
-    decoder_layers: int = field(default=3, metadata={"help": "translation: of the new decoder"})
-    target_vocab: int = field(default=8192, metadata={"help": "translation: tokens to write with"})
-    beams: int = field(default=4, metadata={"help": "translation: of the search; 1 is greedy"})
-    epochs: int | None = field(default=None, metadata={"help": "default by task: 2, 3 or 10"})
-    lr: float | None = field(default=None, metadata={"help": "default by task: 3e-5, 5e-5 or 5e-4"})
-    batch_tokens: int = field(default=2048, metadata={"help": "tokens a step"})
-    max_length: int | None = field(
-        default=None,
-        metadata={
-            "help": "tokens a text, longer ones are cut (default 128, or the model's positions)"
-        },
+    test_targets: str | None = option("translation: a file aligned with --test", None)
+    decoder_layers: int = option("translation: layers of the new decoder", 3)
+    target_vocab: int = option("translation: size of the target vocabulary", 8192)
+    beams: int = option("translation: beams of the search; 1 is greedy", 4)
+    epochs: int | None = option("passes over the training rows (default by task: 2, 3 or 10)", None)
+    lr: float | None = option("highest learning rate (default by task: 3e-5, 5e-5 or 5e-4)", None)
+    batch_tokens: int = option("tokens per step", 2048)
+    max_length: int | None = option(
+        "tokens per text; longer texts are cut (default 128, or the model's positions)", None
     )
-    warmup: float = field(default=0.1, metadata={"help": "share of the steps"})
-    weight_decay: float = field(default=0.01, metadata={"help": "of matrices"})
-    clip: float = field(default=1.0, metadata={"help": "largest norm of the gradient"})
-    seed: int = field(default=0, metadata={"help": "of everything that is drawn"})
-    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
+    warmup: float = option("share of the steps that warm up", 0.1)
+    weight_decay: float = option("weight decay of matrices", 0.01)
+    clip: float = option("gradients are clipped to this norm", 1.0)
+    seed: int = option("random seed", 0)
+    device: str = option("auto, cpu or cuda", "auto")
+    overwrite: bool = option("replace what is in --out, if it is not empty", False)
 
     def __post_init__(self):
         if self.task not in tasks.TASKS:
@@ -144,6 +143,9 @@ def finetune(settings, progress=None):
     Raises:
         DataError, CheckpointError, ValueError: before training begins, naming what is wrong.
     """
+    out = Path(settings.out)
+    if not settings.overwrite and out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} exists and is not empty; --overwrite replaces what is in it")
     task = tasks.TASKS[settings.task]()
     task.configure(settings)
     rng = np.random.default_rng(settings.seed)
@@ -159,9 +161,7 @@ def finetune(settings, progress=None):
     task.fit(rows)
     torch.manual_seed(settings.seed)
     model = task.new_model(settings.model)
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = resolve_device(settings.device)
     tokenizer = _plain(load_tokenizer(settings.model))
     tuned = Tuned(task, model.to(device).train(), tokenizer, settings.max_length)
     task.check(test)  # before any time is spent
@@ -227,10 +227,10 @@ def _save(settings, tuned, figures, test, predictions):
     with atomic_path(out / "metrics.json") as path:
         whole = {"figures": figures, "settings": dataclasses.asdict(settings)}
         Path(path).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
+    if not can_draw(out / "test.png"):
         return
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6, 5), layout="constrained")
     tuned.task.draw(figure.subplots(), test, predictions)
     with atomic_path(out / "test.png") as path:
@@ -238,7 +238,7 @@ def _save(settings, tuned, figures, test, predictions):
 
 
 def command_finetune(args):
-    """Fine-tuning for a task, judged on rows held out."""
+    """Fine-tune a BERT for a task and evaluate it on test rows."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     names = [f.name for f in dataclasses.fields(Settings)]
@@ -256,11 +256,11 @@ def command_finetune(args):
 
 
 def command_predict(args):
-    """Predictions of a fine-tuned model, a JSON object a row."""
+    """Predictions of a fine-tuned model, one JSON object per row."""
     out = Path(args.out)
     if out.exists() and not args.overwrite:
         raise ValueError(f"{out} exists; --overwrite replaces it")
-    tuned = Tuned.from_pretrained(args.model, args.max_length)
+    tuned = Tuned.from_pretrained(args.model, args.max_length, resolve_device(args.device))
     translates = isinstance(tuned.task, tasks.Translation)
     if args.beams is not None:
         if not translates or args.beams < 1:
@@ -287,10 +287,14 @@ def add_parsers(commands):
     add_options(sub, Settings)
     sub.set_defaults(function=command_finetune)
     sub = commands.add_parser("predict", help=command_predict.__doc__)
-    sub.add_argument("--model", required=True, help="a directory of finetune's")
-    sub.add_argument("--rows", required=True, help="as for training, or .txt, a text a line")
-    sub.add_argument("--out", required=True, help="a .jsonl file")
-    sub.add_argument("--max-length", type=int, help="tokens a text (default 128)")
-    sub.add_argument("--beams", type=int, help="translation: of the search (default 4)")
+    sub.add_argument("--model", required=True, help="a directory that finetune wrote")
+    sub.add_argument(
+        "--rows", required=True, help="rows as for training, or .txt with one text per line"
+    )
+    sub.add_argument("--out", required=True, help="the .jsonl file to write predictions to")
+    sub.add_argument("--max-length", type=int, help="tokens per text (default 128)")
+    sub.add_argument("--beams", type=int, help="translation: beams of the search (default 4)")
+    sub.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
+                     help="default: the GPU where there is one")  # fmt: skip
     sub.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     sub.set_defaults(function=command_predict)

@@ -2,6 +2,7 @@
 
 import json
 
+from bert_fast.extras import can_draw
 from bert_fast.files import atomic_path
 
 
@@ -17,11 +18,11 @@ def read_metrics(path, steps):
 
 
 def plot(records, path):
-    """The curves as a PNG, where matplotlib is installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
+    """The curves as a PNG; without matplotlib a warning."""
+    if not can_draw(path):
         return
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     every = records[:: max(1, len(records) // 2000)]

@@ -1,6 +1,24 @@
 """A dataclass of settings as options of the command line."""
 
 import dataclasses
+from typing import Any
+
+import torch
+
+
+def resolve_device(name):
+    """``auto`` is the GPU where there is one."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def option(help: str, default: Any = dataclasses.MISSING, choices: list | None = None) -> Any:
+    """A field of a dataclass of settings, with what the command line says of it."""
+    metadata: dict[str, Any] = {"help": help}
+    if choices is not None:
+        metadata["choices"] = choices
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def add_options(parser, settings):

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from bert_fast.models.heads import BertForPreTraining
 from bert_fast.training.corpus import Corpus, PairSampler, read_documents, train_tokenizer
 from bert_fast.training.metrics import plot, read_metrics
 from bert_fast.training.optim import OPTIMIZERS, parameter_groups, warmup_then_linear_decay
-from bert_fast.training.options import add_options
+from bert_fast.training.options import add_options, option
 from bert_fast.training.processes import BINDING, Group
 
 
@@ -34,43 +34,41 @@ from bert_fast.training.processes import BINDING, Group
 class Settings:
     """What a run consists of; the command line's options, by the same names."""
 
-    text: list = field(metadata={"help": "files, a sentence a line, blank between documents"})
-    out: str = field(metadata={"help": "directory for checkpoint, tokenizer, metrics and curves"})
-    tokenizer: str | None = field(
-        default=None,
-        metadata={
-            "help": "a directory with tokenizer.json or vocab.txt; default: trained on the text"
-        },
+    text: list = option("text files, one sentence per line, blank lines between documents")
+    out: str = option("directory for the checkpoint, tokenizer, metrics and curves")
+    tokenizer: str | None = option(
+        "a directory with tokenizer.json or vocab.txt; default: trained on the text", None
     )
-    init: str | None = field(
-        default=None,
-        metadata={
-            "help": "go on from this Hugging Face checkpoint's weights; brings its tokenizer"
-        },
+    init: str | None = option(
+        "start from the weights and tokenizer of this Hugging Face checkpoint", None
     )
-    vocab_size: int = field(default=8192, metadata={"help": "of a trained tokenizer"})
-    layers: int = field(default=4, metadata={"help": "of a new model"})
-    hidden: int = field(default=256, metadata={"help": "of a new model"})
-    heads: int = field(default=4, metadata={"help": "of a new model"})
-    intermediate: int | None = field(default=None, metadata={"help": "default 4 x hidden"})
-    dropout: float = field(default=0.1, metadata={"help": "of a new model"})
-    max_length: int = field(default=128, metadata={"help": "tokens a sequence"})
-    batch_tokens: int = field(default=4096, metadata={"help": "tokens a step, of all processes"})
-    accumulate: int = field(default=1, metadata={"help": "parts of a process's step"})
-    steps: int = field(default=1000, metadata={"help": "optimizer steps in all"})
-    optimizer: str = field(default="adamw", metadata={"choices": sorted(OPTIMIZERS)})
-    lr: float = field(default=5e-4, metadata={"help": "highest learning rate"})
-    warmup: float = field(default=0.1, metadata={"help": "share of the steps"})
-    weight_decay: float = field(default=0.01, metadata={"help": "of matrices"})
-    clip: float = field(default=1.0, metadata={"help": "largest norm of the gradient"})
-    whole_words: bool = field(default=False, metadata={"help": "mask words, not pieces"})
-    held_out: float = field(default=0.05, metadata={"help": "share of the documents"})
-    checkpoint_activations: bool = field(default=False, metadata={"help": "less memory, more time"})
-    save_every: int = field(default=100, metadata={"help": "steps between checkpoints"})
-    seed: int = field(default=0, metadata={"help": "of everything that is drawn"})
-    device: str = field(default="auto", metadata={"help": "auto, cpu or cuda"})
-    shard: bool = field(default=False, metadata={"help": "FSDP2 in the place of DDP"})
-    resume: bool = field(default=False, metadata={"help": "go on from the checkpoint in --out"})
+    vocab_size: int = option("vocabulary of a tokenizer trained on the text", 8192)
+    layers: int = option("layers of a new model", 4)
+    hidden: int = option("hidden size of a new model", 256)
+    heads: int = option("attention heads of a new model", 4)
+    intermediate: int | None = option(
+        "feed-forward size of a new model (default: 4 x hidden)", None
+    )
+    dropout: float = option("dropout of a new model", 0.1)
+    max_length: int = option("tokens per sequence", 128)
+    batch_tokens: int = option("tokens per step, of all processes together", 4096)
+    accumulate: int = option("parts that each process computes its step in, for less memory", 1)
+    steps: int = option("optimizer steps in total", 1000)
+    optimizer: str = option("the optimizer", "adamw", choices=sorted(OPTIMIZERS))
+    lr: float = option("highest learning rate", 0.0005)
+    warmup: float = option("share of the steps that warm up", 0.1)
+    weight_decay: float = option("weight decay of matrices", 0.01)
+    clip: float = option("gradients are clipped to this norm", 1.0)
+    whole_words: bool = option("mask whole words instead of word pieces", False)
+    held_out: float = option("share of the documents kept for testing", 0.05)
+    checkpoint_activations: bool = option(
+        "keep each layer's input alone: less memory, more time", False
+    )
+    save_every: int = option("steps between checkpoints", 100)
+    seed: int = option("random seed", 0)
+    device: str = option("auto, cpu or cuda", "auto")
+    shard: bool = option("shard the model (FSDP2) instead of replicating it (DDP)", False)
+    resume: bool = option("resume from the checkpoint in --out", False)
 
     def __post_init__(self):
         for name in ("vocab_size", "layers", "hidden", "heads", "batch_tokens", "accumulate",
@@ -358,7 +356,7 @@ def _cut(whole, parts):
 
 
 def command(args):
-    """Pre-training from plain text; ``torchrun ... -m bert_fast.cli pretrain`` for many."""
+    """Pre-train a BERT on plain text; several processes by ``torchrun -m bert_fast.cli``."""
     names = [f.name for f in dataclasses.fields(Settings)]
     settings = Settings(**{name: getattr(args, name) for name in names})
     if int(os.environ.get("RANK", 0)):

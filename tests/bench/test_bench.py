@@ -12,6 +12,7 @@ from bert_fast.bench import changes, lengths, plots, report, run, selection, tim
 from bert_fast.bench.contestant import Run
 from bert_fast.bench.peers import Eager, Gemms, Ours, Peer, Torch, peers
 from bert_fast.cli import main
+from bert_fast.extras import can_draw
 
 SMALL = {"vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 SMALL = SMALL | {"intermediate_size": 128}
@@ -438,5 +439,5 @@ def test_csv(tmp_path):
 
 def test_no_matplotlib_is_said(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.warns(UserWarning, match=r"--plot needs matplotlib.*bert_fast\[plot\]"):
-        assert not plots.can_draw("--plot")
+    with pytest.warns(UserWarning, match=r"x\.png is not drawn: .*bert_fast\[plot\]"):
+        assert not can_draw("x.png")

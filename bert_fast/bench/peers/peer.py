@@ -1,8 +1,8 @@
 """What every peer has in common."""
 
-import importlib.util
-
 import torch
+
+from bert_fast.extras import missing
 
 
 class Absent(Exception):
@@ -21,8 +21,8 @@ class Peer:
 
     def why_absent(self, work):
         """None, or the reason why it cannot do the work here."""
-        if self.package and importlib.util.find_spec(self.package) is None:
-            return f"the package {self.package} is not installed"
+        if self.package and (reason := missing(self.package)) is not None:
+            return reason
         if work.device not in self.devices:
             return f"runs on {' and '.join(self.devices)} alone"
         if work.dtype not in self.dtypes:

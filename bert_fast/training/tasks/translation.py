@@ -1,12 +1,12 @@
 """Translation: an encoder that is there already, a decoder and its vocabulary that are new."""
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 
 import torch
 
 from bert_fast.embeddings.encoder import load_tokenizer
+from bert_fast.extras import require
 from bert_fast.files import atomic_path
 from bert_fast.models import encoder_decoder
 from bert_fast.models.config import BertConfig
@@ -27,8 +27,7 @@ class Translation(Task):
     def configure(self, settings):
         for name in ("decoder_layers", "target_vocab", "beams"):
             setattr(self, name, getattr(settings, name))
-        if importlib.util.find_spec("sacrebleu") is None:  # before any time is spent
-            raise ImportError("translation is judged by sacrebleu: pip install sacrebleu")
+        require("sacrebleu", "translation's BLEU")  # said before any time is spent
 
     def label(self, path, number, row):
         return text_of(path, number, row, "target")
