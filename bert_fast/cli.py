@@ -62,7 +62,8 @@ def embed(args):
     """Texts to embeddings."""
     import numpy as np
 
-    from bert_fast.embeddings.encoder import SentenceEncoder, read_texts
+    from bert_fast.embeddings.encoder import SentenceEncoder
+    from bert_fast.embeddings.tokenizer import read_texts
     from bert_fast.files import atomic_path
 
     out = Path(args.out)
@@ -89,7 +90,7 @@ def embed(args):
 def compare(args):
     """Hugging Face and bert_fast on the same checkpoint and texts."""
     from bert_fast.bench.compare import compare, report
-    from bert_fast.embeddings.encoder import read_texts
+    from bert_fast.embeddings.tokenizer import read_texts
 
     texts = read_texts(args.text)[: args.limit]
     rows, tokens = compare(args.model, texts, rounds=args.rounds)

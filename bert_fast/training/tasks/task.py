@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from bert_fast.embeddings.encoder import load_tokenizer
+from bert_fast.embeddings.tokenizer import load_tokenizer
 from bert_fast.files import atomic_path
 from bert_fast.models import encoder_decoder, heads
 from bert_fast.models.bert import BertConfig
