@@ -1,12 +1,14 @@
 """The bert-fast command: env, embed, compare, and its errors."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from bert_fast.bench import data
-from bert_fast.cli import main
+from bert_fast.cli import COMMANDS, main
 
 
 @pytest.fixture
@@ -73,3 +75,45 @@ def test_errors_are_one_line_and_leave_nothing(tmp_path, texts, capsys):
     empty = tmp_path / "empty.txt"
     empty.write_text("")
     assert "holds no text" in fails(*model, "--text", str(empty), "--out", str(out))
+
+
+def test_help_and_version_import_no_command():
+    code = """
+import contextlib, io, sys
+from bert_fast.cli import main
+for option in ("--version", "--help"):
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        main([option])
+slow = ("bert_fast.training", "bert_fast.bench", "bert_fast.inspect", "bert_fast.embeddings",
+        "transformers", "matplotlib", "rich")
+print([name for name in sys.modules if name.startswith(slow)])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    out = " ".join(capsys.readouterr().out.split())
+    for name, (text, _) in COMMANDS.items():
+        assert f"{name} {' '.join(text.split())}" in out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_has_its_options(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--help"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: bert-fast {name} ")
+    if name not in ("env", "bench"):  # bench's are its levels'
+        assert "\n  --" in out
+
+
+def test_an_unknown_command_is_refused(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["embde"])
+    assert stopped.value.code == 2
+    assert "embde" in capsys.readouterr().err
