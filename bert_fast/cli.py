@@ -74,7 +74,7 @@ def embed(args):
     if out.exists() and not args.overwrite:
         raise ValueError(f"{out} exists; --overwrite replaces it")
     texts = read_texts(args.text)
-    encoder = SentenceEncoder(args.model)
+    encoder = SentenceEncoder(args.model, device=_device(args.device))
     embeddings = encoder.encode(texts, batch_tokens=args.batch_tokens)
     with atomic_path(out) as path:
         if out.suffix == ".npy":
@@ -93,8 +93,18 @@ def compare(args):
     from bert_fast.embeddings.tokenizer import read_texts
 
     texts = read_texts(args.text)[: args.limit]
-    rows, tokens = compare(args.model, texts, rounds=args.rounds)
+    rows, tokens = compare(args.model, texts, rounds=args.rounds, device=_device(args.device))
     report(rows, tokens, args.plot)
+
+
+def _device(name):
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch finds no CUDA device")
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
 
 
 def inspect(args):
@@ -199,14 +209,23 @@ def _model_and_text(sub):
         "--text", required=True,
         help='a file with one text per line, or a .jsonl file with "text" in each line',
     )  # fmt: skip
+    sub.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto",
+        help="where the model runs (default auto: the GPU where there is one)",
+    )  # fmt: skip
 
 
-def parser(argv):
-    """The parser for ``argv``: options for the command it names, only names for the others."""
+def parser(argv=None):
+    """The parser for ``argv``: options for the command it names, only names for the others;
+    without ``argv``, every command in full."""
     root = argparse.ArgumentParser(prog="bert-fast", description=bert_fast.__doc__)
     root.add_argument("--version", action="version", version=bert_fast.__version__,
                       help="print the version and exit")  # fmt: skip
     commands = root.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    if argv is None:
+        for options in dict.fromkeys(options for _, options in COMMANDS.values()):
+            options(commands)
+        return root
     chosen = next((word for word in argv if not word.startswith("-")), None)
     _, chosen_options = COMMANDS.get(chosen, (None, None))
     for name, (text, options) in COMMANDS.items():

@@ -24,14 +24,18 @@ class SentenceEncoder:
             sentence_bert_config.json), they decide pooling, normalisation and the longest text;
             else mean pooling, no normalisation, and the model's positions.
         dtype: of the weights; default the checkpoint's.
+        device: where the model runs: "cpu" (default), "cuda", or a torch.device.
 
     Raises:
         CheckpointError: naming the file and what is wrong with it.
     """
 
-    def __init__(self, directory, dtype=None):
+    def __init__(self, directory, dtype=None, device="cpu"):
         directory = Path(directory)
-        self.model = BertModel.from_pretrained(directory, dtype).prepack()
+        model = BertModel.from_pretrained(directory, dtype)
+        # prepack lays weights out for the CPU: on a GPU it would only take memory.
+        on_cpu = torch.device(device).type == "cpu"
+        self.model = model.prepack() if on_cpu else model.to(device)
         positions = self.model.config.max_position_embeddings
         settings = read_json(directory / "sentence_bert_config.json")
         self.max_seqlen = min(settings.get("max_seq_length") or positions, positions)
@@ -41,6 +45,11 @@ class SentenceEncoder:
         self.tokenizer = load_tokenizer(directory)
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(self.max_seqlen)
+
+    @property
+    def device(self):
+        """Where the model's weights are."""
+        return next(self.model.parameters()).device
 
     def tokenize(self, texts):
         """A list of int64 arrays of ids; warns of texts that were cut to ``max_seqlen`` tokens."""
@@ -95,7 +104,7 @@ class SentenceEncoder:
         lengths = np.array([len(s) for s in sequences])
         cu_seqlens = torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
         tokens = torch.from_numpy(np.concatenate(sequences))
-        device = next(self.model.parameters()).device
+        device = self.device
         hidden, _, _ = self.model(
             tokens.to(device), cu_seqlens=cu_seqlens.to(device), max_seqlen=int(lengths.max())
         )
