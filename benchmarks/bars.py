@@ -34,7 +34,7 @@ def rows():
     yield Model(**common, **base, batches=uniform(8, 0.65)), {"HF sdpa": 1.9, **GEMMS}
     yield LayerNorm(**common), {"torch.nn.functional": 1.5}
     mixed = (13, 128, 57, 99, 128, 31, 77, 120)
-    yield Attention(**common, lengths=mixed), {"SDPA, a call a sequence": 1.2}
+    yield Attention(**common, lengths=mixed), {"SDPA, one call per sequence": 1.2}
     yield Train(**common, **base, batches=uniform(8, 0.65)), {"HF sdpa": 1.3}
 
 

@@ -33,7 +33,11 @@ def recall_at(embeddings, queries, documents, relevant, k):
 def main():
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--films", type=int, default=100, help="how many films (default 100)")
-    options.add_argument("--plot", default="out/demo.png")
+    options.add_argument(
+        "--plot",
+        default="out/demo.png",
+        help="draw the times to this PNG file (default out/demo.png)",
+    )
     args = options.parse_args()
     console = Console(width=110)
 
@@ -46,7 +50,10 @@ def main():
     queries = np.arange(len(QUESTIONS), len(QUESTIONS) + len(films))
     documents = np.arange(len(QUESTIONS) + len(films), len(texts))
     console.print(f"{len(films)} plots and {len(owner)} reviews, all-MiniLM-L6-v2, fp32 ...")
-    rows, tokens = compare(data.minilm(), texts, rounds=2)
+    try:
+        rows, tokens = compare(data.minilm(), texts, rounds=2)
+    except ImportError as error:
+        sys.exit(str(error))
     ours = rows[-1].embeddings
 
     for i, question in enumerate(QUESTIONS):

@@ -59,10 +59,12 @@ def _describe(name, op):
 
 
 def embed(args):
-    """Texts to embeddings."""
+    """Embed texts: one vector for each."""
     import numpy as np
 
-    from bert_fast.embeddings.encoder import SentenceEncoder, read_texts
+    from bert_fast.backends import resolve_device
+    from bert_fast.embeddings.encoder import SentenceEncoder
+    from bert_fast.embeddings.tokenizer import read_texts
     from bert_fast.files import atomic_path
 
     out = Path(args.out)
@@ -73,7 +75,7 @@ def embed(args):
     if out.exists() and not args.overwrite:
         raise ValueError(f"{out} exists; --overwrite replaces it")
     texts = read_texts(args.text)
-    encoder = SentenceEncoder(args.model)
+    encoder = SentenceEncoder(args.model, device=resolve_device(args.device))
     embeddings = encoder.encode(texts, batch_tokens=args.batch_tokens)
     with atomic_path(out) as path:
         if out.suffix == ".npy":
@@ -87,12 +89,15 @@ def embed(args):
 
 
 def compare(args):
-    """Hugging Face and bert_fast on the same checkpoint and texts."""
+    """Compare Hugging Face and bert_fast on the same checkpoint and texts."""
+    from bert_fast.backends import resolve_device
     from bert_fast.bench.compare import compare, report
-    from bert_fast.embeddings.encoder import read_texts
+    from bert_fast.embeddings.tokenizer import read_texts
 
     texts = read_texts(args.text)[: args.limit]
-    rows, tokens = compare(args.model, texts, rounds=args.rounds)
+    rows, tokens = compare(
+        args.model, texts, rounds=args.rounds, device=resolve_device(args.device)
+    )
     report(rows, tokens, args.plot)
 
 
@@ -120,52 +125,114 @@ def inspect(args):
     return 1 if faults else 0
 
 
-def parser():
-    from bert_fast.bench.command import add_parser
-    from bert_fast.training import finetune, pretrain
+def _env_options(commands):
+    _command(commands, env)
 
-    root = argparse.ArgumentParser(prog="bert-fast", description=bert_fast.__doc__)
-    root.add_argument("--version", action="version", version=bert_fast.__version__)
-    commands = root.add_subparsers(dest="command", required=True)
 
-    def command(function):
-        sub = commands.add_parser(
-            function.__name__, help=function.__doc__, description=function.__doc__
-        )
-        sub.set_defaults(function=function)
-        return sub
-
-    def model_and_text(sub):
-        sub.add_argument("--model", required=True, help="a Hugging Face checkpoint's directory")
-        sub.add_argument("--text", required=True, help='a text a line; or .jsonl with "text"')
-
-    command(env)
-    sub = command(embed)
-    model_and_text(sub)
+def _embed_options(commands):
+    sub = _command(commands, embed)
+    _model_and_text(sub)
     sub.add_argument(
         "--out", required=True, help=".npy, or .jsonl with each text beside its vector"
     )
     sub.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
-    sub.add_argument("--batch-tokens", type=int, default=4096, help="tokens a batch (default 4096)")
-    sub = command(compare)
-    model_and_text(sub)
-    sub.add_argument("--limit", type=int, help="the first texts alone")
+    sub.add_argument(
+        "--batch-tokens", type=int, default=4096, help="tokens per batch (default 4096)"
+    )
+
+
+def _compare_options(commands):
+    sub = _command(commands, compare)
+    _model_and_text(sub)
+    sub.add_argument("--limit", type=int, metavar="N", help="the first N texts only")
     sub.add_argument("--rounds", type=int, default=3, help="timed rounds, interleaved (default 3)")
-    sub.add_argument("--plot", help="write the times as a PNG")
-    pretrain.add_parser(commands)
-    finetune.add_parsers(commands)
-    add_parser(commands)
-    sub = command(inspect)
-    sub.add_argument("--chips", type=int, nargs="+", default=[90], help="compute capabilities, as "
-                     "80 or 90 (default)")  # fmt: skip
-    sub.add_argument("--names", default="", help="works whose name contains this")
+    sub.add_argument("--plot", help="draw the times to this PNG file")
+
+
+def _inspect_options(commands):
+    sub = _command(commands, inspect)
+    sub.add_argument("--chips", type=int, nargs="+", default=[90],
+                     help="compute capabilities, such as 80 or 90 (default 90)")  # fmt: skip
+    sub.add_argument("--names", default="", help="only kernels whose name contains this")
     sub.add_argument("--full", action="store_true", help="every dtype, head_dim and flag")
-    sub.add_argument("--json", help="write the table here, too")
+    sub.add_argument("--json", help="also write the table to this file")
+
+
+def _pretrain_options(commands):
+    from bert_fast.training import pretrain
+
+    pretrain.add_parser(commands)
+
+
+def _finetune_options(commands):
+    from bert_fast.training import finetune
+
+    finetune.add_parsers(commands)  # predict's, too
+
+
+def _bench_options(commands):
+    from bert_fast.bench import command
+
+    command.add_parser(commands)
+
+
+# Each command's line in --help, and what adds its parser. The help stands here because a command's
+# own module may take seconds to import: it is imported for that command alone.
+COMMANDS = {
+    "env": (env.__doc__, _env_options),
+    "embed": (embed.__doc__, _embed_options),
+    "compare": (compare.__doc__, _compare_options),
+    "pretrain": ("Pre-train a BERT on plain text.", _pretrain_options),
+    "finetune": ("Fine-tune a BERT for a task and evaluate it on test rows.", _finetune_options),
+    "predict": ("Predictions of a fine-tuned model, one JSON object per row.", _finetune_options),
+    "bench": ("Time kernels and models beside their peers.", _bench_options),
+    "inspect": (inspect.__doc__, _inspect_options),
+}
+
+
+def _command(commands, function):
+    text = function.__doc__
+    sub = commands.add_parser(function.__name__, help=text, description=text)
+    sub.set_defaults(function=function)
+    return sub
+
+
+def _model_and_text(sub):
+    sub.add_argument("--model", required=True, help="directory of a Hugging Face checkpoint")
+    sub.add_argument(
+        "--text", required=True,
+        help='a file with one text per line, or a .jsonl file with "text" in each line',
+    )  # fmt: skip
+    sub.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto",
+        help="where the model runs (default auto: the GPU where there is one)",
+    )  # fmt: skip
+
+
+def parser(argv=None):
+    """The parser for ``argv``: options for the command it names, only names for the others;
+    without ``argv``, every command in full."""
+    root = argparse.ArgumentParser(prog="bert-fast", description=bert_fast.__doc__)
+    root.add_argument("--version", action="version", version=bert_fast.__version__,
+                      help="print the version and exit")  # fmt: skip
+    commands = root.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    if argv is None:
+        for options in dict.fromkeys(options for _, options in COMMANDS.values()):
+            options(commands)
+        return root
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    _, chosen_options = COMMANDS.get(chosen, (None, None))
+    for name, (text, options) in COMMANDS.items():
+        if options is not chosen_options:
+            commands.add_parser(name, help=text)
+        elif name == chosen:
+            options(commands)
     return root
 
 
 def main(argv=None):
-    args = parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser(argv).parse_args(argv)
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         return args.function(args) or 0

@@ -216,6 +216,19 @@ def module(name):
     return _load(name)
 
 
+def resolve_device(name: str) -> str:
+    """``auto`` is the GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: a GPU is asked for, and PyTorch finds none.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: PyTorch finds no CUDA device")
+    return name
+
+
 @contextlib.contextmanager
 def use_backend(name: BackendName) -> Iterator[None]:
     """``with use_backend("eager"): ...`` runs every op inside on that backend."""

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
+from bert_fast.backends import resolve_device
 from bert_fast.bench import changes, lengths, plots, report, works
 from bert_fast.bench.run import BLOCKS, ceilings, measure, noise
 from bert_fast.bench.selection import SWEEPS, chosen_peers, works_of
@@ -85,10 +85,7 @@ def run_compare(args):
 
 def run(args):
     """Measures a level. Returns 1 where a result of ours was wrong."""
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA device")
+    args.device = resolve_device(args.device)
     for path in filter(None, (args.json, args.csv, args.plot)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     listed = list(works_of(args))

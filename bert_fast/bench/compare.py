@@ -7,8 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from bert_fast.embeddings.encoder import SentenceEncoder
+from bert_fast.extras import can_draw, require
 
 
 @dataclass
@@ -34,12 +38,14 @@ class HuggingFace:
         transformers.utils.logging.disable_progress_bar()
         self.model = transformers.AutoModel.from_pretrained(
             directory, attn_implementation=implementation, dtype=torch.float32
-        ).eval()
+        )
+        self.model = self.model.eval().to(encoder.device)
         self.encoder, self.in_order, self.batch_size = encoder, in_order, batch_size
 
     @torch.inference_mode()
     def encode(self, ids):
         out = np.empty((len(ids), self.encoder.model.config.hidden_size), dtype=np.float32)
+        device = self.encoder.device
         order = list(range(len(ids)))
         if not self.in_order:
             order.sort(key=lambda i: -len(ids[i]))
@@ -50,17 +56,25 @@ class HuggingFace:
             for row, i in enumerate(batch):
                 padded[row, : len(ids[i])] = torch.from_numpy(ids[i])
             mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
+            padded, mask = padded.to(device), mask.to(device)
             hidden = self.model(input_ids=padded, attention_mask=mask).last_hidden_state
             cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int()
-            out[batch] = self.encoder.pool(hidden[mask.bool()], cu_seqlens).numpy()
+            pooled = self.encoder.pool(hidden[mask.bool()], cu_seqlens.to(device))
+            out[batch] = pooled.cpu().numpy()  # waits for the GPU, so that its time counts
         return out
 
 
-def compare(directory, texts, rounds=3, batch_tokens=4096):
+def compare(directory, texts, rounds=3, batch_tokens=4096, device="cpu", progress=None):
     """Embeds ``texts`` by Hugging Face (eager, sdpa) and by us, ``rounds`` times in turn, after one
-    warm-up on a few texts. Tokenization is done once and timed for none. Returns Rows, ours last,
-    and the number of tokens."""
-    encoder = SentenceEncoder(directory, dtype=torch.float32)
+    warm-up on a few texts. Tokenization is done once and timed for none. ``progress`` is the
+    console that shows a bar, by default stderr where that is a terminal. Returns Rows, ours last,
+    and the number of tokens.
+
+    Raises:
+        ImportError: transformers is not installed.
+    """
+    require("transformers", "the comparison with Hugging Face")  # before minutes of work
+    encoder = SentenceEncoder(directory, dtype=torch.float32, device=device)
     ids = encoder.tokenize(texts)
     runners = {
         "HF sdpa, in order": HuggingFace(directory, encoder, "sdpa", in_order=True).encode,
@@ -69,21 +83,32 @@ def compare(directory, texts, rounds=3, batch_tokens=4096):
         "bert_fast": lambda ids: encoder.encode_ids(ids, batch_tokens),
     }
     rows = {name: Row(name, [], None) for name in runners}
-    for runner in runners.values():
-        runner(ids[:64])
-    for _ in range(rounds):
-        for name, runner in runners.items():
-            begin = time.perf_counter()
-            rows[name].embeddings = runner(ids)
-            rows[name].seconds.append(time.perf_counter() - begin)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    console = progress or Console(stderr=True)
+    # Drawn between the timings alone: a thread that draws would take time from them.
+    with Progress(*columns, console=console, auto_refresh=False, transient=True) as bar:
+        task = bar.add_task("", total=(rounds + 1) * len(runners))
+        for number in range(rounds + 1):
+            for name, runner in runners.items():
+                label = f"round {number} of {rounds}" if number else "warm-up"
+                bar.update(task, description=f"{label}: {name}", refresh=True)
+                begin = time.perf_counter()
+                found = runner(ids if number else ids[:64])
+                if number:
+                    rows[name].seconds.append(time.perf_counter() - begin)
+                    rows[name].embeddings = found
+                bar.update(task, advance=1, refresh=True)
     return list(rows.values()), sum(map(len, ids))
 
 
 def report(rows, tokens, plot=None, console=None):
-    """Prints the table of times and the largest difference; draws them to ``plot`` (PNG)."""
-    from rich.console import Console
-    from rich.table import Table
-
+    """Prints the table of times and the largest difference; draws the times to ``plot`` (PNG), or
+    warns that matplotlib is missing."""
     console = console or Console()
     ours, baseline = rows[-1], rows[-2]  # Hugging Face's own best
     table = Table(title=f"{len(ours.embeddings)} texts, {tokens} real tokens, fp32, "
@@ -101,7 +126,7 @@ def report(rows, tokens, plot=None, console=None):
     console.print(
         f"Largest difference to {baseline.name}, any element of any text: {difference:.1e}"
     )
-    if plot:
+    if plot and can_draw(plot):
         draw(rows, plot)
         console.print(f"Plot: {plot}")
     return float(difference)

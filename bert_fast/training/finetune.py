@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bert_fast.embeddings.encoder import batches_by_tokens, load_tokenizer
+from bert_fast.backends import resolve_device
+from bert_fast.embeddings.tokenizer import batches_by_tokens, load_tokenizer, read_texts
 from bert_fast.extras import can_draw
 from bert_fast.files import atomic_path
 from bert_fast.models.checkpoint import CheckpointError
 from bert_fast.training import tasks
 from bert_fast.training.optim import parameter_groups, warmup_then_linear_decay
-from bert_fast.training.options import add_options, option, resolve_device
+from bert_fast.training.options import add_options, option
 
 
 @dataclass
@@ -269,8 +270,6 @@ def command_predict(args):
     path = Path(args.rows)
     plain = path.suffix == ".txt" or (translates and path.suffix not in tasks.ROW_FORMATS)
     if plain and not isinstance(tuned.task, tasks.QuestionAnswering):
-        from bert_fast.embeddings.encoder import read_texts
-
         tagging = isinstance(tuned.task, tasks.Tagging)
         examples = [tasks.Example(t.split() if tagging else t) for t in read_texts(path)]
     else:

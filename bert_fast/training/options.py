@@ -3,15 +3,6 @@
 import dataclasses
 from typing import Any
 
-import torch
-
-
-def resolve_device(name):
-    """``auto`` is the GPU where there is one."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
 
 def option(help: str, default: Any = dataclasses.MISSING, choices: list | None = None) -> Any:
     """A field of a dataclass of settings, with what the command line says of it."""

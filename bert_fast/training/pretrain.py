@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from bert_fast.embeddings.encoder import load_tokenizer
+from bert_fast.embeddings.tokenizer import load_tokenizer
 from bert_fast.files import atomic_path
 from bert_fast.models.config import BertConfig
 from bert_fast.models.heads import BertForPreTraining

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 import bert_fast
 from bert_fast.bench import data
-from bert_fast.embeddings.encoder import batches_by_tokens, pool, read_texts
+from bert_fast.embeddings.pooling import pool
+from bert_fast.embeddings.tokenizer import batches_by_tokens, read_texts
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import transformers
 
 import bert_fast
 from bert_fast.cli import main
-from bert_fast.embeddings.encoder import load_tokenizer
+from bert_fast.embeddings.tokenizer import load_tokenizer
 from bert_fast.training import corpus, tasks
 from bert_fast.training.finetune import Settings, Tuned, finetune
 from bert_fast.training.tasks import figures as figures_of

@@ -103,9 +103,9 @@ class Sdpa(Peer):
 
 
 class SdpaLoop(Peer):
-    """scaled_dot_product_attention, a call a sequence: no padding, many launches."""
+    """scaled_dot_product_attention, one call per sequence: no padding, many launches."""
 
-    name = "SDPA, a call a sequence"
+    name = "SDPA, one call per sequence"
 
     def attention(self, work, inputs):
         qkv, dout = inputs

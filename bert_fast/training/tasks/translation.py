@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from bert_fast.embeddings.encoder import load_tokenizer
+from bert_fast.embeddings.tokenizer import load_tokenizer
 from bert_fast.extras import require
 from bert_fast.files import atomic_path
 from bert_fast.models import encoder_decoder
@@ -17,7 +17,7 @@ from bert_fast.training.tasks.task import Example, Feature, Task
 
 
 class Translation(Task):
-    """A text for a text: two aligned files, a text a line, or columns ``text`` and ``target``. The
+    """A text for a text: two aligned files, one text per line, or columns ``text`` and ``target``. The
     encoder is a checkpoint's; the decoder and its byte-level BPE vocabulary are new."""
 
     model = encoder_decoder.EncoderDecoderModel
@@ -33,7 +33,7 @@ class Translation(Task):
         return text_of(path, number, row, "target")
 
     def read_aligned(self, path, targets):
-        """Examples of two files, a text a line.
+        """Examples of two files, one text per line.
 
         Raises:
             DataError: naming the file and the line that has no text, or files that do not match.
