@@ -4,25 +4,33 @@
 ``torch.nn.TransformerEncoder`` (``enable_nested_tensor=False``).
 """
 
+from collections.abc import Callable
+from typing import Any, Literal
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from bert_fast import ops
 from bert_fast.models.blocks import View, project_add_norm
 from bert_fast.models.packing import Packing
 from bert_fast.models.workspace import NoWorkspace
 
+Device = torch.device | str | int | None
+
 
 class LayerNorm(nn.LayerNorm):
     """``torch.nn.LayerNorm`` over the last dimension; may add a residual first."""
 
-    def __init__(self, normalized_shape, eps=1e-5, bias=True, device=None, dtype=None):
+    def __init__(
+        self, normalized_shape: int | tuple[int], eps: float = 1e-5, bias: bool = True,
+        device: Device = None, dtype: torch.dtype | None = None,
+    ):  # fmt: skip
         super().__init__(normalized_shape, eps=eps, device=device, dtype=dtype, bias=bias)
         if len(self.normalized_shape) != 1:
             raise ValueError(f"normalized_shape must be one number, not {normalized_shape}")
 
-    def forward(self, x, residual=None):
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """LN(x + residual)"""
         bias = torch.zeros_like(self.weight) if self.bias is None else self.bias
         return ops.layer_norm(x, self.weight, bias, residual=residual, eps=self.eps)
@@ -31,7 +39,9 @@ class LayerNorm(nn.LayerNorm):
 class GELU(nn.GELU):
     """``torch.nn.GELU``."""
 
-    def forward(self, x):
+    approximate: Literal["none", "tanh"]
+
+    def forward(self, x: Tensor) -> Tensor:
         return ops.gelu(x, approximate=self.approximate)
 
 
@@ -40,20 +50,25 @@ class Attention(nn.Module):
 
     batch_first = True
 
-    def __init__(self, embed_dim, num_heads, dropout=0.0, device=None, dtype=None):
+    def __init__(
+        self, embed_dim: int, num_heads: int, dropout: float = 0.0, device: Device = None,
+        dtype: torch.dtype | None = None,
+    ):  # fmt: skip
         super().__init__()
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
         self.embed_dim, self.num_heads, self.dropout = embed_dim, num_heads, dropout
-        to = {"device": device, "dtype": dtype}
+        to: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim, **to))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * embed_dim, **to))
         self.out_proj = nn.Linear(embed_dim, embed_dim, **to)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x, key_padding_mask=None, is_causal=False, *, cu_seqlens=None,
-                max_seqlen=None):  # fmt: skip
+    def forward(
+        self, x: Tensor, key_padding_mask: Tensor | None = None, is_causal: bool = False, *,
+        cu_seqlens: Tensor | None = None, max_seqlen: int | None = None,
+    ) -> Tensor:  # fmt: skip
         """
         Args:
             x: (batch, seqlen, embed_dim); or packed, (total_tokens, embed_dim), with cu_seqlens.
@@ -84,8 +99,10 @@ class EncoderLayer(nn.Module):
     norm_first = False
 
     def __init__(
-        self, d_model, nhead, dim_feedforward=2048, dropout=0.1, activation="gelu",
-        layer_norm_eps=1e-5, batch_first=True, norm_first=False, bias=True, device=None, dtype=None,
+        self, d_model: int, nhead: int, dim_feedforward: int = 2048, dropout: float = 0.1,
+        activation: str | Callable[[Tensor], Tensor] = "gelu", layer_norm_eps: float = 1e-5,
+        batch_first: bool = True, norm_first: bool = False, bias: bool = True,
+        device: Device = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         super().__init__()
         if activation not in ("gelu", F.gelu) and not isinstance(activation, nn.GELU):
@@ -96,7 +113,7 @@ class EncoderLayer(nn.Module):
         ):  # fmt: skip
             if value is not only:
                 raise ValueError(f"{name} must be {only}")
-        to = {"device": device, "dtype": dtype}
+        to: dict[str, Any] = {"device": device, "dtype": dtype}
         self.self_attn = Attention(d_model, nhead, dropout, **to)
         self.linear1 = nn.Linear(d_model, dim_feedforward, **to)
         self.linear2 = nn.Linear(dim_feedforward, d_model, **to)
@@ -105,8 +122,11 @@ class EncoderLayer(nn.Module):
         self.dropout_p = dropout
         self.approximate = getattr(activation, "approximate", "none")
 
-    def forward(self, src, src_mask=None, src_key_padding_mask=None, is_causal=False, *,
-                cu_seqlens=None, max_seqlen=None):  # fmt: skip
+    def forward(
+        self, src: Tensor, src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None, is_causal: bool = False, *,
+        cu_seqlens: Tensor | None = None, max_seqlen: int | None = None,
+    ) -> Tensor:  # fmt: skip
         """src, src_key_padding_mask, is_causal, cu_seqlens: as :meth:`Attention.forward` has them.
         src_mask is read where is_causal says that it is the causal one, and refused else. Zeros at
         padding."""

@@ -3,6 +3,7 @@
 import contextlib
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,10 @@ class SentenceEncoder:
         CheckpointError: naming the file and what is wrong with it.
     """
 
-    def __init__(self, directory, dtype=None, device="cpu"):
+    def __init__(
+        self, directory: str | Path, dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+    ):  # fmt: skip
         directory = Path(directory)
         model = BertModel.from_pretrained(directory, dtype)
         # prepack lays weights out for the CPU: on a GPU it would only take memory.
@@ -47,11 +51,11 @@ class SentenceEncoder:
         self.tokenizer.enable_truncation(self.max_seqlen)
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         """Where the model's weights are."""
         return next(self.model.parameters()).device
 
-    def tokenize(self, texts):
+    def tokenize(self, texts: Iterable[str]) -> list[np.ndarray]:
         """A list of int64 arrays of ids; warns of texts that were cut to ``max_seqlen`` tokens."""
         encodings = self.tokenizer.encode_batch(list(texts))
         if truncated := sum(bool(encoding.overflowing) for encoding in encodings):
@@ -61,7 +65,9 @@ class SentenceEncoder:
             )
         return [np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings]
 
-    def encode(self, texts, *, batch_tokens=4096, progress=None):
+    def encode(
+        self, texts: Iterable[str], *, batch_tokens: int = 4096, progress: bool | None = None
+    ) -> np.ndarray:
         """Embeddings of a list of texts, as one fp32 array (len(texts), hidden).
 
         Texts are sorted by length into batches of at most ``batch_tokens`` real tokens (a longer

@@ -11,8 +11,10 @@ import contextvars
 import functools
 import inspect
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from bert_fast import ops
 from bert_fast.hugging_face.families import (
@@ -26,8 +28,10 @@ from bert_fast.models.blocks import GELU_APPROXIMATE, View, feed_forward, projec
 from bert_fast.models.packing import Packing
 from bert_fast.models.workspace import NoWorkspace, Workspace, can_reuse_memory
 
+Model = TypeVar("Model", bound=nn.Module)
 
-def accelerate(model, *, prepack=False):
+
+def accelerate(model: Model, *, prepack: bool = False) -> Model:
     """Makes a Hugging Face model compute its encoder with bert_fast, in place.
 
     Args:
@@ -66,14 +70,15 @@ def accelerate(model, *, prepack=False):
         encoder._bert_fast = family.output, Workspace()
         _change_class(base, _Model)
     if prepack:
-        for layer in model.modules():
-            if isinstance(layer, _Layer):
-                layer._bert_fast.prepack(layer)
+        for module in model.modules():
+            if isinstance(module, _Layer):
+                module.prepack()
     return model
 
 
-def restore(model):
+def restore(model: Model) -> Model:
     """Undoes :func:`accelerate`; returns ``model``."""
+    module: Any
     for module in model.modules():
         if isinstance(module, _Accelerated):
             module.__class__ = module.inherited
@@ -93,7 +98,7 @@ _packing = contextvars.ContextVar("bert_fast_packing", default=None)  # from _Mo
 
 
 class _Accelerated:
-    inherited = None  # the class that accelerate found
+    inherited: Any = None  # the class that accelerate found
 
     def __reduce_ex__(self, protocol):  # the class is made when needed, so pickle cannot name it
         return _remake, (self.inherited, type(self).__mro__[1]), self.__dict__
@@ -230,6 +235,9 @@ class _LayerSettings:
 
 class _Layer(_Accelerated):
     """One layer, on packed tokens."""
+
+    def prepack(self):
+        self._bert_fast.prepack(self)
 
     def forward(self, x, *args, **kwargs):
         if not args or not isinstance(args[0], _Run):

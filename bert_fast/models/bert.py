@@ -4,6 +4,9 @@ Between the embeddings and the output every tensor is packed, (total_tokens, ...
 alone, and ``cu_seqlens`` to tell the sequences apart.
 """
 
+from __future__ import annotations
+
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -13,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from bert_fast import ops
 from bert_fast.models.blocks import GELU_APPROXIMATE, Linear, feed_forward, project_add_norm
 from bert_fast.models.checkpoint import load, save
+from bert_fast.models.config import BertConfig
 from bert_fast.models.packing import Packing
 from bert_fast.models.workspace import NoWorkspace, Workspace, can_reuse_memory
 
@@ -117,7 +121,7 @@ class BertModel(nn.Module):
 
     gradient_checkpointing = False  # in training: keep each layer's input alone, compute it again
 
-    def __init__(self, config, add_pooling_layer=True):
+    def __init__(self, config: BertConfig, add_pooling_layer: bool = True):
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
@@ -129,7 +133,7 @@ class BertModel(nn.Module):
         self.apply(initialiser(config))
 
     @classmethod
-    def from_pretrained(cls, directory, dtype=None):
+    def from_pretrained(cls, directory: str | Path, dtype: torch.dtype | None = None) -> BertModel:
         """A Hugging Face BERT checkpoint: config.json and model.safetensors (or
         pytorch_model.bin, read without unpickling code). ``dtype``: default the checkpoint's.
 
@@ -144,11 +148,11 @@ class BertModel(nn.Module):
 
         return load(make, directory, dtype)
 
-    def save_pretrained(self, directory):
+    def save_pretrained(self, directory: str | Path) -> None:
         """Writes what Hugging Face's ``BertModel.from_pretrained`` loads."""
         save(self, directory)
 
-    def prepack(self):
+    def prepack(self) -> BertModel:
         """Lays the weights out for inference in float32 on the CPU, once; returns the model.
 
         On processors with AMX (Intel Xeon since 2023) the linear layers then run on it, in fp32 by
@@ -162,9 +166,11 @@ class BertModel(nn.Module):
         return self
 
     def forward(
-        self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, *,
-        cu_seqlens=None, max_seqlen=None, capacity=None, output_hidden_states=False,
-    ):  # fmt: skip
+        self, input_ids: Tensor, attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, *,
+        cu_seqlens: Tensor | None = None, max_seqlen: int | None = None,
+        capacity: int | None = None, output_hidden_states: bool = False,
+    ) -> BertOutput:  # fmt: skip
         """What Hugging Face's BertModel computes, at the real tokens; zeros at the others.
 
         Args:
@@ -195,9 +201,11 @@ class BertModel(nn.Module):
         )
 
     def encode(
-        self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, *,
-        cu_seqlens=None, max_seqlen=None, capacity=None, output_hidden_states=False,
-    ):  # fmt: skip
+        self, input_ids: Tensor, attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, *,
+        cu_seqlens: Tensor | None = None, max_seqlen: int | None = None,
+        capacity: int | None = None, output_hidden_states: bool = False,
+    ) -> tuple[list[Tensor], Packing]:  # fmt: skip
         """:meth:`forward` before the padding is put back: hidden states, (total_tokens, hidden), a
         list of the last alone or of all; and their :class:`~bert_fast.models.packing.Packing`."""
         check_ids("input_ids", input_ids, self.config.vocab_size)

@@ -44,12 +44,12 @@ class BertConfig:
             raise ValueError(f"config: hidden_act must be one of {known}, not {self.hidden_act!r}")
 
     @property
-    def num_labels(self):
+    def num_labels(self) -> int:
         """Of a classifier; Hugging Face's default is 2."""
         return 2 if self.id2label is None else len(self.id2label)
 
     @classmethod
-    def from_json(cls, path):
+    def from_json(cls, path: str | Path) -> "BertConfig":
         """Reads ``config.json``.
 
         Raises:
@@ -61,7 +61,7 @@ class BertConfig:
         return cls.from_dict(values, path)
 
     @classmethod
-    def from_dict(cls, values, source):
+    def from_dict(cls, values: dict, source: str | Path) -> "BertConfig":
         """What ``config.json`` holds. ``source`` is named in errors."""
         if not isinstance(values, dict):
             raise ValueError(f"{source} must hold a JSON object")
@@ -73,11 +73,11 @@ class BertConfig:
         known = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in values.items() if name in known})
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         values = {name: value for name, value in asdict(self).items() if value is not None}
         return {"model_type": "bert", **values}
 
-    def to_json(self, architecture="BertModel"):
+    def to_json(self, architecture: str = "BertModel") -> str:
         return json.dumps({"architectures": [architecture], **self.to_dict()}, indent=2) + "\n"
 
 

@@ -1,8 +1,11 @@
 """BERT reads, a second BERT writes: Hugging Face's ``EncoderDecoderModel`` (Rothe et al. 2020), for
 translation."""
 
+from __future__ import annotations
+
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -92,14 +95,16 @@ class Seq2SeqPrediction(NamedTuple):
 class EncoderDecoderModel(nn.Module):
     """Hugging Face's model of the same name, of two BERTs, in results and checkpoints."""
 
-    def __init__(self, config, add_pooling_layer=True):
+    def __init__(self, config: EncoderDecoderConfig, add_pooling_layer: bool = True):
         super().__init__()
         self.config = config
         self.encoder = BertModel(config.encoder, add_pooling_layer)
         self.decoder = Decoder(config.decoder)
 
     @classmethod
-    def from_pretrained(cls, directory, dtype=None):
+    def from_pretrained(
+        cls, directory: str | Path, dtype: torch.dtype | None = None
+    ) -> EncoderDecoderModel:
         """A checkpoint of Hugging Face's ``EncoderDecoderModel``, of two BERTs.
 
         Raises:
@@ -112,7 +117,10 @@ class EncoderDecoderModel(nn.Module):
         return checkpoint.load(make, directory, dtype, EncoderDecoderConfig)
 
     @classmethod
-    def from_encoder_pretrained(cls, directory, decoder, dtype=None, **token_ids):
+    def from_encoder_pretrained(
+        cls, directory: str | Path, decoder: BertConfig, dtype: torch.dtype | None = None,
+        **token_ids: int,
+    ) -> EncoderDecoderModel:  # fmt: skip
         """An encoder from a BERT checkpoint, a new decoder to be trained.
 
         Args:
@@ -126,11 +134,11 @@ class EncoderDecoderModel(nn.Module):
         model.encoder = encoder
         return model.to(dtype or next(encoder.parameters()).dtype)
 
-    def save_pretrained(self, directory):
+    def save_pretrained(self, directory: str | Path) -> None:
         """Writes what Hugging Face's ``EncoderDecoderModel`` loads."""
         checkpoint.save(self, directory)
 
-    def prepack(self):
+    def prepack(self) -> EncoderDecoderModel:
         """As :meth:`bert_fast.BertModel.prepack`."""
         for module in self.modules():
             if isinstance(module, Linear):
@@ -138,9 +146,10 @@ class EncoderDecoderModel(nn.Module):
         return self
 
     def forward(
-        self, input_ids, attention_mask=None, decoder_input_ids=None, decoder_attention_mask=None,
-        *, token_type_ids=None, labels=None,
-    ):  # fmt: skip
+        self, input_ids: Tensor, attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None, decoder_attention_mask: Tensor | None = None, *,
+        token_type_ids: Tensor | None = None, labels: Tensor | None = None,
+    ) -> Seq2SeqPrediction:  # fmt: skip
         """What the decoder says after each of its tokens.
 
         Args:
@@ -176,7 +185,8 @@ class EncoderDecoderModel(nn.Module):
         self._check_length(decoder_input_ids.shape[1], f"{name} hold")
         (memory,), source = self.encoder.encode(input_ids, attention_mask, token_type_ids)
         if decoder_attention_mask is None:
-            packing = Packing.of_full(*decoder_input_ids.shape, decoder_input_ids.device)
+            batch, seqlen = decoder_input_ids.shape
+            packing = Packing.of_full(batch, seqlen, decoder_input_ids.device)
         else:
             packing = Packing.of_mask(decoder_attention_mask).to(decoder_input_ids.device)
         hidden = self.decoder(packing.pack(decoder_input_ids), packing, memory, source)
@@ -203,9 +213,10 @@ class EncoderDecoderModel(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, input_ids, attention_mask=None, token_type_ids=None, *, num_beams=1,
-        max_new_tokens=None, length_penalty=1.0,
-    ):  # fmt: skip
+        self, input_ids: Tensor, attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None, *, num_beams: int = 1,
+        max_new_tokens: int | None = None, length_penalty: float = 1.0,
+    ) -> Tensor:  # fmt: skip
         """The most probable continuations, as Hugging Face's ``generate`` finds them: greedily, or
         by beam search (``early_stopping=False``).
 

@@ -1,15 +1,17 @@
 """CUDA graphs for latency: a small batch takes longer to launch than to compute, unless all of its
 launches are one replay."""
 
+from __future__ import annotations
+
 from collections import OrderedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bert_fast.models.config import BertConfig
 
 
-def cudagraph(model, *, max_graphs=32):
+def cudagraph(model: nn.Module, *, max_graphs: int = 32) -> CudaGraphs:
     """A callable that runs a model of ours by replaying CUDA graphs, for inference.
 
     Batch, length and number of real tokens are rounded up to buckets (1, 2, 3, 4, 6, 8, 12, ...:

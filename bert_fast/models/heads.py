@@ -4,7 +4,10 @@ Every ``forward`` takes what :class:`bert_fast.BertModel` takes, and labels; lab
 for nothing. Results are named tuples with Hugging Face's fields.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +17,11 @@ from bert_fast import ops
 from bert_fast.models import checkpoint
 from bert_fast.models.bert import BertModel, exportable, initialiser
 from bert_fast.models.blocks import GELU_APPROXIMATE
+from bert_fast.models.config import BertConfig
 from bert_fast.ops.cross_entropy import IGNORED, linear_cross_entropy
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @exportable
@@ -51,7 +58,7 @@ class SpanPrediction(NamedTuple):
 class _BertWithHead(nn.Module):
     pooled = True  # whether the head reads the pooler's output
 
-    def __init__(self, config):
+    def __init__(self, config: BertConfig):
         super().__init__()
         self.config = config
         self.bert = BertModel(config, add_pooling_layer=self.pooled)
@@ -62,7 +69,9 @@ class _BertWithHead(nn.Module):
                 module.apply(initialiser(self.config))
 
     @classmethod
-    def from_pretrained(cls, directory, dtype=None, **config):
+    def from_pretrained(
+        cls, directory: str | Path, dtype: torch.dtype | None = None, **config: Any
+    ) -> Self:
         """A Hugging Face BERT checkpoint, of this task or of another: a head that is not in it is
         newly initialised, with a warning. ``config``: changes, such as ``id2label``.
 
@@ -75,11 +84,11 @@ class _BertWithHead(nn.Module):
             config["label2id"] = {label: i for i, label in config["id2label"].items()}
         return checkpoint.load(lambda config, state: cls(config), directory, dtype, **config)
 
-    def save_pretrained(self, directory):
+    def save_pretrained(self, directory: str | Path) -> None:
         """Writes what Hugging Face's class of the same name loads."""
         checkpoint.save(self, directory)
 
-    def prepack(self):
+    def prepack(self) -> Self:
         """As :meth:`bert_fast.BertModel.prepack`."""
         self.bert.prepack()
         return self
@@ -154,7 +163,10 @@ class BertForPreTraining(_BertWithHead):
         self.cls = PreTrainingHeads(config)
         self._init_head()
 
-    def forward(self, *args, labels=None, next_sentence_label=None, **kwargs):
+    def forward(
+        self, *args: Any, labels: Tensor | None = None,
+        next_sentence_label: Tensor | None = None, **kwargs: Any,
+    ) -> PreTrainingPrediction:  # fmt: skip
         """labels: like input_ids, -100 but at masked tokens; next_sentence_label: (batch,), 0 where
         the second sentence follows the first. Word logits are computed without labels alone."""
         out, words = self.bert(*args, **kwargs), self.bert.embeddings.word.weight
@@ -167,8 +179,9 @@ class BertForPreTraining(_BertWithHead):
         if next_sentence_label is not None:
             following = F.cross_entropy(sentences.float(), next_sentence_label.view(-1))
         losses = [loss for loss in (masked, following) if loss is not None]
+        total: Any = sum(losses) if losses else None
         return PreTrainingPrediction(
-            sum(losses) if losses else None, logits, sentences, out.hidden_states,
+            total, logits, sentences, out.hidden_states,
             masked, following, correct,
         )  # fmt: skip
 
@@ -181,7 +194,7 @@ class BertForMaskedLM(_BertWithHead):
         self.cls = PreTrainingHeads(config, sentences=False)
         self._init_head()
 
-    def forward(self, *args, labels=None, **kwargs):
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Prediction:
         """labels: like input_ids, -100 but at masked tokens. Logits are computed without labels
         alone."""
         out, words = self.bert(*args, **kwargs), self.bert.embeddings.word.weight
@@ -198,7 +211,7 @@ class BertForNextSentencePrediction(_BertWithHead):
         self.cls = PreTrainingHeads(config, words=False)
         self._init_head()
 
-    def forward(self, *args, labels=None, **kwargs):
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Prediction:
         """labels: (batch,), 0 where the second sentence follows the first, else 1."""
         out = self.bert(*args, **kwargs)
         logits = self.cls.seq_relationship(out.pooler_output)
@@ -215,7 +228,7 @@ class BertForSequenceClassification(_BertWithHead):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self._init_head()
 
-    def forward(self, *args, labels=None, **kwargs):
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Prediction:
         """labels: (batch,) integers; or (batch, num_labels) of zeros and ones, floating; or
         (batch,) numbers where there is a single label. ``config.problem_type`` says which, else
         the labels do."""
@@ -249,7 +262,7 @@ class BertForTokenClassification(_BertWithHead):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self._init_head()
 
-    def forward(self, *args, labels=None, **kwargs):
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Prediction:
         """labels: like input_ids."""
         out = self.bert(*args, **kwargs)
         logits = self.classifier(self.dropout(out.last_hidden_state))
@@ -270,8 +283,10 @@ class BertForQuestionAnswering(_BertWithHead):
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self._init_head()
 
-    def forward(self, input_ids, attention_mask=None, *args, start_positions=None,
-                end_positions=None, **kwargs):  # fmt: skip
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *args: Any,
+        start_positions: Tensor | None = None, end_positions: Tensor | None = None, **kwargs: Any,
+    ) -> SpanPrediction:  # fmt: skip
         """start_positions, end_positions: (batch,); those past the end are ignored."""
         if kwargs.get("cu_seqlens") is not None:
             raise ValueError("cu_seqlens: question answering takes (batch, seqlen) input alone")
@@ -281,7 +296,7 @@ class BertForQuestionAnswering(_BertWithHead):
             lowest = torch.finfo(logits.dtype).min
             logits = logits.masked_fill(~attention_mask.bool()[..., None], lowest)
         start, end = logits.unbind(-1)
-        loss = None
+        loss: Any = None
         if start_positions is not None and end_positions is not None:
             length = start.shape[1]
             positions = (p.view(-1).clamp(0, length) for p in (start_positions, end_positions))
@@ -301,8 +316,11 @@ class BertForMultipleChoice(_BertWithHead):
         self.classifier = nn.Linear(config.hidden_size, 1)
         self._init_head()
 
-    def forward(self, input_ids, attention_mask=None, token_type_ids=None, position_ids=None, *,
-                labels=None, **kwargs):  # fmt: skip
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, *,
+        labels: Tensor | None = None, **kwargs: Any,
+    ) -> Prediction:  # fmt: skip
         """labels: (batch,), the right choice."""
         if input_ids.ndim != 3:
             raise ValueError(

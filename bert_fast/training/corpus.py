@@ -1,7 +1,7 @@
 """Plain text to pre-training batches (Devlin et al. 2019, section 3.1 and appendix A.2).
 
-A text file holds one sentence per line, and a blank line between documents. What an epoch consists of
-follows from (seed, epoch) alone: pairs, their order, and which tokens are masked.
+A text file holds one sentence per line, and a blank line between documents. What an epoch
+consists of follows from (seed, epoch) alone: pairs, their order, and which tokens are masked.
 """
 
 from dataclasses import dataclass

@@ -1,5 +1,7 @@
 """Fine-tuning: every task from rows to a directory that Hugging Face loads; rows that are wrong."""
 
+import dataclasses
+import importlib.util
 import json
 import random
 
@@ -11,7 +13,7 @@ import transformers
 import bert_fast
 from bert_fast.cli import main
 from bert_fast.embeddings.tokenizer import load_tokenizer
-from bert_fast.training import corpus, tasks
+from bert_fast.training import corpus, metrics, tasks
 from bert_fast.training.finetune import Settings, Tuned, finetune
 from bert_fast.training.tasks import figures as figures_of
 from bert_fast.training.tasks import question_answering
@@ -314,3 +316,36 @@ def test_windows_cover_the_context(checkpoint):
             assert (start, end) == (0, 0)
     assert len(covered) == 60
     assert len(features) > 3
+
+
+def test_a_model_is_not_overwritten_unasked(tmp_path):
+    out = tmp_path / "out"
+    settings = Settings("classification", "no-model", str(tmp_path / "no.csv"), str(out))
+    out.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no\.csv"):  # an empty directory is no reason
+        finetune(settings)
+    (out / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="out exists and is not empty; --overwrite replaces"):
+        finetune(settings)
+    with pytest.raises(FileNotFoundError, match=r"no\.csv"):
+        finetune(dataclasses.replace(settings, overwrite=True))
+    assert (out / "config.json").read_text() == "{}"
+
+
+def test_predict_takes_a_device(tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here: nothing to refuse")
+    arguments = ["predict", "--model", str(tmp_path), "--rows", "r.csv", "--out",
+                 str(tmp_path / "p.jsonl"), "--device", "cuda"]  # fmt: skip
+    assert main(arguments) == 1
+    assert "--device cuda: PyTorch finds no CUDA device" in capsys.readouterr().err
+
+
+def test_without_matplotlib_a_run_says_so_and_goes_on(monkeypatch, tmp_path):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "matplotlib" else find(name)
+    )
+    with pytest.warns(UserWarning, match=r"curves\.png is not drawn: .*bert_fast\[plot\]"):
+        metrics.plot([], tmp_path / "curves.png")
+    assert not list(tmp_path.iterdir())

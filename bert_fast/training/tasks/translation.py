@@ -17,8 +17,8 @@ from bert_fast.training.tasks.task import Example, Feature, Task
 
 
 class Translation(Task):
-    """A text for a text: two aligned files, one text per line, or columns ``text`` and ``target``. The
-    encoder is a checkpoint's; the decoder and its byte-level BPE vocabulary are new."""
+    """A text for a text: two aligned files, one text per line, or columns ``text`` and ``target``.
+    The encoder is a checkpoint's; the decoder and its byte-level BPE vocabulary are new."""
 
     model = encoder_decoder.EncoderDecoderModel
     epochs, lr = 10, 5e-4  # a decoder that starts from nothing; chosen on LibreOffice's help
