@@ -40,7 +40,9 @@ def environment(device="cpu"):
     root = Path(bert_fast.__file__).resolve().parent.parent
     if (root / ".git").exists():
         facts["commit"] = _said("git", "-C", str(root), "rev-parse", "--short", "HEAD")
-        facts["dirty"] = bool(_said("git", "-C", str(root), "status", "--porcelain"))
+        # None where git does not answer: then nobody knows.
+        status = _said("git", "-C", str(root), "status", "--porcelain")
+        facts["dirty"] = None if status is None else status != ""
     return facts | {"python": platform.python_version(), "date": date.today().isoformat()}
 
 
@@ -53,10 +55,12 @@ def _processor():
 
 
 def _said(*command):
+    """What a command prints; None where it cannot be run or fails."""
     try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-    except OSError:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
         return None
+    return answer.stdout.strip()
 
 
 def title(facts):

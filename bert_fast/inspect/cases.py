@@ -86,4 +86,4 @@ def cases(full=False):
             kernels.embedding_forward, ids, ids, ids, *tables, meta(768), meta(768), 1e-12, dtype,
             True,
         )  # fmt: skip
-        yield str(work).replace("layer_norm", "embedding + layer_norm"), work, call
+        yield str(work).replace("bias + residual", "embedding"), work, call
