@@ -126,9 +126,12 @@ def _growth(path):
 
 
 def _machine(facts):
+    commit = f"commit {facts.get('commit')}".replace("-dirty", " and uncommitted changes")
+    if facts.get("dirty"):
+        commit += " and uncommitted changes"
     return (
         f"{facts['device']}, {facts['threads']} threads, {facts['cpu kernels']}, "
-        f"torch {facts['torch']}, transformers {facts['transformers']}, {facts['date']}"
+        f"torch {facts['torch']}, transformers {facts['transformers']}, {facts['date']}, {commit}"
     )
 
 

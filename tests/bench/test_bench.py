@@ -392,14 +392,17 @@ def test_accelerated_models_have_rows_of_their_own(tmp_path):
         ("bert_fast", 10.0), ("bert_fast.accelerate", 20.0), ("HF sdpa", 30.0))}  # fmt: skip
     row = {"work": "m, full, float32", "kind": "model", "ceilings": [], "results": results}
     facts = {"device": "D", "threads": 2, "cpu kernels": "avx2", "torch": "2", "transformers": "5",
-             "date": "today"}  # fmt: skip
+             "date": "today", "commit": "abc"}  # fmt: skip
     (tmp_path / "cpu").mkdir()
     report.write(tmp_path / "cpu" / "m-accelerate.json", {"environment": facts, "rows": [row]})
     shown = tables(tmp_path)
-    assert "D, 2 threads, avx2" in shown
+    assert "D, 2 threads, avx2, torch 2, transformers 5, today, commit abc:" in shown
     assert "| workload | bert_fast, ms | faster than HF sdpa |" in shown
     assert "| m, full | 10 | 3.00 |" in shown
     assert "| m, full, `bert_fast.accelerate` | 20 | 1.50 |" in shown
+    for dirty in (facts | {"dirty": True}, facts | {"commit": "abc-dirty"}):
+        report.write(tmp_path / "cpu" / "m-accelerate.json", {"environment": dirty, "rows": [row]})
+        assert "commit abc and uncommitted changes:" in tables(tmp_path)
 
 
 def test_a_result_names_its_schema(tmp_path):
