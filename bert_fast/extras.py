@@ -16,12 +16,12 @@ EXTRAS = {
 
 
 def missing(package: str) -> str | None:
-    """How to install a package that is not here; None where it is."""
+    """That a package is not here, and which extra brings it; None where it is."""
     if importlib.util.find_spec(package) is not None:
         return None
     extra = EXTRAS.get(package)
-    how = f'pip install "bert_fast[{extra}]"' if extra else f"pip install {package}"
-    return f"the package {package} is not installed: {how}"
+    how = f': pip install "bert_fast[{extra}]"' if extra else ""
+    return f"the package {package} is not installed{how}"
 
 
 def require(package: str, purpose: str) -> None:

@@ -163,7 +163,7 @@ def test_device(name, tmp_path, texts, capsys, monkeypatch):
     if name == "embed":
         options += ["--out", str(tmp_path / "out.npy")]
     assert main([name, *options, "--device", "cuda"]) == 1
-    assert "PyTorch finds no CUDA device" in capsys.readouterr().err
+    assert "torch sees no CUDA device" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([name, *options, "--device", "tpu"])
     assert "auto" in capsys.readouterr().err

@@ -225,7 +225,7 @@ def resolve_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: PyTorch finds no CUDA device")
+        raise ValueError(f"device {name}: torch sees no CUDA device")
     return name
 
 

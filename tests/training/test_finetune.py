@@ -242,7 +242,7 @@ def test_wrong_translations_are_named(tmp_path, monkeypatch):
         Settings("translation", "", str(a), "", beams=0)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"sacrebleu .*pip install .bert_fast\[translate\]"):
-        finetune(Settings("translation", "", str(a), "", train_targets=str(b)))
+        finetune(Settings("translation", "", str(a), str(tmp_path / "out"), train_targets=str(b)))
 
 
 def test_a_label_that_training_lacks(checkpoint, tmp_path):
@@ -338,7 +338,7 @@ def test_predict_takes_a_device(tmp_path, capsys):
     arguments = ["predict", "--model", str(tmp_path), "--rows", "r.csv", "--out",
                  str(tmp_path / "p.jsonl"), "--device", "cuda"]  # fmt: skip
     assert main(arguments) == 1
-    assert "--device cuda: PyTorch finds no CUDA device" in capsys.readouterr().err
+    assert "device cuda: torch sees no CUDA device" in capsys.readouterr().err
 
 
 def test_without_matplotlib_a_run_says_so_and_goes_on(monkeypatch, tmp_path):
