@@ -35,7 +35,7 @@ bench: build
 
 docs: build
 	$(PY) -m pip install -q -c constraints.txt -e ".[docs]" --no-build-isolation
-	$(BIN)/pdoc --docformat google --math -o out/docs bert_fast '!bert_fast.kernels'
+	$(PY) docs/api.py out/docs
 
 gpu:
 	$(PYTHON) -m benchmarks.gpu --out "$(OUT)" --parts "$(PARTS)" --limit "$(LIMIT)"

@@ -1,15 +1,19 @@
 """Every code block of README and docs: Python runs as it stands, commands parse, targets exist."""
 
 import importlib.util
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
+import bert_fast
 from bert_fast import cli
 from bert_fast.bench import data
 
@@ -81,3 +85,14 @@ def test_commands_parse(page):
                     assert (ROOT / words[1]).is_file(), command
                 else:
                     assert words[0] in ("pip", "git", "cd", "torchrun", "apt-get"), command
+
+
+def test_api_reference(tmp_path):
+    """make docs: every public name has its entry."""
+    subprocess.run([sys.executable, ROOT / "docs/api.py", tmp_path], check=True, env={
+        **os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"})  # fmt: skip
+    page = (tmp_path / "bert_fast.html").read_text("utf-8")
+    modules = {"nn"}
+    missing = [name for name in bert_fast.__all__ if f'id="{name}"' not in page]
+    assert set(missing) <= modules
+    assert (tmp_path / "bert_fast/nn.html").is_file()
