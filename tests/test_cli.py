@@ -1,5 +1,6 @@
 """The bert-fast command: env, embed, compare, and its errors."""
 
+import argparse
 import io
 import json
 import subprocess
@@ -175,3 +176,23 @@ def test_the_parser_without_words_knows_every_command_in_full():
     for name in COMMANDS:
         [alone] = parser([name])._subparsers._group_actions
         assert commands.choices[name].format_help() == alone.choices[name].format_help()
+
+
+def every_parser(one, name="bert-fast"):
+    yield name, one
+    for action in one._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for word, sub in action.choices.items():
+                yield from every_parser(sub, f"{name} {word}")
+
+
+def test_every_option_has_a_help_text():
+    found = list(every_parser(parser()))
+    assert {"bert-fast bench op", "bert-fast predict"} <= {name for name, _ in found}
+    bare = [
+        f"{name} {action.dest}"
+        for name, one in found
+        for action in one._actions
+        if not isinstance(action, argparse._SubParsersAction) and not action.help
+    ]
+    assert not bare

@@ -21,6 +21,8 @@ from typing import Literal
 
 import torch
 
+from bert_fast.extras import missing
+
 BackendName = Literal["auto", "eager", "cpu", "triton", "cuda"]
 LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -94,8 +96,8 @@ def _try_load(name):
     except ImportError as error:
         if name in ("cpu", "cuda"):
             return f"the compiled extension bert_fast._C does not import ({error})"
-    if name == "triton" and importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
+    if name == "triton" and (reason := missing("triton")) is not None:
+        return reason
     if interpreted(name):
         return import_module(name)
     if name == "cuda" and _C.cuda_archs is None:

@@ -22,7 +22,9 @@ LEVELS = {
 def add_parser(commands):
     """Adds ``bench`` and its levels to the command line's subparsers."""
     bench = commands.add_parser(
-        "bench", help="Time kernels and models beside their peers.", description=__doc__
+        "bench",
+        help="Time kernels and models beside their peers.",
+        description="Time kernels and models beside their peers, on this machine, in one run.",
     )
     levels = bench.add_subparsers(dest="level", required=True)
     for level, text in LEVELS.items():
