@@ -164,10 +164,10 @@ class NinjaBuild(build_ext):
             if source.stem == "dispatch":
                 compile_file("cxx", "cpu/dispatch.cpp", "dispatch.o")
                 continue
-            if source.stem == "linear":  # for AMX, or an answer that there is none
+            if source.stem == "linear_amx":  # for AMX, or an answer that there is none
                 flags = f"{CPU_ISAS['avx512']} {AMX_FLAGS}"
                 amx = x86 and self.accepts(cxx, AMX_FLAGS)
-                compile_file("cxx", "cpu/linear.cpp", "linear.amx.o", flags if amx else "")
+                compile_file("cxx", "cpu/linear_amx.cpp", "linear.amx.o", flags if amx else "")
                 continue
             for isa, flags in CPU_ISAS.items() if x86 else [("generic", "")]:
                 compile_file("cxx", f"cpu/{source.name}", f"{source.stem}.{isa}.o", flags)

@@ -197,23 +197,27 @@ PYBIND11_MODULE(_C, m) {
   bind_cpu(m, "gelu_forward", gelu_forward, &CpuKernels::gelu_forward);
   bind_cpu(m, "gelu_backward", gelu_backward, &CpuKernels::gelu_backward);
 
-  m.def("linear_available", &linear_available);
-  m.def("linear_packed_size", &linear_packed_size);
-  m.def("linear_scratch_size", &linear_scratch_size);
+  m.def("linear_kind", [] { return linear_kernels().name; });
+  m.def("linear_min_rows", [] { return linear_kernels().min_rows; });
+  m.def("linear_packed_size", [](int64_t out_features, int64_t in_features) {
+    return linear_kernels().packed_size(out_features, in_features);
+  });
+  m.def("linear_scratch_size",
+        [](int num_threads) { return linear_kernels().scratch_size(num_threads); });
   m.def("linear_pack",
         [](Address weight, int64_t out_features, int64_t in_features, Address packed,
            int num_threads) {
-          linear_pack(pointer<float>(weight), out_features, in_features, pointer<uint16_t>(packed),
-                      num_threads);
+          linear_kernels().pack(pointer<float>(weight), out_features, in_features, pointer(packed),
+                                num_threads);
         },
         release_gil());
   m.def("linear_forward",
         [](int64_t rows, int64_t in_features, int64_t out_features, Address x, Address packed,
            Address bias, Address out, Address scratch, int activation, int num_threads) {
-          linear_forward({rows, in_features, out_features, pointer<float>(x),
-                          pointer<uint16_t>(packed), pointer<float>(bias), pointer<float>(out),
-                          pointer<uint16_t>(scratch), static_cast<Activation>(activation),
-                          num_threads});
+          linear_kernels().forward({rows, in_features, out_features, pointer<float>(x),
+                                    pointer(packed), pointer<float>(bias), pointer<float>(out),
+                                    pointer(scratch), static_cast<Activation>(activation),
+                                    num_threads});
         },
         release_gil());
 

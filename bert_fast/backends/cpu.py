@@ -120,25 +120,27 @@ def gelu_backward(dout, x, bias, approximate):
 
 
 class PackedWeight:
-    """A float32 linear layer's weight, laid out for csrc/cpu/linear.cpp: fp32 products on the AMX
-    matrix unit. Takes 1.5 times the weight's own memory."""
-
-    # Below, sgemm sums in another order, with half the error (at 7 rows). Times: not measured.
-    MIN_ROWS = 16
+    """A float32 linear layer's weight, laid out once for csrc/cpu/linear*.cpp. As large as the
+    weight itself; 1.5 times on processors with AMX, where it is kept as three bf16 parts."""
 
     def __init__(self, weight):
         self.shape = weight.shape
-        self.packed = torch.empty(_C.linear_packed_size(*weight.shape), dtype=torch.int16)
         self._pack(weight)
 
     @staticmethod
     def possible(weight):
-        """Whether this processor has the unit, and the weight is of the kind it takes."""
+        """Whether the weight is of the kind that can be packed."""
         plain = weight.dtype == torch.float32 and weight.device.type == "cpu"
-        return plain and not weight.is_inference() and _C.linear_available()
+        return plain and not weight.is_inference()
+
+    @staticmethod
+    def min_rows():
+        """Fewer rows are better left to torch's product."""
+        return _C.linear_min_rows()
 
     def _pack(self, weight):
         dense = weight.detach().contiguous()
+        self.packed = _aligned(_C.linear_packed_size(*self.shape))
         _C.linear_pack(
             dense.data_ptr(), *self.shape, self.packed.data_ptr(), torch.get_num_threads()
         )
@@ -146,19 +148,30 @@ class PackedWeight:
 
     @staticmethod
     def _identity(weight):
-        return weight.data_ptr(), weight._version
+        return weight.data_ptr(), weight._version, _C.linear_kind()
+
+    def current(self, weight):
+        """Packs anew where the weight, or the instruction set asked for, has changed since."""
+        if self.source != self._identity(weight):
+            self._pack(weight)
+        return self
 
     def forward(self, x, weight, bias, approximate, out, workspace):
         """out = GELU(x Wᵀ + bias); ``approximate`` None means no GELU, ``bias`` None no bias. A
         weight that was changed since it was packed is packed anew."""
-        if self.source != self._identity(weight):
-            self._pack(weight)
+        self.current(weight)
         (rows, width), bias = x.shape, as_float32(bias)
         threads = torch.get_num_threads()
-        size = _C.linear_scratch_size(threads) // 2  # of 16-bit elements, in floats
-        scratch = workspace.take("scratch", 1, size, x)
+        size = _C.linear_scratch_size(threads)
+        scratch = workspace.take("scratch", 1, size // 4, x) if size else None
         _C.linear_forward(
             rows, width, self.shape[0], *map(address, (x, self.packed, bias, out, scratch)),
             ACTIVATIONS[approximate], threads,
         )  # fmt: skip
         return out
+
+
+def _aligned(size):
+    """``size`` bytes that begin on a cache line: a vector then never crosses two."""
+    memory = torch.empty(size + 64, dtype=torch.uint8)
+    return memory[-memory.data_ptr() % 64 :][:size]

@@ -38,7 +38,7 @@ def accelerate(model: Model, *, prepack: bool = False) -> Model:
         model: any module that holds encoders of ``FAMILIES``: a model of transformers with or
             without a head, a SentenceTransformer. Its parameters, ``state_dict`` and files stay
             what they are; it can be trained and saved.
-        prepack: lay the linear weights out once for inference in float32 on CPUs with AMX, as
+        prepack: lay the linear weights out once for inference in float32 on the CPU, as
             :meth:`bert_fast.BertModel.prepack` does and with its one condition: a weight changed
             through ``.data`` is not seen to change.
 

@@ -87,7 +87,7 @@ def pack_weight(weight):
 def can_use_packed(packed, weight, rows):
     """Whether ``rows`` rows go through a packed weight: enough of them, a weight that is still of
     the right kind, and no other backend asked for."""
-    if rows < packed.MIN_ROWS or not packed.possible(weight):
+    if rows < packed.min_rows() or not packed.possible(weight):
         return False
     return backends.choose("gelu", "cpu", weight.dtype, needs_grad=False) == "cpu"
 

@@ -89,24 +89,31 @@ struct GeluBackward {
 
 enum class Activation : int { kNone = 0, kGelu = 1, kGeluTanh = 2 };
 
-// out = activation(x weight^T + bias) in fp32. On processors with AMX alone: see linear.cpp.
+// out = activation(x weight^T + bias) in fp32.
 struct LinearForward {
   int64_t rows, in_features, out_features;
   const float* x;               // (rows, in_features)
-  const uint16_t* packed;       // the weight, by linear_pack
+  const void* packed;           // the weight, by the same LinearKernels' pack
   const float* bias;            // (out_features) or null
   float* out;                   // (rows, out_features)
-  uint16_t* scratch;            // linear_scratch_size(num_threads) elements, on a cache line
+  void* scratch;                // scratch_size bytes, on a cache line; or null where that is 0
   Activation activation;
   int num_threads;
 };
 
-bool linear_available();
-int64_t linear_packed_size(int64_t out_features, int64_t in_features);
-int64_t linear_scratch_size(int num_threads);
-void linear_pack(const float* weight, int64_t out_features, int64_t in_features, uint16_t* packed,
-                 int num_threads);
-void linear_forward(const LinearForward&);
+// A layout of packed weights and the product that reads it.
+struct LinearKernels {
+  const char* name;             // the instruction set, or "amx"
+  int64_t min_rows;             // fewer are left to the BLAS
+  int64_t (*packed_size)(int64_t out_features, int64_t in_features);  // bytes
+  int64_t (*scratch_size)(int num_threads);                           // bytes
+  void (*pack)(const float* weight, int64_t out_features, int64_t in_features, void* packed,
+               int num_threads);
+  void (*forward)(const LinearForward&);
+};
+
+const LinearKernels& linear_kernels();      // AMX's, or those of the chosen instruction set
+const LinearKernels* amx_linear_kernels();  // null where there is no AMX
 
 // One set of kernels an instruction set; each .cpp beside this file is compiled once for each.
 struct CpuKernels {
@@ -116,6 +123,7 @@ struct CpuKernels {
   void (*layer_norm_backward)(const LayerNormBackward&);
   void (*gelu_forward)(const GeluForward&);
   void (*gelu_backward)(const GeluBackward&);
+  LinearKernels linear;
 };
 
 const CpuKernels& cpu_kernels();     // those of the chosen instruction set

@@ -49,7 +49,7 @@ def test_everyone_installed_is_right(dtype):
             "the package xformers is not installed",
             "has no backward",
             "is set up for float32 alone",
-            "this processor has no AMX",
+            "nothing would be prepacked here",
             "nothing would be prepacked here",
         }, row
 
@@ -192,7 +192,7 @@ def test_linearity_finds_line_and_distance():
 
 
 def test_possible_is_the_slower_ceiling_by_the_faster_way():
-    results = {"copy": {"ms": 2}, "GEMMs alone": {"ms": 8}, "GEMMs alone, AMX": {"ms": 5}}
+    results = {"copy": {"ms": 2}, "GEMMs alone": {"ms": 8}, "GEMMs alone, packed": {"ms": 5}}
     assert run._possible(results, list(results)) == 5
     assert run._possible(results, ["copy"]) == 2
     assert run._possible(results, []) == 0

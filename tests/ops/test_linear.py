@@ -1,4 +1,5 @@
-"""fp32 linear layers by three bf16 parts: the scheme, the AMX kernel, and prepacked models."""
+"""fp32 linear layers with packed weights: every instruction set's kernel, AMX's by three bf16
+parts and their scheme, and prepacked models."""
 
 import copy
 import math
@@ -7,7 +8,7 @@ import pickle
 import pytest
 import torch
 from conftest import assert_within, same_bits_at_any_thread_count
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import bert_fast
@@ -15,9 +16,22 @@ from bert_fast import _C, ops
 from bert_fast.models.blocks import Linear
 from bert_fast.models.workspace import Workspace
 
-needs_amx = pytest.mark.skipif(
-    not _C.linear_available(), reason="this processor, kernel or compiler has no AMX (amx_bf16)"
-)
+KINDS = ["amx", "avx512", "avx2", "generic"]
+
+
+@pytest.fixture(params=KINDS)
+def kind(request, monkeypatch):
+    """Each layout of packed weights that this machine has. AMX's is AVX-512's where it has it."""
+    best = _C.cpu_isa()
+    try:
+        _C.set_cpu_isa("avx512" if request.param == "amx" else request.param)
+    except ValueError:
+        pytest.skip(f"this processor has no {request.param}")
+    if _C.linear_kind() != request.param:
+        _C.set_cpu_isa(best)
+        pytest.skip(f"this processor, kernel or compiler gives {_C.linear_kind()} instead")
+    yield request.param
+    _C.set_cpu_isa(best)
 
 
 def split(x):
@@ -40,8 +54,6 @@ def test_the_scheme_itself_is_fp32():
     assert ((six - exact).abs() <= bound).all()
 
 
-# From the 16 rows on that PackedWeight is used for: on fewer, sgemm sums in another order, with
-# half the error.
 def check(rows, in_features, out_features, approximate, with_bias):
     x, weight = torch.randn(rows, in_features), torch.randn(out_features, in_features)
     bias = torch.randn(out_features) if with_bias else None
@@ -57,19 +69,26 @@ def check(rows, in_features, out_features, approximate, with_bias):
     assert_within(out, torchs(x, weight, bias), truth)
 
 
-@needs_amx
 @pytest.mark.parametrize("approximate", [None, "none", "tanh"])
 @pytest.mark.parametrize(
     ("rows", "in_features", "out_features"),
     [(16, 8, 16), (33, 33, 33), (17, 770, 31), (300, 64, 96), (513, 768, 65), (40, 1600, 257)],
 )
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_kernel(rows, in_features, out_features, approximate, with_bias):
+def test_kernel(kind, rows, in_features, out_features, approximate, with_bias):
     check(rows, in_features, out_features, approximate, with_bias)
 
 
-@needs_amx
-@settings(deadline=None, max_examples=40)
+@pytest.mark.parametrize("rows", range(1, 16))
+def test_few_rows(kind, rows):
+    if rows < _C.linear_min_rows():
+        pytest.skip("so few rows are left to torch")
+    check(rows, 500, 300, "none", True)
+
+
+@settings(
+    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     rows=st.sampled_from([0, 16, 17, 31, 32, 33, 64, 100, 257, 300]),
     in_features=st.integers(8, 900),
@@ -77,24 +96,35 @@ def test_kernel(rows, in_features, out_features, approximate, with_bias):
     approximate=st.sampled_from([None, "none", "tanh"]),
     with_bias=st.booleans(),
 )
-def test_drawn_shapes(rows, in_features, out_features, approximate, with_bias):
+def test_drawn_shapes(kind, rows, in_features, out_features, approximate, with_bias):
     check(rows, in_features, out_features, approximate, with_bias)
 
 
-@needs_amx
-def test_a_lesser_instruction_set_has_none_of_it():
-    weight = torch.randn(32, 32)
-    best = _C.cpu_isa()
+def test_nothing_is_written_past_the_result(kind):
+    """Columns that are no multiple of a panel: its padding has no place in y."""
+    rows, width, columns = 37, 390, 77
+    memory = torch.full((rows * columns + 64,), math.nan)
+    weight, x = torch.randn(columns, width), torch.randn(rows, width)
+    out = memory[: rows * columns].view(rows, columns)
+    ops.pack_weight(weight).forward(x, weight, None, None, out, Workspace())
+    assert out.isfinite().all()
+    assert memory[rows * columns :].isnan().all()
+
+
+def test_another_instruction_set_is_packed_anew():
+    """A layout belongs to one instruction set: a change in between is seen."""
+    x, weight = torch.randn(20, 50), torch.randn(70, 50)
+    best, packed = _C.cpu_isa(), ops.pack_weight(weight)
     try:
-        _C.set_cpu_isa("generic")
-        assert ops.pack_weight(weight) is None
+        for isa in ("generic", best):
+            _C.set_cpu_isa(isa)
+            out = packed.forward(x, weight, None, None, torch.empty(20, 70), Workspace())
+            torch.testing.assert_close(out, x @ weight.t(), rtol=0, atol=1e-4)
     finally:
         _C.set_cpu_isa(best)
-    assert ops.pack_weight(weight) is not None
 
 
-@needs_amx
-def test_infinities_stay_and_nan_is_seen():
+def test_infinities_stay_and_nan_is_seen(kind):
     x, weight = torch.randn(4, 40), torch.rand(8, 40) + 0.1
     x[1, 3], x[2, 5] = math.inf, math.nan
     out = ops.pack_weight(weight).forward(x, weight, None, None, torch.empty(4, 8), Workspace())
@@ -104,8 +134,7 @@ def test_infinities_stay_and_nan_is_seen():
     assert out[2].isnan().all()
 
 
-@needs_amx
-def test_bitwise_the_same_at_any_thread_count():
+def test_bitwise_the_same_at_any_thread_count(kind):
     x, weight = torch.randn(700, 384), torch.randn(1536, 384)
 
     def run():
@@ -113,6 +142,22 @@ def test_bitwise_the_same_at_any_thread_count():
         return (packed.forward(x, weight, None, None, torch.empty(700, 1536), Workspace()),)
 
     same_bits_at_any_thread_count(run)
+
+
+@pytest.mark.parametrize("approximate", [None, "none"])
+def test_bitwise_a_row_depends_on_itself_alone(kind, approximate):
+    """However many other rows there are, and whatever they hold."""
+    x, weight, bias = torch.randn(300, 500), torch.randn(200, 500), torch.randn(200)
+    packed = ops.pack_weight(weight)
+
+    def product(rows):
+        out = torch.empty(rows.shape[0], 200)
+        return packed.forward(rows.contiguous(), weight, bias, approximate, out, Workspace())
+
+    together = product(x)
+    for first, count in [(0, 1), (7, 2), (31, 3), (100, 4), (100, 5), (3, 13), (150, 145)]:
+        if count >= _C.linear_min_rows():
+            assert torch.equal(product(x[first : first + count]), together[first : first + count])
 
 
 def model():
@@ -127,11 +172,10 @@ def outputs(model, ids):
 
 
 def test_prepacked_model_follows_its_weights():
-    """After an optimizer's step, load_state_dict, deepcopy, pickle: never a stale weight. Where
-    there is no AMX prepack changes nothing, and this holds all the same."""
+    """After an optimizer's step, load_state_dict, deepcopy, pickle: never a stale weight."""
     plain, ids = model(), torch.randint(1, 40, (3, 20))
     packed = copy.deepcopy(plain).prepack()
-    assert (packed.layers[0].attention.qkv.packed is not None) == _C.linear_available()
+    assert packed.layers[0].attention.qkv.packed is not None
     assert isinstance(packed.layers[0].attention.qkv, Linear)
 
     def same():
@@ -156,7 +200,6 @@ def test_prepacked_model_follows_its_weights():
     assert outputs(packed, ids).dtype == torch.float64
 
 
-@needs_amx
 def test_another_backend_is_obeyed(monkeypatch):
     packed, ids = model().prepack(), torch.randint(1, 40, (3, 20))
     wanted = outputs(packed, ids)

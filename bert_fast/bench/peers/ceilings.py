@@ -6,7 +6,7 @@ import torch
 
 from bert_fast import ops
 from bert_fast.bench.contestant import Run
-from bert_fast.bench.peers.ours import has_amx
+from bert_fast.bench.peers.ours import can_prepack
 from bert_fast.bench.peers.peer import Peer
 from bert_fast.models.workspace import Workspace
 
@@ -26,19 +26,19 @@ class Copy(Peer):
 
 class Gemms(Peer):
     """The work's matrix products alone, on real tokens, into memory that is there already:
-    torch.mm (MKL or oneDNN; cuBLAS), or our packed linear on AMX."""
+    torch.mm (MKL or oneDNN; cuBLAS), or our packed linear."""
 
     ceiling = True
 
     def __init__(self, packed=False):
         self.packed = packed
-        self.name = "GEMMs alone" + (", AMX" if packed else "")
+        self.name = "GEMMs alone" + (", packed" if packed else "")
         if packed:
             self.devices, self.dtypes, self.inference = ("cpu",), (torch.float32,), True
 
     def why_absent(self, work):
-        if self.packed and not has_amx():
-            return "this processor has no AMX"
+        if self.packed and not can_prepack():
+            return "nothing would be prepacked here"
         return super().why_absent(work)
 
     def attention(self, work, inputs):

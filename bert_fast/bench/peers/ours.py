@@ -127,7 +127,7 @@ class Ours(Peer):
 
 
 class NotPrepacked(Ours):
-    """Ours on a processor without AMX, or where ``prepack()`` was not called."""
+    """Ours where ``prepack()`` was not called: torch's own products."""
 
     attention = layer_norm = gelu = train = None  # type: ignore[assignment]
 
@@ -135,12 +135,12 @@ class NotPrepacked(Ours):
         super().__init__(prepack=False, name="bert_fast, not prepacked")
 
     def why_absent(self, work):
-        if work.backward or work.device != "cpu" or not has_amx():
+        if work.backward or work.device != "cpu" or not can_prepack():
             return "nothing would be prepacked here"
         return super().why_absent(work)
 
 
-def has_amx():
+def can_prepack():
     return ops.pack_weight(torch.nn.Parameter(torch.zeros(32, 32))) is not None
 
 
