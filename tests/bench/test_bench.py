@@ -50,7 +50,6 @@ def test_everyone_installed_is_right(dtype):
             "has no backward",
             "is set up for float32 alone",
             "nothing would be prepacked here",
-            "nothing would be prepacked here",
         }, row
 
 
