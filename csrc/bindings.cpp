@@ -10,6 +10,8 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "cpu/kernels.h"
 #if defined(BERT_FAST_WITH_CUDA) || defined(BERT_FAST_HOST)
@@ -175,6 +177,52 @@ void bind_cpu(py::module_& m, const char* name, Args (*arguments)(P...),
         py::call_guard<py::gil_scoped_release>());
 }
 
+// Layers whose memory the caller keeps alive, and where it is.
+class Encoder {
+ public:
+  using Linear = std::pair<Address, Address>;         // packed weight, bias
+  using LayerNorm = std::tuple<Address, Address, double>;  // weight, bias, eps
+  using Layer = std::tuple<Linear, Linear, LayerNorm, Linear, Linear, LayerNorm>;
+
+  Encoder(const std::vector<Layer>& layers, int64_t hidden, int64_t intermediate, int64_t num_heads,
+          double scale, int activation)
+      : hidden_(hidden), intermediate_(intermediate), num_heads_(num_heads), scale_(scale),
+        activation_(static_cast<Activation>(activation)) {
+    for (const Layer& layer : layers) {
+      const auto& [qkv, out, attention_norm, up, down, output_norm] = layer;
+      layers_.push_back({linear(qkv), linear(out), norm(attention_norm), linear(up), linear(down),
+                         norm(output_norm)});
+    }
+  }
+
+  void forward(int64_t rows, int64_t batch, Address cu_seqlens, Address x, Address qkv,
+               Address context, Address projected, Address wide, Address lse, Address scratch,
+               int num_threads) const {
+    encoder_forward({layers_.data(), static_cast<int64_t>(layers_.size()), rows, batch, hidden_,
+                     intermediate_, num_heads_, pointer<int32_t>(cu_seqlens),
+                     static_cast<float>(scale_), activation_, pointer<float>(x),
+                     pointer<float>(qkv), pointer<float>(context), pointer<float>(projected),
+                     pointer<float>(wide), pointer<float>(lse), pointer(scratch), num_threads});
+  }
+
+ private:
+  static PackedLinear linear(const Linear& l) { return {pointer(l.first), pointer<float>(l.second)}; }
+  static Norm norm(const LayerNorm& n) {
+    return {pointer<float>(std::get<0>(n)), pointer<float>(std::get<1>(n)), std::get<2>(n)};
+  }
+
+  std::vector<EncoderLayer> layers_;
+  int64_t hidden_, intermediate_, num_heads_;
+  double scale_;
+  Activation activation_;
+};
+
+void bind_encoder(py::module_& m) {
+  py::class_<Encoder>(m, "Encoder", py::module_local())
+      .def(py::init<const std::vector<Encoder::Layer>&, int64_t, int64_t, int64_t, double, int>())
+      .def("forward", &Encoder::forward, py::call_guard<py::gil_scoped_release>());
+}
+
 }  // namespace
 
 // Without py::mod_gil_not_used: nobody has shown that this module needs no GIL.
@@ -220,6 +268,8 @@ PYBIND11_MODULE(_C, m) {
                                     num_threads});
         },
         release_gil());
+
+  bind_encoder(m);
 
 #ifdef BERT_FAST_WITH_CUDA
   m.attr("cuda_archs") = BERT_FAST_CUDA_ARCHS;

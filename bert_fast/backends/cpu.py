@@ -119,6 +119,11 @@ def gelu_backward(dout, x, bias, approximate):
     return dx, dbias
 
 
+def min_rows():
+    """Fewer rows are better left to torch's product than to packed weights."""
+    return _C.linear_min_rows()
+
+
 class PackedWeight:
     """A float32 linear layer's weight, laid out once for csrc/cpu/linear*.cpp. As large as the
     weight itself; 1.5 times on processors with AMX, where it is kept as three bf16 parts."""
@@ -132,11 +137,6 @@ class PackedWeight:
         """Whether the weight is of the kind that can be packed."""
         plain = weight.dtype == torch.float32 and weight.device.type == "cpu"
         return plain and not weight.is_inference()
-
-    @staticmethod
-    def min_rows():
-        """Fewer rows are better left to torch's product."""
-        return _C.linear_min_rows()
 
     def _pack(self, weight):
         dense = weight.detach().contiguous()
@@ -175,3 +175,51 @@ def _aligned(size):
     """``size`` bytes that begin on a cache line: a vector then never crosses two."""
     memory = torch.empty(size + 64, dtype=torch.uint8)
     return memory[-memory.data_ptr() % 64 :][:size]
+
+
+class Encoder:
+    """Post-norm encoder layers bound to csrc/cpu/encoder.cpp: inference in one call.
+
+    ``layers``: for each the products qkv, out, up, down (``weight``, ``bias``, ``packed``) and the
+    norms after out and down (``weight``, ``bias``, ``eps``); fp32, contiguous. They may not change
+    while this is in use: :meth:`identity` tells.
+    """
+
+    def __init__(self, layers, num_heads, approximate):
+        self.layers, self.num_heads, self.approximate = layers, num_heads, approximate
+        self.intermediate, self.hidden = layers[0][3].weight.shape
+        self._bind()
+
+    def _bind(self):
+        """Addresses, which live as long as ``layers`` do; weights packed as is usual now."""
+        self.kind = _C.linear_kind()
+        self.plan = _C.Encoder(
+            [tuple(map(_bound, layer)) for layer in self.layers], self.hidden, self.intermediate,
+            self.num_heads, (self.hidden // self.num_heads) ** -0.5, ACTIVATIONS[self.approximate],
+        )  # fmt: skip
+
+    def forward(self, x, cu_seqlens, workspace):
+        """x (total_tokens, hidden) becomes the last layer's output, in its own memory."""
+        if self.kind != _C.linear_kind():
+            self._bind()
+        rows, threads = x.shape[0], torch.get_num_threads()
+        size = _C.linear_scratch_size(threads)
+        buffers = [
+            workspace.take("qkv", rows, 3 * self.hidden, x),
+            workspace.take("hidden", rows, self.hidden, x),
+            workspace.take("projected", rows, self.hidden, x),
+            workspace.take("intermediate", rows, self.intermediate, x),
+            workspace.take("lse", rows, self.num_heads, x),
+            workspace.take("scratch", 1, size // 4, x) if size else None,
+        ]
+        cu_seqlens = cu_seqlens.contiguous()
+        self.plan.forward(
+            rows, cu_seqlens.numel() - 1, *map(address, (cu_seqlens, x, *buffers)), threads
+        )
+        return x
+
+
+def _bound(part):
+    if hasattr(part, "eps"):
+        return address(part.weight), address(part.bias), part.eps
+    return address(part.packed.current(part.weight).packed), address(part.bias)

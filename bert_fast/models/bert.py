@@ -17,6 +17,7 @@ from bert_fast import ops
 from bert_fast.models.blocks import GELU_APPROXIMATE, Linear, feed_forward, project_add_norm
 from bert_fast.models.checkpoint import load, save
 from bert_fast.models.config import BertConfig
+from bert_fast.models.one_call import OneCall
 from bert_fast.models.packing import Packing
 from bert_fast.models.workspace import NoWorkspace, Workspace, can_reuse_memory
 
@@ -130,6 +131,7 @@ class BertModel(nn.Module):
             nn.Linear(config.hidden_size, config.hidden_size) if add_pooling_layer else None
         )
         self.workspace = Workspace()
+        self.one_call = OneCall(Layer, Attention, FeedForward)
         self.apply(initialiser(config))
 
     @classmethod
@@ -241,6 +243,10 @@ class BertModel(nn.Module):
 
         x = self.embeddings(input_ids, position_ids, token_type_ids)
         workspace = self.workspace if can_reuse_memory(x) else NoWorkspace()
+        if workspace is self.workspace and not output_hidden_states:
+            output = self.one_call(self.layers, x, packing, workspace)
+            if output is not None:
+                return [output], packing
         states = []
         for layer in self.layers:
             if output_hidden_states:

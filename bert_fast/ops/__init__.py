@@ -4,6 +4,7 @@ from bert_fast.ops import reference
 from bert_fast.ops.attention import attention, attention_qkv
 from bert_fast.ops.checks import check_cu_seqlens, is_concrete
 from bert_fast.ops.embedding import embedding_layer_norm
+from bert_fast.ops.encoder import bind_encoder, runs_in_one_call
 from bert_fast.ops.gelu import gelu
 from bert_fast.ops.layer_norm import layer_norm
 from bert_fast.ops.linear import can_use_packed, linear_gelu, pack_weight
@@ -11,6 +12,7 @@ from bert_fast.ops.linear import can_use_packed, linear_gelu, pack_weight
 __all__ = [
     "attention",
     "attention_qkv",
+    "bind_encoder",
     "can_use_packed",
     "check_cu_seqlens",
     "embedding_layer_norm",
@@ -20,4 +22,5 @@ __all__ = [
     "linear_gelu",
     "pack_weight",
     "reference",
+    "runs_in_one_call",
 ]

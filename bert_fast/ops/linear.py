@@ -84,10 +84,12 @@ def pack_weight(weight):
     return packed(weight) if packed.possible(weight) else None
 
 
-def can_use_packed(packed, weight, rows):
+def can_use_packed(packed, weight, rows=None):
     """Whether ``rows`` rows go through a packed weight: enough of them, a weight that is still of
     the right kind, and no other backend asked for."""
-    if rows < packed.min_rows() or not packed.possible(weight):
+    if not packed.possible(weight) or (
+        rows is not None and rows < backends.module("cpu").min_rows()
+    ):
         return False
     return backends.choose("gelu", "cpu", weight.dtype, needs_grad=False) == "cpu"
 

@@ -126,6 +126,35 @@ struct CpuKernels {
   LinearKernels linear;
 };
 
+// A post-norm encoder (Vaswani et al. 2017; BERT) in inference, fp32, packed rows.
+struct PackedLinear {
+  const void* packed;
+  const float* bias;
+};
+struct Norm {
+  const float *weight, *bias;
+  double eps;
+};
+struct EncoderLayer {
+  PackedLinear qkv, out;
+  Norm attention_norm;
+  PackedLinear up, down;
+  Norm output_norm;
+};
+struct EncoderForward {
+  const EncoderLayer* layers;
+  int64_t num_layers, rows, batch, hidden, intermediate, num_heads;
+  const int32_t* cu_seqlens;    // (batch + 1)
+  float scale;
+  Activation activation;
+  float* x;                     // (rows, hidden): read, and written with the last layer's output
+  float *qkv, *context, *projected, *wide;  // (rows, 3 hidden), hidden, hidden, intermediate
+  float* lse;                   // (num_heads, rows)
+  void* scratch;                // as in LinearForward
+  int num_threads;
+};
+void encoder_forward(const EncoderForward&);
+
 const CpuKernels& cpu_kernels();     // those of the chosen instruction set
 const char* cpu_isa();               // "avx512", "avx2" or "generic"
 bool set_cpu_isa(const char* name);  // false where this processor or build has not got it

@@ -1,0 +1,97 @@
+"""Inference on the CPU through all layers in one call: the same kernels, in the same order, to the
+same bits as the layers one by one, without Python between them."""
+
+from torch import nn
+
+from bert_fast import ops
+from bert_fast.models.blocks import Linear
+
+
+class OneCall:
+    """What binds a model's layers, and notices when they are no longer what was bound."""
+
+    def __init__(self, *kinds):
+        self.kinds = kinds  # the classes of a layer, its attention and its feed-forward
+        self.state = self.encoder = None
+
+    def __reduce__(self):  # copies and pickles have other weights: they bind their own
+        return OneCall, self.kinds
+
+    def __call__(self, layers, x, packing, workspace):
+        """The last layer's output, in x's memory; or None where the layers must run one by one:
+        they are hooked, not prepacked, in training with dropout, or asked for another backend."""
+        if not ops.runs_in_one_call(x) or _hooked(layers):
+            return None
+        if self.state != (state := _state(layers)):
+            self.encoder, self.state = self._bind(layers), state
+        return self.encoder and self.encoder.forward(x, packing.cu_seqlens, workspace)
+
+    def _bind(self, layers):
+        first = next(iter(layers), None)
+        if first is None or not all(self._is_plain(layer, first) for layer in layers):
+            return None
+        return ops.bind_encoder(
+            [_products_and_norms(layer) for layer in layers],
+            first.attention.num_heads, first.feed_forward.approximate,
+        )  # fmt: skip
+
+    def _is_plain(self, layer, first):
+        attention, feed_forward = layer.attention, layer.feed_forward
+        dropout = (attention.dropout_p, attention.hidden_dropout_p, feed_forward.hidden_dropout_p)
+        parts = zip(_products_and_norms(layer), _PARTS, strict=True)
+        return (
+            tuple(map(type, _modules(layer))) == self.kinds
+            and all(type(part) is kind for part, kind in parts)
+            and not attention.causal
+            and not (layer.training and any(dropout))
+            and attention.num_heads == first.attention.num_heads
+            and feed_forward.approximate == first.feed_forward.approximate
+        )
+
+
+_PARTS = (Linear, Linear, nn.LayerNorm, Linear, Linear, nn.LayerNorm)
+
+
+def _products_and_norms(layer):
+    attention, feed_forward = layer.attention, layer.feed_forward
+    return (
+        attention.qkv, attention.out, attention.norm,
+        feed_forward.up, feed_forward.down, feed_forward.norm,
+    )  # fmt: skip
+
+
+def _modules(layer):
+    return layer, layer.attention, layer.feed_forward
+
+
+def _hooked(layers):
+    if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
+        return True
+    for layer in layers._modules.values():
+        for m in (layer, *layer._modules.values()):
+            if m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__:
+                return True
+    return False
+
+
+# Runs in every call, so by the dictionaries: a module's attributes take five times as long.
+def _state(layers):
+    """Changes whenever what was bound does: another module or parameter, other memory, a write
+    that PyTorch has seen; training, dropout."""
+    state = []
+    for layer in layers._modules.values():
+        state += type(layer), layer.training
+        for block in layer._modules.values():
+            own = block.__dict__
+            state += (
+                type(block),
+                own.get("dropout_p"),
+                own.get("hidden_dropout_p"),
+                own.get("approximate"),
+            )
+            for part in block._modules.values():
+                state += part, type(part), part.__dict__.get("packed")
+                for parameter in part._parameters.values():
+                    if parameter is not None:
+                        state += parameter.data_ptr(), parameter._version
+    return state

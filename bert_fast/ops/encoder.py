@@ -1,0 +1,38 @@
+"""A stack of encoder layers in one call, for inference with packed weights on the CPU."""
+
+import torch
+
+from bert_fast import backends
+from bert_fast.ops.linear import can_use_packed
+
+OPS = ("attention", "layer_norm", "gelu")
+
+
+def bind_encoder(layers, num_heads, approximate):
+    """A :class:`bert_fast.backends.cpu.Encoder`, or None where some layer has not the float32
+    parameters and packed weights that it takes."""
+    parts = [part for layer in layers for part in layer]
+    if not parts or not all(map(_can_be_bound, parts)):
+        return None
+    return backends.module("cpu").Encoder(layers, num_heads, approximate)
+
+
+def runs_in_one_call(x):
+    """Whether each op of a layer would choose the ``cpu`` backend for ``x``, and its rows are
+    enough for packed weights."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not x.is_contiguous():
+        return False
+    chosen = (backends.choose(op, "cpu", x.dtype, needs_grad=False) for op in OPS)
+    return all(name == "cpu" for name in chosen) and x.shape[0] >= backends.module("cpu").min_rows()
+
+
+def _can_be_bound(part):
+    for parameter in (part.weight, part.bias):
+        if parameter is None or parameter.dtype != torch.float32 or not parameter.is_contiguous():
+            return False
+        if parameter.device.type != "cpu":
+            return False
+    if hasattr(part, "eps"):
+        return True
+    packed = part.packed
+    return packed is not None and can_use_packed(packed, part.weight)

@@ -1,0 +1,60 @@
+// A whole stack of encoder layers in one call, for inference with packed weights: at a single
+// query eight calls a layer from Python cost more than the arithmetic. What runs is what the
+// model in bert_fast/models/bert.py calls one by one, in the same order, to the same bits.
+#include "kernels.h"
+
+namespace bert_fast {
+
+void encoder_forward(const EncoderForward& e) {
+  const CpuKernels& kernels = cpu_kernels();
+  const LinearKernels& linear = linear_kernels();
+  const int64_t head_dim = e.hidden / e.num_heads, rows = e.rows;
+
+  const auto multiply = [&](const float* x, int64_t in, const PackedLinear& by, int64_t out,
+                            float* y, const float* bias, Activation activation) {
+    linear.forward({rows, in, out, x, by.packed, bias, y, e.scratch, activation, e.num_threads});
+  };
+  const auto add_and_norm = [&](const float* linear_bias, const Norm& norm) {
+    LayerNormForward a = {};
+    a.dtype = DType::kFloat32;
+    a.rows = rows;
+    a.hidden = e.hidden;
+    a.x = e.projected;
+    a.residual = a.out = e.x;
+    a.linear_bias = linear_bias;
+    a.weight = norm.weight;
+    a.bias = norm.bias;
+    a.eps = norm.eps;
+    a.num_threads = e.num_threads;
+    kernels.layer_norm_forward(a);
+  };
+
+  AttentionForward attention = {};
+  attention.dtype = DType::kFloat32;
+  attention.batch = e.batch;
+  attention.num_heads = e.num_heads;
+  attention.head_dim = head_dim;
+  attention.total_q = attention.total_k = rows;
+  attention.cu_q = attention.cu_k = e.cu_seqlens;
+  attention.scale = e.scale;
+  attention.num_threads = e.num_threads;
+  attention.lse = e.lse;
+  attention.q = {e.qkv, 3 * e.hidden, head_dim};
+  attention.k = {e.qkv + e.hidden, 3 * e.hidden, head_dim};
+  attention.v = {e.qkv + 2 * e.hidden, 3 * e.hidden, head_dim};
+  attention.out = {e.context, e.hidden, head_dim};
+
+  for (int64_t i = 0; i < e.num_layers; ++i) {
+    const EncoderLayer& layer = e.layers[i];
+    multiply(e.x, e.hidden, layer.qkv, 3 * e.hidden, e.qkv, nullptr, Activation::kNone);
+    attention.bias = layer.qkv.bias;
+    kernels.attention_forward(attention);
+    multiply(e.context, e.hidden, layer.out, e.hidden, e.projected, nullptr, Activation::kNone);
+    add_and_norm(layer.out.bias, layer.attention_norm);
+    multiply(e.x, e.hidden, layer.up, e.intermediate, e.wide, layer.up.bias, e.activation);
+    multiply(e.wide, e.intermediate, layer.down, e.hidden, e.projected, nullptr, Activation::kNone);
+    add_and_norm(layer.down.bias, layer.output_norm);
+  }
+}
+
+}  // namespace bert_fast
