@@ -161,7 +161,7 @@ class NinjaBuild(build_ext):
             lines.append(f"build {out}: {rule} {path}\n  flags = {flags}")
 
         for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
-            if source.stem in ("dispatch", "encoder"):  # no arithmetic of their own
+            if source.stem in ("dispatch", "encoder", "threads"):  # no arithmetic of their own
                 compile_file("cxx", f"cpu/{source.name}", f"{source.stem}.o")
                 continue
             if source.stem == "linear_amx":  # for AMX, or an answer that there is none

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/threads.h"
 #if defined(BERT_FAST_WITH_CUDA) || defined(BERT_FAST_HOST)
 #include "cuda/kernels.h"
 #endif
@@ -230,6 +231,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "bert_fast's compiled kernels. Private: bert_fast's ops validate, this does not.";
   using release_gil = py::call_guard<py::gil_scoped_release>;
 
+  m.def("forked", &forked);
   m.def("cpu_isa", &cpu_isa);
   m.def("set_cpu_isa", [](const std::string& name) {
     if (!set_cpu_isa(name.c_str())) {

@@ -3,6 +3,10 @@
 import torch
 
 from bert_fast import _C
+from bert_fast.backends import processes
+
+if processes.forked:  # before the extension was loaded: it could not notice
+    _C.forked()
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 APPROXIMATE = {"none": 0, "tanh": 1}

@@ -127,9 +127,7 @@ class BertModel(nn.Module):
         self.config = config
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.pooler = (
-            nn.Linear(config.hidden_size, config.hidden_size) if add_pooling_layer else None
-        )
+        self.pooler = Linear(config.hidden_size, config.hidden_size) if add_pooling_layer else None
         self.workspace = Workspace()
         self.one_call = OneCall(Layer, Attention, FeedForward)
         self.apply(initialiser(config))

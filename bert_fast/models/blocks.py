@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bert_fast import ops
+from bert_fast.models.workspace import Workspace, can_reuse_memory
 
 GELU_APPROXIMATE = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 
@@ -38,7 +39,14 @@ class Product:
 
 
 class Linear(Product, nn.Linear):
-    pass
+    def forward(self, x):
+        """x Wᵀ + bias, for those that do not read the product next by a kernel of ours."""
+        if x.ndim == 2 and can_reuse_memory(x) and self._use_packed(x):
+            out = x.new_empty(x.shape[0], self.out_features)
+            return self.packed.forward(
+                x.contiguous(), self.weight, self.bias, None, out, Workspace()
+            )
+        return super().forward(x)
 
 
 class View(Product):

@@ -257,12 +257,11 @@ void forward(const AttentionForward& a) {
     }
   }
   sort_by_cost(tasks);
-#pragma omp parallel num_threads(threads_for(total_cost * a.head_dim / 8, a.num_threads))
-  {
+  const int threads = threads_for(total_cost * a.head_dim / 8, a.num_threads);
+  parallel(threads, static_cast<int64_t>(tasks.size()), 1, [&](Work& work) {
     ForwardTask<T> worker(a);
-#pragma omp for schedule(dynamic, 1)
-    for (size_t i = 0; i < tasks.size(); ++i) worker.run(tasks[i]);
-  }
+    for (int64_t i, end; work.take(i, end);) worker.run(tasks[i]);
+  });
   const int64_t end = a.cu_q[a.batch];
   zero_tail<T>(a, a.out, end, a.total_q);
   for (int64_t head = 0; head < a.num_heads; ++head) {
@@ -409,12 +408,11 @@ void backward(const AttentionBackward& a) {
     total_cost += cost * a.num_heads;
   }
   sort_by_cost(tasks);
-#pragma omp parallel num_threads(threads_for(total_cost * a.head_dim / 8, a.num_threads))
-  {
+  const int threads = threads_for(total_cost * a.head_dim / 8, a.num_threads);
+  parallel(threads, static_cast<int64_t>(tasks.size()), 1, [&](Work& work) {
     BackwardTask<T> worker(a, max_q_len);
-#pragma omp for schedule(dynamic, 1)
-    for (size_t i = 0; i < tasks.size(); ++i) worker.run(tasks[i]);
-  }
+    for (int64_t i, end; work.take(i, end);) worker.run(tasks[i]);
+  });
   zero_tail<T>(a, a.dq, a.cu_q[a.batch], a.total_q);
   zero_tail<T>(a, a.dk, a.cu_k[a.batch], a.total_k);
   zero_tail<T>(a, a.dv, a.cu_k[a.batch], a.total_k);

@@ -2,10 +2,12 @@
 // query eight calls a layer from Python cost more than the arithmetic. What runs is what the
 // model in bert_fast/models/bert.py calls one by one, in the same order, to the same bits.
 #include "kernels.h"
+#include "threads.h"
 
 namespace bert_fast {
 
 void encoder_forward(const EncoderForward& e) {
+  const OnTeam team;
   const CpuKernels& kernels = cpu_kernels();
   const LinearKernels& linear = linear_kernels();
   const int64_t head_dim = e.hidden / e.num_heads, rows = e.rows;

@@ -8,8 +8,8 @@ namespace {
 
 template <Gelu kind, class T>
 void forward(const GeluForward& a) {
-#pragma omp parallel for num_threads(threads_for(a.rows * a.width, a.num_threads)) schedule(static)
-  for (int64_t row = 0; row < a.rows; ++row) {
+  const int threads = threads_for(a.rows * a.width, a.num_threads);
+  parallel_for(threads, a.rows, grain_for(a.rows, threads), [&](int64_t row) {
     const T* x = static_cast<const T*>(a.x) + row * a.width;
     T* out = static_cast<T*>(a.out) + row * a.width;
     for_columns(a.width, [&](int64_t col, auto lanes) {
@@ -17,15 +17,15 @@ void forward(const GeluForward& a) {
       if (a.bias) value += load_row(a.bias + col, lanes);
       store_row(out + col, gelu<kind>(value), lanes);
     });
-  }
+  });
 }
 
 template <Gelu kind, class T>
 void backward(const GeluBackward& a) {
   const RowChunks chunks(a.rows);
   Buffer partial(a.dbias ? chunks.count * a.width : 0);
-#pragma omp parallel for num_threads(threads_for(a.rows * a.width, a.num_threads)) schedule(static)
-  for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+  const int threads = threads_for(a.rows * a.width, a.num_threads);
+  parallel_for(threads, chunks.count, 1, [&](int64_t chunk) {
     float* dbias = a.dbias ? partial + chunk * a.width : nullptr;
     if (dbias) fill(dbias, a.width, 0.0f);
     for (int64_t row = chunks.begin(chunk); row < chunks.begin(chunk + 1); ++row) {
@@ -40,7 +40,7 @@ void backward(const GeluBackward& a) {
         if (dbias) store_row(dbias + col, load_row(dbias + col, lanes) + gradient, lanes);
       });
     }
-  }
+  });
   if (a.dbias) chunks.sum(partial, a.width, a.dbias);
 }
 

@@ -13,13 +13,12 @@ int64_t scratch_width(int64_t width) { return (width + 4 * kWidth - 1) / (4 * kW
 template <class T>
 void forward(const LayerNormForward& a) {
   const float inverse_width = 1.0f / static_cast<float>(a.hidden);
-#pragma omp parallel num_threads(threads_for(a.rows * a.hidden, a.num_threads))
-  {
+  const int threads = threads_for(a.rows * a.hidden, a.num_threads);
+  parallel(threads, a.rows, grain_for(a.rows, threads), [&](Work& work) {
     // The row being normalised, in fp32, and its dropout factors: both stay in the L1 cache.
     Buffer row_sum(scratch_width(a.hidden));
     Buffer factors(a.dropout_p > 0.0f ? scratch_width(a.hidden) : 0);
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < a.rows; ++row) {
+    for_each_of(work, [&](int64_t row) {
       const T* x = static_cast<const T*>(a.x) + row * a.hidden;
       const T* residual = a.residual ? static_cast<const T*>(a.residual) + row * a.hidden : nullptr;
       T* out = static_cast<T*>(a.out) + row * a.hidden;
@@ -62,8 +61,8 @@ void forward(const LayerNormForward& a) {
         store_row(out + col,
                   normal * load_row(a.weight + col, lanes) + load_row(a.bias + col, lanes), lanes);
       });
-    }
-  }
+    });
+  });
 }
 
 // With g = dout * weight and n = (sum - mean) * rstd:
@@ -75,11 +74,10 @@ void backward(const LayerNormBackward& a) {
   const RowChunks chunks(a.rows);
   const int64_t sums = a.dlinear_bias ? 3 : 2;
   Buffer partial(chunks.count * sums * a.hidden);
-#pragma omp parallel num_threads(threads_for(a.rows * a.hidden, a.num_threads))
-  {
+  const int threads = threads_for(a.rows * a.hidden, a.num_threads);
+  parallel(threads, chunks.count, 1, [&](Work& work) {
     Buffer factors(a.dropout_p > 0.0f ? scratch_width(a.hidden) : 0);
-#pragma omp for schedule(static)
-    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+    for_each_of(work, [&](int64_t chunk) {
       float* dweight = partial + chunk * sums * a.hidden;
       fill(dweight, sums * a.hidden, 0.0f);
       float* dbias = dweight + a.hidden;
@@ -121,8 +119,8 @@ void backward(const LayerNormBackward& a) {
           }
         });
       }
-    }
-  }
+    });
+  });
   Buffer total(sums * a.hidden);
   chunks.sum(partial, sums * a.hidden, total);
   std::memcpy(a.dweight, total, a.hidden * sizeof(float));

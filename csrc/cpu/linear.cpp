@@ -10,10 +10,6 @@
 #include <algorithm>
 #include <utility>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "gelu.h"
 
 namespace bert_fast {
@@ -166,8 +162,7 @@ int64_t linear_packed_size(int64_t out_features, int64_t in_features) {
 
 void linear_pack(const float* weight, int64_t out_features, int64_t in_features, void* packed,
                  int num_threads) {
-#pragma omp parallel for num_threads(num_threads) schedule(static)
-  for (int64_t panel = 0; panel < ceil_div(out_features, kPanel); ++panel) {
+  parallel_for(num_threads, ceil_div(out_features, kPanel), 1, [&](int64_t panel) {
     float* to = static_cast<float*>(packed) + panel * kPanel * in_features;
     const int64_t first = panel * kPanel, columns = std::min(kPanel, out_features - first);
     for (int64_t k = 0; k < in_features; ++k) {
@@ -175,27 +170,23 @@ void linear_pack(const float* weight, int64_t out_features, int64_t in_features,
         to[k * kPanel + i] = i < columns ? weight[(first + i) * in_features + k] : 0.0f;
       }
     }
-  }
+  });
 }
 
 void linear_forward(const LinearForward& a) {
   const int64_t panels = ceil_div(a.out_features, kPanel), blocks = ceil_div(a.rows, kBlockRows);
-#pragma omp parallel num_threads(threads_for(a.rows * a.out_features * a.in_features / 64, a.num_threads))
-  {
-    // Pairs of a row block and a panel, row blocks outermost; every thread takes an equal run.
-    int64_t work = 0, end = blocks * panels;
-#ifdef _OPENMP
-    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    work = blocks * panels * thread / threads;
-    end = blocks * panels * (thread + 1) / threads;
-#endif
-    while (work < end) {
-      const int64_t block = work / panels, first = work % panels;
-      const int64_t last = std::min(panels, first + end - work);
-      multiply(a, a.rows * block / blocks, a.rows * (block + 1) / blocks, first, last);
-      work += last - first;
+  const int threads = threads_for(a.rows * a.out_features * a.in_features / 64, a.num_threads);
+  // Items are pairs of a row block and a panel, row blocks outermost.
+  parallel(threads, blocks * panels, grain_for(blocks * panels, threads), [&](Work& work) {
+    for (int64_t item, end; work.take(item, end);) {
+      while (item < end) {
+        const int64_t block = item / panels, first = item % panels;
+        const int64_t last = std::min(panels, first + end - item);
+        multiply(a, a.rows * block / blocks, a.rows * (block + 1) / blocks, first, last);
+        item += last - first;
+      }
     }
-  }
+  });
 }
 
 }  // namespace BERT_FAST_ISA

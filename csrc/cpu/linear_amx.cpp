@@ -16,11 +16,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 
 #include "gelu.h"
@@ -238,28 +235,12 @@ void pack(const float* weight, int64_t out_features, int64_t in_features, void* 
           int num_threads) {
   uint16_t* packed = static_cast<uint16_t*>(to);
   const int64_t panel_size = ceil_div(in_features, kTileDepth) * kStep;
-#pragma omp parallel for num_threads(num_threads) schedule(static)
-  for (int64_t panel = 0; panel < ceil_div(out_features, kGroup); ++panel) {
+  parallel_for(num_threads, ceil_div(out_features, kGroup), 1, [&](int64_t panel) {
     pack_panel(weight + panel * kGroup * in_features,
                std::min(kGroup, out_features - panel * kGroup), in_features, in_features,
                packed + panel * panel_size);
-  }
+  });
 }
-
-// Work is cut into (row block, panel) pairs, row blocks outermost, and every thread takes an equal
-// run of them: it then packs each row block that it meets once, into scratch of its own that stays
-// in its L2, and the threads share nothing.
-struct Share {
-  int64_t begin, end;
-
-  Share(int64_t work) : begin(0), end(work) {
-#ifdef _OPENMP
-    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    begin = work * thread / threads;
-    end = work * (thread + 1) / threads;
-#endif
-  }
-};
 
 void multiply_block(const LinearForward& a, int64_t first_group, int64_t last_group,
                     int64_t first_panel, int64_t last_panel, uint16_t* scratch) {
@@ -296,24 +277,25 @@ void forward(const LinearForward& a) {
   const int64_t groups = ceil_div(a.rows, kGroup), panels = ceil_div(a.out_features, kGroup);
   if (groups == 0) return;
   const int64_t blocks = ceil_div(groups, kBlockGroups), block_groups = ceil_div(groups, blocks);
-#pragma omp parallel num_threads(a.num_threads)
-  {
+  // Work is cut into (row block, panel) pairs, row blocks outermost, and every thread takes an equal
+  // run of them: it then packs each row block that it meets once, into scratch of its own that
+  // stays in its L2, and the threads share nothing.
+  std::atomic<int64_t> threads{0};
+  parallel(a.num_threads, blocks * panels, ceil_div(blocks * panels, a.num_threads), [&](Work& items) {
     const TileConfig config;  // lives in each thread's registers, so each thread loads it
     _tile_loadconfig(&config);
-    const Share share(blocks * panels);
-    uint16_t* scratch = static_cast<uint16_t*>(a.scratch);
-#ifdef _OPENMP
-    scratch += omp_get_thread_num() * scratch_size();
-#endif
-    for (int64_t work = share.begin; work < share.end;) {
-      const int64_t block = work / panels, first_panel = work % panels;
-      const int64_t last_panel = std::min(panels, first_panel + share.end - work);
-      multiply_block(a, block * block_groups, std::min(groups, (block + 1) * block_groups),
-                     first_panel, last_panel, scratch);
-      work += last_panel - first_panel;
+    uint16_t* scratch = static_cast<uint16_t*>(a.scratch) + threads.fetch_add(1) * scratch_size();
+    for (int64_t work, end; items.take(work, end);) {
+      while (work < end) {
+        const int64_t block = work / panels, first_panel = work % panels;
+        const int64_t last_panel = std::min(panels, first_panel + end - work);
+        multiply_block(a, block * block_groups, std::min(groups, (block + 1) * block_groups),
+                       first_panel, last_panel, scratch);
+        work += last_panel - first_panel;
+      }
     }
     _tile_release();
-  }
+  });
 }
 
 }  // namespace

@@ -12,6 +12,7 @@
 
 #include "../philox.h"
 #include "kernels.h"
+#include "threads.h"
 
 #if defined(__AVX512F__)
 #define BERT_FAST_ISA avx512
