@@ -1,7 +1,8 @@
 // A team: helpers of the thread that calls the kernels, started when first needed. A helper is
 // given a job by a word of its own. It takes the job, or the caller, through with its work, takes
 // it back: a helper that is late (asleep, or waiting for a core that others keep busy) is not
-// waited for. Who waits spins for some microseconds, then offers its core to others, then sleeps.
+// waited for. Who waits spins for some microseconds, then sleeps: who yields instead goes to the end
+// of the queue.
 #include "threads.h"
 
 #ifdef _OPENMP
@@ -21,6 +22,9 @@
 namespace bert_fast {
 namespace {
 
+// Longer than the pauses between a model's loops, shorter than anyone's time slice.
+constexpr std::chrono::microseconds kSpin{50};
+
 // Helpers do not survive a fork: a child's teams are those made in its generation.
 std::atomic<int> generation{0};
 const int registered = pthread_atfork(nullptr, nullptr, forked);
@@ -33,21 +37,18 @@ void rest() {
 #endif
 }
 
-// Waits until done() by spinning (about kSpins pauses), then yielding for a while; false if it is
-// still not done.
+// Waits until done() without sleeping, for some time; false if it is not done then.
 template <class Done>
-bool wait_awake(Done done, std::chrono::microseconds yielding) {
-  constexpr int kSpins = 200;
-  for (int i = 0; i < kSpins; ++i) {
-    if (done()) return true;
-    rest();
-  }
-  const auto end = std::chrono::steady_clock::now() + yielding;
+bool wait_awake(Done done, std::chrono::microseconds limit) {
+  constexpr int kSpins = 100;
+  const auto end = std::chrono::steady_clock::now() + limit;
   do {
-    if (done()) return true;
-    sched_yield();
+    for (int i = 0; i < kSpins; ++i) {
+      if (done()) return true;
+      rest();
+    }
   } while (std::chrono::steady_clock::now() < end);
-  return done();
+  return false;
 }
 
 #ifdef __linux__
@@ -86,7 +87,7 @@ class Helper {
 
   void wait() {
     const auto through = [this] { return state_.load(std::memory_order_acquire) == kIdle; };
-    if (wait_awake(through, std::chrono::microseconds(50))) return;
+    if (wait_awake(through, kSpin)) return;
     std::unique_lock<std::mutex> lock(mutex_);
     changed_.wait(lock, through);
   }
@@ -111,7 +112,7 @@ class Helper {
         const int state = state_.load(std::memory_order_acquire);
         return state == kGiven || state == kStop;
       };
-      if (!wait_awake(called, std::chrono::microseconds(500))) {
+      if (!wait_awake(called, kSpin)) {
         std::unique_lock<std::mutex> lock(mutex_);
         asleep_.store(true);
         changed_.wait(lock, called);
