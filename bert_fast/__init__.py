@@ -17,9 +17,10 @@ from bert_fast.ops import (
 
 if TYPE_CHECKING:  # what __getattr__ below imports when it is used
     from bert_fast import nn as nn
+    from bert_fast.embeddings.cross_encoder import CrossEncoder
     from bert_fast.embeddings.encoder import SentenceEncoder
+    from bert_fast.files import CheckpointError
     from bert_fast.hugging_face import accelerate, restore
-    from bert_fast.models.checkpoint import CheckpointError
     from bert_fast.models.encoder_decoder import EncoderDecoderModel
     from bert_fast.models.graphs import cudagraph
     from bert_fast.models.heads import (
@@ -46,6 +47,7 @@ __all__ = [
     "BertModel",
     "BertOutput",
     "CheckpointError",
+    "CrossEncoder",
     "EncoderDecoderModel",
     "SentenceEncoder",
     "accelerate",
@@ -64,8 +66,9 @@ __all__ = [
 
 # What most programs do not need is imported when it is.
 _LATER = {
-    "CheckpointError": "models.checkpoint",
+    "CheckpointError": "files",
     "EncoderDecoderModel": "models.encoder_decoder",
+    "CrossEncoder": "embeddings.cross_encoder",
     "SentenceEncoder": "embeddings.encoder",
     "accelerate": "hugging_face",
     "cudagraph": "models.graphs",

@@ -64,8 +64,8 @@ def embed(args):
 
     from bert_fast.backends import resolve_device
     from bert_fast.embeddings.encoder import SentenceEncoder
-    from bert_fast.embeddings.tokenizer import read_texts
     from bert_fast.files import atomic_path
+    from bert_fast.text import read_texts
 
     out = Path(args.out)
     if out.suffix not in (".npy", ".jsonl"):
@@ -88,11 +88,35 @@ def embed(args):
     print(f"{len(texts)} texts, {embeddings.shape[1]} dimensions: {out}")
 
 
+def rerank(args):
+    """Rank texts for a query, with a cross-encoder."""
+    from bert_fast.backends import resolve_device
+    from bert_fast.embeddings.cross_encoder import CrossEncoder
+    from bert_fast.files import atomic_path
+    from bert_fast.text import read_texts
+
+    out = Path(args.out) if args.out else None
+    if out is not None and out.exists() and not args.overwrite:
+        raise ValueError(f"{out} exists; --overwrite replaces it")
+    texts = read_texts(args.text)
+    model = CrossEncoder(args.model, device=resolve_device(args.device))
+    ranked = model.rank(
+        args.query, texts, top_k=args.top_k, return_documents=True, batch_tokens=args.batch_tokens
+    )
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in ranked]
+    if out is None:
+        sys.stdout.writelines(lines)
+        return
+    with atomic_path(out) as path:
+        Path(path).write_text("".join(lines), encoding="utf-8")
+    print(f"{len(texts)} texts, {len(ranked)} written: {out}")
+
+
 def compare(args):
     """Compare Hugging Face and bert_fast on the same checkpoint and texts."""
     from bert_fast.backends import resolve_device
     from bert_fast.bench.compare import compare, report
-    from bert_fast.embeddings.tokenizer import read_texts
+    from bert_fast.text import read_texts
 
     texts = read_texts(args.text)[: args.limit]
     rows, tokens = compare(
@@ -141,6 +165,18 @@ def _embed_options(commands):
     )
 
 
+def _rerank_options(commands):
+    sub = _command(commands, rerank)
+    _model_and_text(sub)
+    sub.add_argument("--query", required=True, help="what the texts are ranked for")
+    sub.add_argument("--top-k", type=int, help="how many of the best to give (default all)")
+    sub.add_argument(
+        "--out", help="the .jsonl file to write to (default: standard output)"
+    )  # fmt: skip
+    sub.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    sub.add_argument("--batch-tokens", type=int, default=4096, help="tokens per batch")
+
+
 def _compare_options(commands):
     sub = _command(commands, compare)
     _model_and_text(sub)
@@ -181,6 +217,7 @@ def _bench_options(commands):
 COMMANDS = {
     "env": (env.__doc__, _env_options),
     "embed": (embed.__doc__, _embed_options),
+    "rerank": (rerank.__doc__, _rerank_options),
     "compare": (compare.__doc__, _compare_options),
     "pretrain": ("Pre-train a BERT on plain text.", _pretrain_options),
     "finetune": ("Fine-tune a BERT for a task and evaluate it on test rows.", _finetune_options),
@@ -198,7 +235,10 @@ def _command(commands, function):
 
 
 def _model_and_text(sub):
-    sub.add_argument("--model", required=True, help="directory of a Hugging Face checkpoint")
+    sub.add_argument(
+        "--model", required=True,
+        help="directory of a Hugging Face checkpoint, or its name on the Hugging Face Hub",
+    )  # fmt: skip
     sub.add_argument(
         "--text", required=True,
         help='a file with one text per line, or a .jsonl file with "text" in each line',

@@ -4,6 +4,7 @@ import importlib.util
 import warnings
 
 EXTRAS = {
+    "huggingface_hub": "hf",
     "transformers": "hf",
     "matplotlib": "plot",
     "sacrebleu": "translate",

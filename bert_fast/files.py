@@ -6,6 +6,10 @@ import tempfile
 from pathlib import Path
 
 
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be loaded; the message names the file and what is wrong with it."""
+
+
 def cache_directory():
     """Where what was fetched or found out stays: BERT_FAST_CACHE, or ~/.cache/bert_fast."""
     path = Path(os.environ.get("BERT_FAST_CACHE") or Path.home() / ".cache" / "bert_fast")

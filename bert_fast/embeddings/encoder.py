@@ -1,124 +1,399 @@
-"""Text in, sentence embeddings out: the checkpoint's own tokenizer and pooling around BertModel."""
+"""Text in, sentence embeddings out: the checkpoint's own tokenizer, pooling and further modules
+around an encoder, by sentence-transformers' names and to its numbers."""
+
+from __future__ import annotations
 
 import contextlib
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from bert_fast.embeddings.pooling import pool, read_pooling
-from bert_fast.embeddings.settings import read_json
-from bert_fast.embeddings.tokenizer import batches_by_tokens, load_tokenizer
-from bert_fast.models.bert import BertModel
+from bert_fast.embeddings import settings, vectors
+from bert_fast.embeddings.backbone import load_backbone
+from bert_fast.embeddings.modules import list_modules, load_modules
+from bert_fast.embeddings.pools import Pools, encode_in_pool
+from bert_fast.embeddings.settings import read_settings
+from bert_fast.embeddings.tokenizer import batches_by_tokens, load_tokenizer_and_limit, lower_case
+from bert_fast.files import CheckpointError
+from bert_fast.models.hub import resolve
+
+Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
+Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
 
 
-class SentenceEncoder:
-    """Embeds texts with a BERT checkpoint, as sentence-transformers would.
+class TextModel:
+    """What :class:`SentenceEncoder` and :class:`CrossEncoder` have in common: a directory, its
+    tokenizer, its encoder, and the prompts."""
 
-    Args:
-        directory: a checkpoint with config.json, weights, and tokenizer.json or vocab.txt. Where
-            sentence-transformers' own files lie beside them (modules.json, 1_Pooling/config.json,
-            sentence_bert_config.json), they decide pooling, normalisation and the longest text;
-            else mean pooling, no normalisation, and the model's positions.
-        dtype: of the weights; default the checkpoint's.
-        device: where the model runs: "cpu" (default), "cuda", or a torch.device.
+    kind, task, model_type = "AutoModel", "feature-extraction", "SentenceTransformer"
 
-    Raises:
-        CheckpointError: naming the file and what is wrong with it.
-    """
-
-    def __init__(
-        self, directory: str | Path, dtype: torch.dtype | None = None,
-        device: torch.device | str = "cpu",
-    ):  # fmt: skip
-        directory = Path(directory)
-        model = BertModel.from_pretrained(directory, dtype)
-        # prepack lays weights out for the CPU: on a GPU it would only take memory.
-        on_cpu = torch.device(device).type == "cpu"
-        self.model = model.prepack() if on_cpu else model.to(device)
-        positions = self.model.config.max_position_embeddings
-        settings = read_json(directory / "sentence_bert_config.json")
-        self.max_seqlen = min(settings.get("max_seq_length") or positions, positions)
-        self.pooling = read_pooling(directory)
-        modules = read_json(directory / "modules.json", default=[])
-        self.normalize = any(str(m.get("type", "")).endswith("Normalize") for m in modules)
-        self.tokenizer = load_tokenizer(directory)
+    def _load(self, name, dtype, device, hub, max_seq_length=None):
+        self.directory = resolve(name, **hub)
+        self.settings = read_settings(
+            self.directory / "config_sentence_transformers.json", settings.MODEL
+        )
+        self._check_kind()
+        inner = self._inner(dtype, device)
+        path = inner / "sentence_bert_config.json"
+        own = read_settings(path, settings.TRANSFORMER)
+        self._check_transformer(path, own)
+        self.tokenizer, limit = load_tokenizer_and_limit(inner)
+        if own.get("do_lower_case"):
+            lower_case(self.tokenizer)
         self.tokenizer.no_padding()
-        self.tokenizer.enable_truncation(self.max_seqlen)
+        wanted = max_seq_length or own.get("max_seq_length") or limit
+        self.max_seqlen = min(int(wanted), self.backbone.positions)
+        self.prompts = {"query": "", "document": ""} if self.kind == "AutoModel" else {}
+        self.prompts |= self.settings.get("prompts") or {}
+        self.default_prompt_name = self.settings.get("default_prompt_name")
+        if self.default_prompt_name is not None and self.default_prompt_name not in self.prompts:
+            raise CheckpointError(
+                f"{self.directory}: default_prompt_name is {self.default_prompt_name!r}, which is "
+                f"not one of the prompts {sorted(self.prompts)}"
+            )
+
+    def _inner(self, dtype, device):
+        """Loads the encoder; returns the directory of the Transformer module."""
+        self.backbone = load_backbone(self.directory, dtype, device, self.kind)
+        return self.directory
+
+    def _check_kind(self):
+        kind = self.settings.get("model_type", self.model_type)
+        if kind != self.model_type:
+            raise CheckpointError(
+                f"{self.directory} holds a {kind}, not a {self.model_type} of sentence-transformers"
+            )
+
+    def _check_transformer(self, path, own):
+        task, modality = own.get("transformer_task", self.task), own.get("modality_config")
+        if task != self.task:
+            raise CheckpointError(f"{path}: transformer_task is {task!r}, not {self.task!r}")
+        wanted = "last_hidden_state" if self.kind == "AutoModel" else "logits"
+        text = {"method": "forward", "method_output_name": wanted}
+        if modality is not None and modality.get("text") != text:
+            raise CheckpointError(f"{path}: modality_config is {modality}; only {text} of text is")
+        name = "token_embeddings" if self.kind == "AutoModel" else "scores"
+        if own.get("module_output_name", name) != name:
+            raise CheckpointError(f"{path}: module_output_name must be {name!r}")
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The encoder: a :class:`bert_fast.BertModel`, or an accelerated model of transformers."""
+        return self.backbone.model
 
     @property
     def device(self) -> torch.device:
         """Where the model's weights are."""
         return next(self.model.parameters()).device
 
-    def tokenize(self, texts: Iterable[str]) -> list[np.ndarray]:
-        """A list of int64 arrays of ids; warns of texts that were cut to ``max_seqlen`` tokens."""
-        encodings = self.tokenizer.encode_batch(list(texts))
+    @property
+    def max_seq_length(self) -> int:
+        """Tokens of a text, special ones among them; what is longer is cut, with a warning."""
+        return self.max_seqlen
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int) -> None:
+        if not 1 <= value <= self.backbone.positions:
+            raise ValueError(f"max_seq_length must be 1 to {self.backbone.positions}, not {value}")
+        self.max_seqlen = value
+
+    def to(self, device: torch.device | str):
+        """Moves the model."""
+        self.model.to(device)
+        return self
+
+    def _prompt(self, prompt, prompt_name):
+        if prompt is not None:
+            if prompt_name is not None:
+                warnings.warn("prompt is given, so prompt_name is not used", stacklevel=4)
+            return prompt
+        if prompt_name is None:
+            prompt_name = self.default_prompt_name
+        if prompt_name is None:
+            return ""
+        if prompt_name not in self.prompts:
+            raise ValueError(
+                f"prompt_name {prompt_name!r} is not one of the model's {sorted(self.prompts)}"
+            )
+        return self.prompts[prompt_name] or ""
+
+    def _tokenize(self, texts):
+        self.tokenizer.enable_truncation(self.max_seqlen)
+        encodings = self.tokenizer.encode_batch(texts)
         if truncated := sum(bool(encoding.overflowing) for encoding in encodings):
             warnings.warn(
                 f"{truncated} of {len(encodings)} texts were cut to {self.max_seqlen} tokens",
-                stacklevel=3,
+                stacklevel=4,
             )
-        return [np.asarray(encoding.ids, dtype=np.int64) for encoding in encodings]
+        return encodings
 
-    def encode(
-        self, texts: Iterable[str], *, batch_tokens: int = 4096, progress: bool | None = None
-    ) -> np.ndarray:
-        """Embeddings of a list of texts, as one fp32 array (len(texts), hidden).
-
-        Texts are sorted by length into batches of at most ``batch_tokens`` real tokens (a longer
-        text is a batch of its own), packed without padding, and put back in order. ``progress``
-        shows a bar: default, on a terminal, for more than 1,000 texts. A text with more tokens
-        than ``max_seqlen`` is cut, with a warning.
-
-        Raises:
-            TypeError: texts is a single string, or holds something else than strings.
-            ValueError: batch_tokens is below 1.
-        """
-        if isinstance(texts, str):
-            raise TypeError("texts must be a list of strings, not one string")
-        texts = list(texts)
-        for i, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise TypeError(f"texts[{i}] must be a string, not {type(text).__name__}")
-        if batch_tokens < 1:
-            raise ValueError(f"batch_tokens must be at least 1, not {batch_tokens}")
-        ids = self.tokenize(texts)
-        with _progress(len(texts), progress) as advance:
-            return self.encode_ids(ids, batch_tokens, advance)
-
-    def encode_ids(self, ids, batch_tokens=4096, advance=lambda count: None):
-        """:meth:`encode` of texts that :meth:`tokenize` has tokenized; ``advance`` is told how many
-        are done."""
-        out = np.empty((len(ids), self.model.config.hidden_size), dtype=np.float32)
-        for batch in batches_by_tokens([len(i) for i in ids], batch_tokens):
-            out[batch] = self._embed([ids[i] for i in batch])
+    @torch.inference_mode()
+    def _run(self, encodings, batch_size, batch_tokens, advance, finish):
+        """``finish(backbone's result, cu_seqlens)`` gives a result a text; in the texts' order."""
+        self.model.eval()
+        out = [None] * len(encodings)
+        lengths = [len(e.ids) for e in encodings]
+        for batch in batches_by_tokens(lengths, batch_tokens, batch_size):
+            long = np.concatenate([[0], np.cumsum([lengths[i] for i in batch])])
+            cu_seqlens = torch.from_numpy(long.astype(np.int32)).to(self.device)
+            tokens, types = (
+                torch.tensor([t for i in batch for t in getattr(encodings[i], name)],
+                             dtype=torch.int64, device=self.device)
+                for name in ("ids", "type_ids")
+            )  # fmt: skip
+            longest = max(lengths[i] for i in batch)
+            found = finish(self.backbone(tokens, types, cu_seqlens, longest), cu_seqlens)
+            for i, result in zip(batch, found, strict=True):
+                out[i] = result
             advance(len(batch))
         return out
 
-    def pool(self, hidden, cu_seqlens):
-        """Packed token vectors to sentence embeddings, as the checkpoint's own files say."""
-        pooled = pool(hidden.float(), cu_seqlens, self.pooling)
-        return F.normalize(pooled, dim=1) if self.normalize else pooled
 
-    @torch.inference_mode()
-    def _embed(self, sequences):
-        lengths = np.array([len(s) for s in sequences])
-        cu_seqlens = torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
-        tokens = torch.from_numpy(np.concatenate(sequences))
-        device = self.device
-        hidden, _, _ = self.model(
-            tokens.to(device), cu_seqlens=cu_seqlens.to(device), max_seqlen=int(lengths.max())
+class SentenceEncoder(TextModel, Pools):
+    """Embeds texts as sentence-transformers would: the same files, arguments and numbers.
+
+    Args:
+        directory: a checkpoint's, or its name on the Hugging Face Hub. config.json, weights, and
+            tokenizer.json or vocab.txt; BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA or
+            DistilBERT. Where sentence-transformers' own files lie beside them (modules.json and
+            what it names, sentence_bert_config.json, config_sentence_transformers.json), they
+            decide pooling, further modules, the longest text, prompts and the similarity; else mean
+            pooling, no normalisation, and the model's positions.
+        dtype: of the weights, or "auto": the checkpoint's. Default: the checkpoint's, but float32
+            for a float16 checkpoint on a CPU.
+        device: where the model runs: "cpu" (default), "cuda", or a torch.device.
+        revision, cache_dir, local_files_only: see :func:`bert_fast.models.hub.resolve`.
+        prompts, default_prompt_name, similarity_fn_name, truncate_dim: in place of the files'.
+
+    Raises:
+        CheckpointError: naming the file and what is wrong with it, or what it asks for that is not
+            supported.
+    """
+
+    def __init__(
+        self, directory: str | Path, dtype: torch.dtype | str | None = None,
+        device: torch.device | str = "cpu", *, revision: str | None = None,
+        cache_dir: str | Path | None = None, local_files_only: bool = False,
+        prompts: dict[str, str] | None = None, default_prompt_name: str | None = None,
+        similarity_fn_name: Similarity | None = None, truncate_dim: int | None = None,
+        max_seq_length: int | None = None,
+    ):  # fmt: skip
+        hub = {
+            "revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only,
+        }  # fmt: skip
+        self._load(directory, dtype, device, hub, max_seq_length)
+        self.prompts |= prompts or {}
+        self.default_prompt_name = default_prompt_name or self.default_prompt_name
+        self._prompt(None, None)  # that it is there
+        self.similarity_fn_name = (
+            similarity_fn_name or self.settings.get("similarity_fn_name") or "cosine"
         )
-        return self.pool(hidden, cu_seqlens.to(device)).cpu().numpy()
+        if self.similarity_fn_name not in vectors.SIMILARITIES:
+            raise CheckpointError(
+                f"{self.directory}: similarity_fn_name is {self.similarity_fn_name!r}, not one of "
+                f"{', '.join(vectors.SIMILARITIES)}"
+            )
+        self.truncate_dim = truncate_dim or self.settings.get("truncate_dim")
+
+    def _inner(self, dtype, device):
+        inner, listed = list_modules(self.directory)
+        self.backbone = load_backbone(inner, dtype, device, self.kind)
+        self.pooling, *self.modules = load_modules(listed, self.backbone.config.hidden_size)
+        for module in self.modules:
+            module.to(device)
+        return inner
+
+    def to(self, device: torch.device | str):
+        """Moves the model and its modules."""
+        for module in self.modules:
+            module.to(device)
+        return super().to(device)
+
+    @property
+    def embedding_dimension(self) -> int:
+        """Numbers in a vector."""
+        width = self.pooling.width(self.backbone.config.hidden_size)
+        for module in self.modules:
+            width = module.width(width)
+        return min(width, self.truncate_dim or width)
+
+    def get_sentence_embedding_dimension(self) -> int:
+        """:attr:`embedding_dimension`, by sentence-transformers' name."""
+        return self.embedding_dimension
+
+    def tokenize(self, texts: Iterable[str]) -> list[np.ndarray]:
+        """A list of int64 arrays of ids; warns of texts that were cut to ``max_seqlen`` tokens."""
+        return [np.asarray(e.ids, dtype=np.int64) for e in self._tokenize(list(texts))]
+
+    def encode(
+        self, sentences: str | Iterable[str], prompt_name: str | None = None,
+        prompt: str | None = None, batch_size: int | None = None,
+        show_progress_bar: bool | None = None,
+        output_value: Literal["sentence_embedding", "token_embeddings"] = "sentence_embedding",
+        precision: Precision = "float32", convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False, device: Any = None, normalize_embeddings: bool = False,
+        truncate_dim: int | None = None, pool: dict | None = None, chunk_size: int | None = None,
+        *, batch_tokens: int = 4096, progress: bool | None = None,
+    ) -> Any:  # fmt: skip
+        """Embeddings of texts: (len(sentences), dimension); of one string a vector.
+
+        Texts are sorted by length into batches of at most ``batch_tokens`` real tokens (a longer
+        text is a batch of its own) and ``batch_size`` texts (default: as many as fit), packed
+        without padding, and put back in order. A text with more tokens than ``max_seqlen`` is cut,
+        with a warning.
+
+        Args:
+            sentences: a list of strings, or one.
+            prompt, prompt_name: put in front of each text, by itself or by its name in ``prompts``;
+                default the model's default prompt.
+            show_progress_bar (or ``progress``): default, on a terminal, for more than 1,000 texts.
+            output_value: "token_embeddings" gives a list of tensors (tokens of a text, hidden).
+            precision: of the result: "float32", or quantised as
+                :func:`bert_fast.embeddings.vectors.quantize` says.
+            convert_to_numpy, convert_to_tensor: an array (the default), or a tensor, on the model's
+                device; neither: a list of tensors.
+            device: moves the model there; a list of devices spreads the texts over processes.
+            normalize_embeddings: to length 1, after cutting.
+            truncate_dim: only the first numbers of each vector (Matryoshka models).
+            pool, chunk_size: of :meth:`start_multi_process_pool`; texts for a process at a time.
+
+        Raises:
+            TypeError: sentences holds something else than strings.
+            ValueError: naming the argument that does not fit.
+        """
+        single = isinstance(sentences, str)
+        texts = [sentences] if single else _strings(sentences)
+        _check_encode(batch_size, batch_tokens, output_value, precision)
+        truncate_dim = self.truncate_dim if truncate_dim is None else truncate_dim
+        if truncate_dim is not None and truncate_dim < 1:
+            raise ValueError(f"truncate_dim must be at least 1, not {truncate_dim}")
+        options = dict(
+            prompt=self._prompt(prompt, prompt_name), batch_size=batch_size,
+            batch_tokens=batch_tokens, output_value=output_value, truncate_dim=truncate_dim,
+            normalize_embeddings=normalize_embeddings,
+        )  # fmt: skip
+        show = progress if show_progress_bar is None else show_progress_bar
+        if pool is not None or isinstance(device, (list, tuple)):
+            found = encode_in_pool(self, texts, pool, device, chunk_size, options)
+        else:
+            if device is not None:
+                self.to(device)
+            with progress_bar(len(texts), show) as advance:
+                found = self._encode(texts, advance=advance, **options)
+        if output_value == "token_embeddings":
+            return found[0] if single else found
+        result: Any = torch.stack(found) if found else torch.empty(0, self.embedding_dimension)
+        if precision != "float32":
+            result = torch.from_numpy(vectors.quantize(result.cpu().numpy(), precision))
+        if not convert_to_tensor:
+            result = result.cpu().numpy() if convert_to_numpy else list(result)
+        return result[0] if single else result
+
+    def encode_query(self, sentences: str | Iterable[str], **options: Any) -> Any:
+        """:meth:`encode` with the prompt "query", where no other is given."""
+        return self._encode_as("query", sentences, options)
+
+    def encode_document(self, sentences: str | Iterable[str], **options: Any) -> Any:
+        """:meth:`encode` with the prompt "document" (or "passage", or "corpus")."""
+        return self._encode_as(("document", "passage", "corpus"), sentences, options)
+
+    def _encode_as(self, names, sentences, options):
+        if options.get("prompt") is None and options.get("prompt_name") is None:
+            names = [names] if isinstance(names, str) else names
+            options["prompt_name"] = next((n for n in names if n in self.prompts), None)
+        return self.encode(sentences, **options)
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
+        """(n, m) scores of all pairs of vectors, by ``similarity_fn_name``."""
+        return vectors.similarity(self.similarity_fn_name, embeddings1, embeddings2)
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Tensor:
+        """(n,) scores of vectors that stand together."""
+        return vectors.similarity(self.similarity_fn_name, embeddings1, embeddings2, pairwise=True)
+
+    def pool(self, hidden: Tensor, cu_seqlens: Tensor, prompt_length: int = 0) -> Tensor:
+        """Packed token vectors to sentence embeddings, as the checkpoint's own files say."""
+        pooled = self.pooling.pool(hidden.float(), cu_seqlens, prompt_length)
+        for module in self.modules:
+            pooled = module(pooled)
+        return pooled
+
+    def _encode(
+        self, texts, prompt, batch_size, batch_tokens, output_value, truncate_dim,
+        normalize_embeddings, advance=lambda count: None,
+    ):  # fmt: skip
+        encodings = self._tokenize([prompt + text for text in texts])
+        prompt_length = 0
+        if prompt and not self.pooling.include_prompt:
+            prompt_length = _length_of_prompt(self.tokenizer.encode(prompt))
+
+        def finish(hidden, cu_seqlens):
+            if output_value == "token_embeddings":
+                return hidden.split(cu_seqlens.diff().tolist())
+            pooled = self.pool(hidden, cu_seqlens, prompt_length)
+            if truncate_dim is not None:
+                pooled = pooled[:, :truncate_dim]
+            return F.normalize(pooled, dim=1) if normalize_embeddings else pooled
+
+        return self._run(encodings, batch_size, batch_tokens, advance, finish)
+
+    def encode_ids(
+        self, ids: Sequence[np.ndarray], batch_tokens: int = 4096,
+        advance: Callable[[int], None] = lambda count: None,
+    ) -> np.ndarray:  # fmt: skip
+        """:meth:`encode` of texts that :meth:`tokenize` has tokenized; ``advance`` is told how many
+        are done."""
+        encodings = [_Ids(i) for i in ids]
+        found = self._run(encodings, None, batch_tokens, advance, self.pool)
+        width = self.embedding_dimension
+        return np.stack([v.cpu().numpy() for v in found]) if found else np.empty((0, width), "f4")
+
+
+class _Ids:
+    def __init__(self, ids):
+        self.ids, self.type_ids = ids, np.zeros_like(ids)
+
+
+def _length_of_prompt(encoding):
+    """Without a special token at its end, as sentence-transformers counts it."""
+    return len(encoding.ids) - bool(encoding.special_tokens_mask[-1])
+
+
+def _strings(sentences):
+    texts = list(sentences)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"sentences[{i}] must be a string, not {type(text).__name__}")
+    return [str(text) for text in texts]
+
+
+def check_batches(batch_size, batch_tokens):
+    for name, value in (("batch_size", batch_size), ("batch_tokens", batch_tokens)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+
+
+def _check_encode(batch_size, batch_tokens, output_value, precision):
+    check_batches(batch_size, batch_tokens)
+    if output_value not in ("sentence_embedding", "token_embeddings"):
+        raise ValueError(
+            f"output_value must be 'sentence_embedding' or 'token_embeddings', not {output_value!r}"
+        )
+    if precision not in vectors.PRECISIONS:
+        raise ValueError(
+            f"precision must be one of {', '.join(vectors.PRECISIONS)}, not {precision!r}"
+        )
 
 
 @contextlib.contextmanager
-def _progress(total, wanted):
+def progress_bar(total, wanted):
     """Gives ``advance(count)`` for a bar on stderr; one that does nothing where none is wanted."""
     if wanted is None:
         wanted = total > 1000 and sys.stderr.isatty()

@@ -1,50 +1,50 @@
-"""Token vectors to one vector per text, by the checkpoint's own 1_Pooling/config.json."""
+"""Token vectors to one vector per text, in sentence-transformers' ways."""
 
 import torch
 
-from bert_fast.embeddings.settings import read_json
-from bert_fast.models.checkpoint import CheckpointError
 from bert_fast.ops import reference
 
-# sentence-transformers' names for how token vectors become one vector.
-POOLING = {
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_max_tokens": "max",
-}
+MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 
 
-def read_pooling(directory):
-    """The key of :func:`pool` that 1_Pooling/config.json chooses; "mean" without that file."""
-    settings = read_json(directory / "1_Pooling" / "config.json")
-    chosen = [
-        mode for mode, value in settings.items() if mode.startswith("pooling_mode_") and value
-    ]
-    if not settings:
-        return "mean"
-    if len(chosen) != 1 or chosen[0] not in POOLING:
-        raise CheckpointError(
-            f"{directory}/1_Pooling/config.json: {chosen} is not one of {list(POOLING)}"
-        )
-    return POOLING[chosen[0]]
+def pool(hidden, cu_seqlens, how="mean", skip=0):
+    """(total_tokens, hidden) -> (batch, hidden): of each sequence
 
+    - ``cls``: the first token;
+    - ``max``, ``mean``: over its tokens;
+    - ``mean_sqrt_len_tokens``: their sum over the square root of their number;
+    - ``weightedmean``: the mean with weights 1, 2, 3 ... along the sequence;
+    - ``lasttoken``: the last token.
 
-def pool(hidden, cu_seqlens, how):
-    """(total_tokens, hidden) -> (batch, hidden): each sequence's mean, max or first token; zeros
-    for an empty sequence."""
+    ``skip``: so many tokens at the front, a prompt's, do not count (a weight stays its token's
+    own). A sequence that has none left is zero; its first token is then still ``cls``.
+    """
     batch, width = cu_seqlens.numel() - 1, hidden.shape[1]
-    lengths = cu_seqlens.diff()[:, None]
-    sequence, _ = reference.sequence_of_token(cu_seqlens, hidden.shape[0])
-    if how == "mean":
-        total = hidden.new_zeros(batch, width).index_add_(0, sequence, hidden)
-        return total / lengths.clamp(min=1)
+    lengths = cu_seqlens.diff().long()
+    if not len(hidden):
+        return hidden.new_zeros(batch, width)
+    begin, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    if how in ("cls", "lasttoken"):
+        token = begin + torch.where(lengths > skip, skip, 0) if how == "cls" else end - 1
+        empty = lengths == 0 if how == "cls" else lengths <= skip
+        token = token.clamp(0, hidden.shape[0] - 1)
+        return hidden[token].masked_fill(empty[:, None], 0)
+    sequence, position = reference.sequence_of_token(cu_seqlens, hidden.shape[0])
+    if skip:
+        keep = position >= skip
+        hidden, sequence, position = hidden[keep], sequence[keep], position[keep]
+        lengths = (lengths - skip).clamp(min=0)
     if how == "max":
         index = sequence[:, None].expand_as(hidden)
         top = hidden.new_full((batch, width), -torch.inf).scatter_reduce_(0, index, hidden, "amax")
-        return top.masked_fill(lengths == 0, 0)
-    first = cu_seqlens[:-1].long().clamp(max=max(hidden.shape[0] - 1, 0))
-    return (
-        hidden[first].masked_fill(lengths == 0, 0)
-        if len(hidden)
-        else hidden.new_zeros(batch, width)
-    )
+        return top.masked_fill(lengths[:, None] == 0, 0)
+    if how == "weightedmean":
+        weight = (position + 1).to(hidden.dtype)
+        total = hidden.new_zeros(batch, width).index_add_(0, sequence, hidden * weight[:, None])
+        divisor = hidden.new_zeros(batch).index_add_(0, sequence, weight).clamp(min=1)
+    else:
+        total = hidden.new_zeros(batch, width).index_add_(0, sequence, hidden)
+        divisor = lengths.clamp(min=1).to(hidden.dtype)
+        if how == "mean_sqrt_len_tokens":
+            divisor = divisor.sqrt()
+    return total / divisor[:, None]

@@ -1,67 +1,110 @@
-"""Texts from a file, the checkpoint's tokenizer, and batches of similar length."""
+"""The checkpoint's tokenizer, and batches of similar length."""
 
-import json
 from pathlib import Path
 
 from bert_fast.embeddings.settings import read_json
-from bert_fast.models.checkpoint import CheckpointError
+from bert_fast.extras import missing
+from bert_fast.files import CheckpointError
 
-
-def read_texts(path):
-    """The texts of a file: one per line, or from a .jsonl file each line's "text".
-
-    Raises:
-        ValueError: naming the file, and the line, that is empty, not UTF-8 or not as expected.
-    """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: byte {error.start}: {error.reason}") from error
-    numbered = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
-        raise ValueError(f"{path} holds no text")
-    if path.suffix != ".jsonl":
-        return [line for _, line in numbered]
-    texts = []
-    for number, line in numbered:
-        try:
-            text = json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f'{path}:{number}: expected {{"text": "..."}}: {error!r}') from error
-        if not isinstance(text, str):
-            raise ValueError(f'{path}:{number}: "text" must be a string')
-        texts.append(text)
-    return texts
+VOCABULARIES = (
+    "tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model",
+)  # fmt: skip
+UNBOUNDED = int(1e30)  # transformers' model_max_length where none is set
 
 
 def load_tokenizer(directory):
-    """The checkpoint's tokenizer: tokenizer.json, else BERT's WordPiece over vocab.txt."""
-    from tokenizers import Tokenizer
-    from tokenizers.implementations import BertWordPieceTokenizer
+    """The checkpoint's tokenizer, of the library tokenizers.
 
+    Where there is a tokenizer_config.json it is transformers' AutoTokenizer's (that file decides
+    what tokenizer.json also says: lower case, accents, Chinese characters, added tokens), else
+    tokenizer.json's as it stands, else BERT's WordPiece over vocab.txt. Without transformers the
+    settings of a BERT are obeyed here, and other tokenizers are refused.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    return load_tokenizer_and_limit(directory)[0]
+
+
+def load_tokenizer_and_limit(directory):
+    """:func:`load_tokenizer`, and the longest input that its files allow, in tokens."""
     directory = Path(directory)
     whole, vocabulary = directory / "tokenizer.json", directory / "vocab.txt"
+    settings = read_json(directory / "tokenizer_config.json")
+    # Of a directory without a vocabulary transformers makes a tokenizer of five tokens.
+    if not any((directory / name).is_file() for name in VOCABULARIES):
+        raise CheckpointError(f"{directory} has neither tokenizer.json nor vocab.txt")
     try:
-        if whole.is_file():
-            return Tokenizer.from_file(str(whole))
-        if vocabulary.is_file():
-            settings = read_json(directory / "tokenizer_config.json")
-            return BertWordPieceTokenizer(
-                str(vocabulary), lowercase=settings.get("do_lower_case", True)
-            )
+        if settings and missing("transformers") is None:
+            return _transformers(directory, whole)
+        limit = settings.get("model_max_length") or UNBOUNDED
+        return _own(directory, whole, vocabulary, settings), int(min(limit, UNBOUNDED))
     except CheckpointError:
         raise
     except Exception as error:  # the Rust library raises bare Exception
         raise CheckpointError(f"{directory}: the tokenizer cannot be read: {error}") from error
-    raise CheckpointError(f"{directory} has neither tokenizer.json nor vocab.txt")
 
 
-def batches_by_tokens(lengths, budget):
-    """Indices in batches of similar length, each of at most ``budget`` tokens or one sequence."""
+def _transformers(directory, whole):
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    if whole.is_file():
+        Tokenizer.from_file(str(whole))  # that it can be read; AutoTokenizer makes do without
+    auto = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    if not getattr(auto, "is_fast", False):
+        raise CheckpointError(f"{directory}: {type(auto).__name__} is no fast tokenizer")
+    return auto.backend_tokenizer, int(min(auto.model_max_length, UNBOUNDED))
+
+
+def _own(directory, whole, vocabulary, settings):
+    from tokenizers import Tokenizer, normalizers
+    from tokenizers.implementations import BertWordPieceTokenizer
+
+    if not whole.is_file() and not vocabulary.is_file():
+        raise CheckpointError(f"{directory}: its vocabulary needs transformers; {_without()}")
+    kind = settings.get("tokenizer_class", "BertTokenizer")
+    if kind not in ("BertTokenizer", "BertTokenizerFast"):
+        raise CheckpointError(f"{directory}: its {kind} needs transformers; {_without()}")
+    lower = settings.get("do_lower_case", True)
+    accents, chinese = settings.get("strip_accents"), settings.get("tokenize_chinese_chars", True)
+    if whole.is_file():
+        tokenizer = Tokenizer.from_file(str(whole))
+        if settings:
+            tokenizer.normalizer = normalizers.BertNormalizer(
+                clean_text=True, handle_chinese_chars=chinese, strip_accents=accents,
+                lowercase=lower,
+            )  # fmt: skip
+        return tokenizer
+    if settings.get("added_tokens_decoder") or (directory / "added_tokens.json").is_file():
+        raise CheckpointError(f"{directory}: its added tokens need transformers; {_without()}")
+    return BertWordPieceTokenizer(
+        str(vocabulary), lowercase=lower, strip_accents=accents, handle_chinese_chars=chinese
+    )
+
+
+def _without():
+    return missing("transformers") or "which is here, but finds no tokenizer_config.json"
+
+
+def lower_case(tokenizer):
+    """Puts lower-casing in front of a tokenizer that has none, as sentence-transformers does where
+    its own files say do_lower_case."""
+    from tokenizers import normalizers
+
+    given = tokenizer.normalizer
+    if given is None:
+        tokenizer.normalizer = normalizers.Lowercase()
+    elif "Lowercase()" not in repr(given):
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), given])
+
+
+def batches_by_tokens(lengths, budget, most=None):
+    """Indices in batches of similar length, each of at most ``budget`` tokens or one sequence, and
+    of at most ``most`` sequences."""
     batch, used = [], 0
     for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        if batch and used + lengths[i] > budget:
+        if batch and (used + lengths[i] > budget or len(batch) == most):
             yield batch
             batch, used = [], 0
         batch.append(i)

@@ -7,7 +7,7 @@ alone, and ``cu_seqlens`` to tell the sequences apart.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -133,12 +133,22 @@ class BertModel(nn.Module):
         self.apply(initialiser(config))
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, dtype: torch.dtype | None = None) -> BertModel:
+    def from_pretrained(
+        cls, directory: str | Path, dtype: torch.dtype | str | None = None, **options: Any
+    ) -> BertModel:
         """A Hugging Face BERT checkpoint: config.json and model.safetensors (or
-        pytorch_model.bin, read without unpickling code). ``dtype``: default the checkpoint's.
+        pytorch_model.bin, read without unpickling code).
+
+        Args:
+            directory: the checkpoint's, or its name on the Hugging Face Hub.
+            dtype (or ``torch_dtype``): "auto" is the checkpoint's, and the default, but for
+                float16: that is computed in float32 unless asked for.
+            options: ``revision``, ``cache_dir``, ``local_files_only``, as of
+                :func:`bert_fast.models.hub.resolve`; changes to the config.
 
         Raises:
-            CheckpointError: naming the file, and the keys that are missing or misshapen.
+            CheckpointError: naming the file, and the keys that are missing or misshapen, or what it
+                asks for that is not supported.
         """
 
         def make(config, state):
@@ -146,7 +156,7 @@ class BertModel(nn.Module):
             with torch.device("meta"):  # no memory, no initialisation: all is about to be set
                 return cls(config, add_pooling_layer=has_pooler)
 
-        return load(make, directory, dtype)
+        return load(make, directory, dtype, **options)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes what Hugging Face's ``BertModel.from_pretrained`` loads."""

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from bert_fast.files import atomic_path
+from bert_fast.files import CheckpointError, atomic_path
 from bert_fast.models.config import BertConfig
+from bert_fast.models.hub import resolve
 
 # Ours -> Hugging Face's; "N" is the layer. The fused qkv stands for its three parts, in order.
 NAMES = {
@@ -46,10 +47,6 @@ NOT_OURS = re.compile(
 )
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be loaded; the message names the file and what is wrong with it."""
-
-
 def hugging_face_names(name):
     """The Hugging Face keys of one of our parameters: three for qkv, two for kv, else one. Heads
     have Hugging Face's names already."""
@@ -71,7 +68,7 @@ def from_hugging_face(state, model, source):
         CheckpointError: naming missing and misshapen keys. Unexpected ones are warned about, and
             those of a head, which keeps its initialisation.
     """
-    state = {_modern_key(key): value for key, value in state.items()}
+    state = _modern(state, source)
     ours, missing, misshapen, fresh = {}, [], [], []
     for name, parameter in model.state_dict().items():
         theirs = [key.removeprefix("bert.") for key in hugging_face_names(name)]
@@ -116,11 +113,41 @@ def to_hugging_face(state):
     return theirs
 
 
-def _modern_key(key):
-    key = key.removeprefix("bert.")
-    return re.sub(
-        r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", key)
-    )
+# What compiling, data parallelism and checkpointing wrap around a module's name.
+WRAPPERS = re.compile(r"^(module\.)+|(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# Parts of weights that are no plain numbers: of adapters, of quantised matrices, of
+# parametrisations. Without them other numbers would come out.
+ADAPTER = re.compile(r"^base_model\.|\blora_|\.ia3_|modules_to_save\.|\.base_layer\.")
+NOT_PLAIN = re.compile(
+    r"\.(qweight|qzeros|scales|g_idx|SCB|CB|weight_format|absmax|quant_map|nested_absmax|quant_state"
+    r"[^.]*|bitsandbytes__.*|weight_scale|weight_g|weight_v|original0|original1|_packed_params.*"
+    r"|zero_point|scale)$|\.weight\.(absmax|quant_map|nested_.*|quant_state.*)$|parametrizations\."
+)
+
+
+def _modern(state, source):
+    """Keys as transformers writes them today, however the model was wrapped when it was saved."""
+    if adapters := [key for key in state if ADAPTER.search(key)]:
+        raise CheckpointError(
+            f"{source} holds a PEFT adapter ({_listing(adapters, 2)}): merge it into the model "
+            "first, by merge_and_unload(), and save that"
+        )
+    if parts := [key for key in state if NOT_PLAIN.search(key)]:
+        raise CheckpointError(
+            f"{source} holds quantised or parametrised weights ({_listing(parts, 2)}), which are "
+            "not supported: save the model in floating point"
+        )
+    if whole := [k for k, v in state.items() if k.endswith("weight") and not v.is_floating_point()]:
+        raise CheckpointError(f"{source}: {_listing(whole)} hold {state[whole[0]].dtype}")
+    found = {}
+    for key, value in state.items():
+        modern = WRAPPERS.sub("", WRAPPERS.sub("", key)).removeprefix("bert.")
+        modern = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", modern)
+        modern = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", modern)
+        if modern in found and not torch.equal(found[modern], value):
+            raise CheckpointError(f"{source} holds {modern} twice, by different names")
+        found[modern] = value
+    return found
 
 
 def _listing(names, limit=8):
@@ -128,31 +155,88 @@ def _listing(names, limit=8):
     return ", ".join(names[:limit]) + more
 
 
-def load(make, directory, dtype=None, config_class=None, **changes):
+DTYPES = {
+    "float64": torch.float64, "float32": torch.float32, "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}  # fmt: skip
+
+
+def check_dtype(dtype):
+    """None, "auto" or a torch.dtype, which may be given by its name."""
+    named = DTYPES.get(dtype.removeprefix("torch."), dtype) if isinstance(dtype, str) else dtype
+    if named is not None and named != "auto" and named not in DTYPES.values():
+        raise ValueError(f"dtype must be 'auto' or one of {', '.join(DTYPES)}, not {dtype!r}")
+    return named
+
+
+def load(make, name, dtype=None, config_class=None, *, revision=None, cache_dir=None,
+         local_files_only=False, torch_dtype=None, head=None, **changes):  # fmt: skip
     """The model that ``make(config, state)`` returns, with a checkpoint's weights. ``changes``: to
-    its config, of ``config_class``, by default BertConfig. See
+    its config, of ``config_class``, by default BertConfig. ``head``: the name of a classifier's
+    module, whose size decides where config.json does not. See
     :meth:`bert_fast.BertModel.from_pretrained`."""
-    directory = Path(directory)
+    dtype = check_dtype(torch_dtype if dtype is None else dtype)
+    directory = resolve(name, revision, cache_dir, local_files_only)
     config_path = directory / "config.json"
+    if (directory / "adapter_config.json").is_file() and not config_path.is_file():
+        raise CheckpointError(
+            f"{directory} holds a PEFT adapter alone: load its model with peft, merge_and_unload() "
+            "it, and save that"
+        )
     if not config_path.is_file():
         raise CheckpointError(f"{directory} has no config.json: not a checkpoint's directory")
     try:
         config = replace((config_class or BertConfig).from_json(config_path), **changes)
     except (TypeError, ValueError) as error:
         raise CheckpointError(str(error)) from error
-    state, source = _read_weights(directory)
+    state, source = read_weights(directory)
+    state = _modern(state, source)
+    if head is not None:
+        config = _labelled(config, state, head, changes, source)
     model = make(config, state)
     weights = from_hugging_face(state, model, source)
-    model.load_state_dict(
-        {name: w.to(dtype or w.dtype) for name, w in weights.items()}, assign=True
-    )
+    model.load_state_dict({name: _cast(w, dtype) for name, w in weights.items()}, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return model.eval()
 
 
-def _read_weights(directory):
-    for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"):
+def _cast(weight, dtype):
+    if dtype is None:  # float16 is for GPUs: processors compute it slowly, and overflow
+        dtype = torch.float32 if weight.dtype == torch.float16 else weight.dtype
+    return weight if dtype == "auto" else weight.to(dtype)
+
+
+def _labelled(config, state, head, changes, source):
+    """The config with as many labels as the checkpoint's head has, where it names none; a head of
+    another size than what is asked for is left out, to be new."""
+    weight = state.get(f"{head}.weight")
+    if weight is None or weight.shape[0] == config.num_labels:
+        return config
+    if "id2label" not in changes and config.id2label is None:
+        id2label = dict(enumerate(config.label_names(weight.shape[0])))
+        return replace(config, id2label=id2label, label2id={n: i for i, n in id2label.items()})
+    if "id2label" not in changes:
+        raise CheckpointError(
+            f"{source}: the {head} has {weight.shape[0]} labels, config.json names "
+            f"{config.num_labels}; num_labels= makes a new one"
+        )
+    warnings.warn(
+        f"{source}: its {head} has {weight.shape[0]} labels, not the {config.num_labels} asked for",
+        stacklevel=5,
+    )
+    for part in ("weight", "bias"):
+        state.pop(f"{head}.{part}", None)
+    return config
+
+
+def read_weights(directory):
+    """(state dict, the file) of a directory's weights: safetensors, whole or in shards, or
+    PyTorch's, read without unpickling code."""
+    for name in (
+        "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    ):  # fmt: skip
         path = directory / name
         if path.is_file():
             break
@@ -167,10 +251,16 @@ def _read_weights(directory):
             raise CheckpointError(f"{path} is no index of shards: {error!r}") from error
         state = {}
         for shard in shards:
-            state |= _read_safetensors(directory / Path(shard).name)
+            state |= _read_file(directory / Path(shard).name)
         return state, path
+    return _read_file(path), path
+
+
+def _read_file(path):
     if path.suffix == ".safetensors":
-        return _read_safetensors(path), path
+        return _read_safetensors(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -181,7 +271,7 @@ def _read_weights(directory):
         raise CheckpointError(f"{path} is truncated or corrupt: {error}") from error
     if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
         raise CheckpointError(f"{path} is not a state dict of tensors")
-    return state, path
+    return state
 
 
 def _read_safetensors(path):

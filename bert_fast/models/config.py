@@ -1,10 +1,42 @@
 """What ``config.json`` says of a BERT, by Hugging Face's own names."""
 
 import json
+import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from bert_fast.models.blocks import GELU_APPROXIMATE
+
+# Keys of config.json that are not fields below. What these ask for would change numbers: only the
+# values here are accepted. is_decoder and add_cross_attention are judged by who reads the file.
+REFUSED = {
+    "position_embedding_type": ("absolute",),
+    "pruned_heads": ({},),
+    "quantization_config": (),
+    "auto_map": ({},),  # code of the checkpoint's own
+    "cross_attention_hidden_size": (),
+    "tie_encoder_decoder": (False,),
+    "use_bfloat16": (False,),
+}
+# These change none: what is written down about a file, how another library computes or answers, how
+# a text is generated, heads of other models.
+HARMLESS = {
+    "add_cross_attention", "architectures", "attn_implementation", "bad_words_ids",
+    "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward", "classifiers_size",
+    "custom_pipelines", "decoder_start_token_id", "directionality", "diversity_penalty",
+    "do_sample", "dtype", "early_stopping", "encoder_no_repeat_ngram_size", "eos_token_id",
+    "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id",
+    "forced_eos_token_id", "gradient_checkpointing", "is_decoder", "is_encoder_decoder", "language",
+    "length_penalty", "mask_token_id", "max_length", "min_length", "model_name", "name_or_path",
+    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences",
+    "output_attentions", "output_hidden_states", "output_past", "output_scores",
+    "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head",
+    "pooler_type", "prefix", "remove_invalid_values", "repetition_penalty", "return_dict",
+    "return_dict_in_generate", "sbert_ce_default_activation_function", "sentence_transformers",
+    "sep_token_id", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss",
+    "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "transformers_version",
+    "typical_p", "unk_token_id", "use_cache", "use_return_dict",
+}  # fmt: skip
 
 
 @dataclass
@@ -28,6 +60,7 @@ class BertConfig:
     label2id: dict | None = None
     problem_type: str | None = None
     classifier_dropout: float | None = None
+    tie_word_embeddings: bool = True
 
     def __post_init__(self):
         for field in fields(self):
@@ -48,6 +81,11 @@ class BertConfig:
         """Of a classifier; Hugging Face's default is 2."""
         return 2 if self.id2label is None else len(self.id2label)
 
+    def label_names(self, count: int) -> list[str]:
+        """Of ``count`` labels, in the order of their numbers; "LABEL_0" ... where there is none."""
+        given = self.id2label or {}
+        return [str(given.get(i, f"LABEL_{i}")) for i in range(count)]
+
     @classmethod
     def from_json(cls, path: str | Path) -> "BertConfig":
         """Reads ``config.json``.
@@ -67,11 +105,15 @@ class BertConfig:
             raise ValueError(f"{source} must hold a JSON object")
         if values.get("model_type", "bert") != "bert":
             raise ValueError(f"{source}: model_type is {values['model_type']!r}, not 'bert'")
-        positions = values.get("position_embedding_type") or "absolute"
-        if positions != "absolute":
-            raise ValueError(f"{source}: position_embedding_type {positions!r} is not supported")
         known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in values.items() if name in known})
+        for name, value in values.items():
+            if name in REFUSED and value not in (*REFUSED[name], None):
+                raise ValueError(f"{source}: {name} {value!r} is not supported")
+        unknown = set(values) - known - set(REFUSED) - HARMLESS - {"model_type", "num_labels"}
+        if names := sorted(n for n in unknown if not n.startswith("_")):
+            warnings.warn(f"{source}: not known, not used: {', '.join(names)}", stacklevel=5)
+        found = {name: value for name, value in values.items() if name in known}
+        return cls(**{**found, **_labels(values, source)})
 
     def to_dict(self) -> dict:
         values = {name: value for name, value in asdict(self).items() if value is not None}
@@ -79,6 +121,25 @@ class BertConfig:
 
     def to_json(self, architecture: str = "BertModel") -> str:
         return json.dumps({"architectures": [architecture], **self.to_dict()}, indent=2) + "\n"
+
+
+def _labels(values, source):
+    """id2label by number, in order; from label2id, or num_labels, where it is missing."""
+    given, names = values.get("id2label"), values.get("label2id")
+    try:
+        if not given and names:
+            given = {number: name for name, number in names.items()}
+        if not given and values.get("num_labels"):
+            given = {i: f"LABEL_{i}" for i in range(int(values["num_labels"]))}
+        if not given:
+            return {}
+        given = {int(number): str(name) for number, name in given.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{source}: id2label must map numbers to names: {error}") from error
+    if sorted(given) != list(range(len(given))):
+        raise ValueError(f"{source}: id2label must name 0 to {len(given) - 1}: {sorted(given)}")
+    id2label = {number: given[number] for number in range(len(given))}
+    return {"id2label": id2label, "label2id": {name: n for n, name in id2label.items()}}
 
 
 def read_json(path):

@@ -122,7 +122,8 @@ class Decoder(nn.Module):
         return x
 
     def logits(self, hidden):
-        return self.cls.predictions(hidden, self.bert.embeddings.word.weight)
+        return self.cls.predictions(hidden, self.cls.predictions.weight(self.bert.embeddings))
 
     def loss(self, hidden, labels):
-        return self.cls.predictions.loss(hidden, self.bert.embeddings.word.weight, labels)[0]
+        weight = self.cls.predictions.weight(self.bert.embeddings)
+        return self.cls.predictions.loss(hidden, weight, labels)[0]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -103,9 +103,10 @@ class EncoderDecoderModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, dtype: torch.dtype | None = None
+        cls, directory: str | Path, dtype: torch.dtype | str | None = None, **options: Any
     ) -> EncoderDecoderModel:
-        """A checkpoint of Hugging Face's ``EncoderDecoderModel``, of two BERTs.
+        """A checkpoint of Hugging Face's ``EncoderDecoderModel``, of two BERTs. ``options``: as
+        :meth:`bert_fast.BertModel.from_pretrained` takes them.
 
         Raises:
             CheckpointError: naming the file, and the keys that are missing or misshapen.
@@ -114,7 +115,7 @@ class EncoderDecoderModel(nn.Module):
         def make(config, state):
             return cls(config, any(key.startswith("encoder.pooler.") for key in state))
 
-        return checkpoint.load(make, directory, dtype, EncoderDecoderConfig)
+        return checkpoint.load(make, directory, dtype, EncoderDecoderConfig, **options)
 
     @classmethod
     def from_encoder_pretrained(

@@ -57,6 +57,7 @@ class SpanPrediction(NamedTuple):
 
 class _BertWithHead(nn.Module):
     pooled = True  # whether the head reads the pooler's output
+    labelled: str | None = None  # the module whose size is the number of labels
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -70,19 +71,27 @@ class _BertWithHead(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, dtype: torch.dtype | None = None, **config: Any
+        cls, directory: str | Path, dtype: torch.dtype | str | None = None, **config: Any
     ) -> Self:
-        """A Hugging Face BERT checkpoint, of this task or of another: a head that is not in it is
-        newly initialised, with a warning. ``config``: changes, such as ``id2label``.
+        """A Hugging Face BERT checkpoint, of this task or of another: a head that is not in it, or
+        has another number of labels, is newly initialised, with a warning. ``config``: changes,
+        such as ``id2label`` or ``num_labels``; and the options of
+        :meth:`bert_fast.BertModel.from_pretrained`.
 
         Raises:
             CheckpointError: naming the file, and the keys that are missing or misshapen.
         """
         if num_labels := config.pop("num_labels", None):
-            config["id2label"] = {i: f"LABEL_{i}" for i in range(num_labels)}
+            config.setdefault("id2label", {i: f"LABEL_{i}" for i in range(num_labels)})
+            if len(config["id2label"]) != num_labels:
+                raise ValueError(
+                    f"num_labels is {num_labels}; id2label names {len(config['id2label'])}"
+                )
         if "id2label" in config:
             config["label2id"] = {label: i for i, label in config["id2label"].items()}
-        return checkpoint.load(lambda config, state: cls(config), directory, dtype, **config)
+        return checkpoint.load(
+            lambda config, state: cls(config), directory, dtype, head=cls.labelled, **config
+        )
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes what Hugging Face's class of the same name loads."""
@@ -116,12 +125,19 @@ class _Transform(nn.Module):
 
 
 class _Vocabulary(nn.Module):
-    """Scores of all words; their weight is the embeddings', so it is not kept here."""
+    """Scores of all words. Their weight is the embeddings', and not kept here, but where the config
+    does not tie them."""
 
     def __init__(self, config):
         super().__init__()
         self.transform = _Transform(config)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        if not config.tie_word_embeddings:
+            self.decoder = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def weight(self, embeddings):
+        """(vocab_size, hidden), of the embeddings or its own."""
+        return self.decoder.weight if hasattr(self, "decoder") else embeddings.word.weight
 
     def forward(self, hidden, weight):
         return F.linear(self.transform(hidden), weight, self.bias)
@@ -169,7 +185,8 @@ class BertForPreTraining(_BertWithHead):
     ) -> PreTrainingPrediction:  # fmt: skip
         """labels: like input_ids, -100 but at masked tokens; next_sentence_label: (batch,), 0 where
         the second sentence follows the first. Word logits are computed without labels alone."""
-        out, words = self.bert(*args, **kwargs), self.bert.embeddings.word.weight
+        out = self.bert(*args, **kwargs)
+        words = self.cls.predictions.weight(self.bert.embeddings)
         sentences = self.cls.seq_relationship(out.pooler_output)
         logits = masked = following = correct = None
         if labels is None:
@@ -197,7 +214,8 @@ class BertForMaskedLM(_BertWithHead):
     def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Prediction:
         """labels: like input_ids, -100 but at masked tokens. Logits are computed without labels
         alone."""
-        out, words = self.bert(*args, **kwargs), self.bert.embeddings.word.weight
+        out = self.bert(*args, **kwargs)
+        words = self.cls.predictions.weight(self.bert.embeddings)
         if labels is None:
             logits = self.cls.predictions(out.last_hidden_state, words)
             return Prediction(None, logits, out.hidden_states)
@@ -221,6 +239,8 @@ class BertForNextSentencePrediction(_BertWithHead):
 
 class BertForSequenceClassification(_BertWithHead):
     """One label of many, many labels, or (with a single label) regression."""
+
+    labelled = "classifier"
 
     def __init__(self, config):
         super().__init__(config)
@@ -255,6 +275,7 @@ class BertForSequenceClassification(_BertWithHead):
 
 class BertForTokenClassification(_BertWithHead):
     pooled = False
+    labelled = "classifier"
 
     def __init__(self, config):
         super().__init__(config)

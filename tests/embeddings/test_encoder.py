@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 import bert_fast
 from bert_fast.bench import data
 from bert_fast.embeddings.pooling import pool
-from bert_fast.embeddings.tokenizer import batches_by_tokens, read_texts
+from bert_fast.embeddings.tokenizer import batches_by_tokens
+from bert_fast.text import read_texts
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +51,14 @@ def test_order_and_budget_do_not_matter(encoder):
 
 
 def test_bad_texts(encoder):
-    with pytest.raises(TypeError, match="not one string"):
-        encoder.encode("one")
-    with pytest.raises(TypeError, match=r"texts\[1\] must be a string"):
+    with pytest.raises(TypeError, match=r"sentences\[1\] must be a string"):
         encoder.encode(["one", None])
-    with pytest.raises(ValueError, match="batch_tokens"):
-        encoder.encode(["one"], batch_tokens=0)
+    for name in ("batch_tokens", "batch_size", "truncate_dim"):
+        with pytest.raises(ValueError, match=name):
+            encoder.encode(["one"], **{name: 0})
+    for name in ("precision", "output_value"):
+        with pytest.raises(ValueError, match=name):
+            encoder.encode(["one"], **{name: "int4"})
 
 
 @given(lengths=st.lists(st.integers(0, 50), max_size=40), budget=st.integers(1, 100))
@@ -82,8 +85,8 @@ def test_vocabulary_file_is_enough(tmp_path, encoder):
     for name in ("config.json", "model.safetensors", "vocab.txt", "tokenizer_config.json"):
         (tmp_path / name).symlink_to(data.minilm() / name)
     plain = bert_fast.SentenceEncoder(tmp_path)
-    assert plain.pooling == "mean"
-    assert not plain.normalize
+    assert plain.pooling.modes == ("mean",)
+    assert not plain.modules
     text = ["Élan: it's a naïve, under-rated film!"]
     assert [i.tolist() for i in plain.tokenize(text)] == [
         i.tolist() for i in encoder.tokenize(text)
@@ -99,7 +102,7 @@ def test_vocabulary_file_is_enough(tmp_path, encoder):
 def test_read_texts(tmp_path):
     path = tmp_path / "texts.txt"
     path.write_text("one\n\n zwölf \n", encoding="utf-8")
-    assert read_texts(path) == ["one", " zwölf "]
+    assert read_texts(path) == ["one", "", " zwölf "]
     path.write_text(" \n\n")
     with pytest.raises(ValueError, match="holds no text"):
         read_texts(path)

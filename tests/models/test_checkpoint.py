@@ -8,7 +8,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import bert_fast
-from bert_fast.models.checkpoint import CheckpointError
+from bert_fast.files import CheckpointError
 
 SIZES = {
     "vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -8,8 +8,8 @@ from conftest import assert_within
 
 import bert_fast
 from bert_fast import BertConfig, EncoderDecoderModel
+from bert_fast.files import CheckpointError
 from bert_fast.models import checkpoint
-from bert_fast.models.checkpoint import CheckpointError
 from bert_fast.models.encoder_decoder import EncoderDecoderConfig
 
 SIZES = {

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "bert_fast"
 
 # A wing may import itself and what stands on a lower floor: never its neighbours, never up.
 FLOORS = [
-    {"files", "extras", "_C"},
+    {"files", "extras", "text", "_C"},
     {"backends", "kernels"},
     {"ops"},
     {"models"},
@@ -23,8 +23,9 @@ FLOORS = [
     {"cli"},
 ]
 FLOOR = {wing: number for number, wings in enumerate(FLOORS) for wing in wings}
-# inspect compiles the kernels on the works that bench measures.
-NEIGHBOURS = {("inspect", "bench")}
+# inspect compiles the kernels on the works that bench measures; embeddings accelerates encoders
+# that are no BERT.
+NEIGHBOURS = {("inspect", "bench"), ("embeddings", "hugging_face")}
 # Longer than 450 lines, each for a reason that stands at its top.
 LONGER = {}
 

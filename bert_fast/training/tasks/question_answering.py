@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from bert_fast.models import heads
-from bert_fast.training.tasks.rows import DataError
+from bert_fast.text import DataError
 from bert_fast.training.tasks.task import Example, Feature, Task
 
 

@@ -8,8 +8,8 @@ import torch
 
 from bert_fast.models import heads
 from bert_fast.ops.cross_entropy import IGNORED
+from bert_fast.text import DataError, read_lines, read_rows
 from bert_fast.training.tasks.figures import draw_confusion
-from bert_fast.training.tasks.rows import DataError, read_lines, read_rows
 from bert_fast.training.tasks.task import Example, Feature, Task
 
 
