@@ -64,8 +64,8 @@ def embed(args):
 
     from bert_fast.backends import resolve_device
     from bert_fast.embeddings.encoder import SentenceEncoder
-    from bert_fast.embeddings.tokenizer import read_texts
     from bert_fast.files import atomic_path
+    from bert_fast.text import read_texts
 
     out = Path(args.out)
     if out.suffix not in (".npy", ".jsonl"):
@@ -74,7 +74,7 @@ def embed(args):
         raise ValueError(f"--out: there is no directory {out.parent}")
     if out.exists() and not args.overwrite:
         raise ValueError(f"{out} exists; --overwrite replaces it")
-    texts = read_texts(args.text)
+    texts = read_texts(args.text, keep_blank=True)
     encoder = SentenceEncoder(args.model, device=resolve_device(args.device))
     embeddings = encoder.encode(texts, batch_tokens=args.batch_tokens)
     with atomic_path(out) as path:
@@ -92,9 +92,9 @@ def compare(args):
     """Compare Hugging Face and bert_fast on the same checkpoint and texts."""
     from bert_fast.backends import resolve_device
     from bert_fast.bench.compare import compare, report
-    from bert_fast.embeddings.tokenizer import read_texts
+    from bert_fast.text import read_texts
 
-    texts = read_texts(args.text)[: args.limit]
+    texts = read_texts(args.text, keep_blank=True)[: args.limit]
     rows, tokens = compare(
         args.model, texts, rounds=args.rounds, device=resolve_device(args.device)
     )
@@ -201,7 +201,7 @@ def _model_and_text(sub):
     sub.add_argument("--model", required=True, help="directory of a Hugging Face checkpoint")
     sub.add_argument(
         "--text", required=True,
-        help='a file with one text per line, or a .jsonl file with "text" in each line',
+        help='one text per line; or a .jsonl, .csv or .tsv file with a "text" in each row',
     )  # fmt: skip
     sub.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto",

@@ -1,38 +1,10 @@
-"""Texts from a file, the checkpoint's tokenizer, and batches of similar length."""
+"""The checkpoint's tokenizer, and batches of similar length."""
 
-import json
 from pathlib import Path
 
 from bert_fast.embeddings.settings import read_json
 from bert_fast.models.checkpoint import CheckpointError
-
-
-def read_texts(path):
-    """The texts of a file: one per line, or from a .jsonl file each line's "text".
-
-    Raises:
-        ValueError: naming the file, and the line, that is empty, not UTF-8 or not as expected.
-    """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: byte {error.start}: {error.reason}") from error
-    numbered = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
-        raise ValueError(f"{path} holds no text")
-    if path.suffix != ".jsonl":
-        return [line for _, line in numbered]
-    texts = []
-    for number, line in numbered:
-        try:
-            text = json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f'{path}:{number}: expected {{"text": "..."}}: {error!r}') from error
-        if not isinstance(text, str):
-            raise ValueError(f'{path}:{number}: "text" must be a string')
-        texts.append(text)
-    return texts
+from bert_fast.text import read_texts as read_texts
 
 
 def load_tokenizer(directory):

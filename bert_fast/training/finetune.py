@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from bert_fast.backends import resolve_device
-from bert_fast.embeddings.tokenizer import batches_by_tokens, load_tokenizer, read_texts
+from bert_fast.embeddings.tokenizer import batches_by_tokens, load_tokenizer
 from bert_fast.extras import can_draw
 from bert_fast.files import atomic_path
 from bert_fast.models.checkpoint import CheckpointError
+from bert_fast.text import read_texts
 from bert_fast.training import tasks
 from bert_fast.training.optim import parameter_groups, warmup_then_linear_decay
 from bert_fast.training.options import add_options, option
@@ -271,7 +272,8 @@ def command_predict(args):
     plain = path.suffix == ".txt" or (translates and path.suffix not in tasks.ROW_FORMATS)
     if plain and not isinstance(tuned.task, tasks.QuestionAnswering):
         tagging = isinstance(tuned.task, tasks.Tagging)
-        examples = [tasks.Example(t.split() if tagging else t) for t in read_texts(path)]
+        texts = read_texts(path, keep_blank=True)
+        examples = [tasks.Example(text.split() if tagging else text) for text in texts]
     else:
         examples = tuned.task.read(path, labelled=False)
     with atomic_path(out) as written, open(written, "w", encoding="utf-8") as file:

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from bert_fast.training.tasks.rows import DataError
+from bert_fast.text import DataError
 from bert_fast.training.tasks.task import SINGLE, Task
 
 

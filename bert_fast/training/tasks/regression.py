@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from bert_fast.text import DataError
 from bert_fast.training.tasks.figures import correlation, ranks
-from bert_fast.training.tasks.rows import DataError
 from bert_fast.training.tasks.task import Task
 
 

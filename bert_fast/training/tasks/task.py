@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from bert_fast.models import heads
+from bert_fast.text import DataError, read_rows, text_of
 from bert_fast.training.tasks.figures import accuracy_and_f1, draw_confusion
-from bert_fast.training.tasks.rows import DataError, read_rows, text_of
 
 SINGLE = "single_label_classification"
 

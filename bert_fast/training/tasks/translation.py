@@ -11,8 +11,8 @@ from bert_fast.files import atomic_path
 from bert_fast.models import encoder_decoder
 from bert_fast.models.config import BertConfig
 from bert_fast.ops.cross_entropy import IGNORED
+from bert_fast.text import DataError, read_lines, text_of
 from bert_fast.training.corpus import SPECIAL
-from bert_fast.training.tasks.rows import DataError, read_lines, text_of
 from bert_fast.training.tasks.task import Example, Feature, Task
 
 
