@@ -74,7 +74,7 @@ def embed(args):
         raise ValueError(f"--out: there is no directory {out.parent}")
     if out.exists() and not args.overwrite:
         raise ValueError(f"{out} exists; --overwrite replaces it")
-    texts = read_texts(args.text)
+    texts = read_texts(args.text, keep_blank=True)
     encoder = SentenceEncoder(args.model, device=resolve_device(args.device))
     embeddings = encoder.encode(texts, batch_tokens=args.batch_tokens)
     with atomic_path(out) as path:
@@ -98,7 +98,7 @@ def rerank(args):
     out = Path(args.out) if args.out else None
     if out is not None and out.exists() and not args.overwrite:
         raise ValueError(f"{out} exists; --overwrite replaces it")
-    texts = read_texts(args.text)
+    texts = read_texts(args.text, keep_blank=True)
     model = CrossEncoder(args.model, device=resolve_device(args.device))
     ranked = model.rank(
         args.query, texts, top_k=args.top_k, return_documents=True, batch_tokens=args.batch_tokens
@@ -118,7 +118,7 @@ def compare(args):
     from bert_fast.bench.compare import compare, report
     from bert_fast.text import read_texts
 
-    texts = read_texts(args.text)[: args.limit]
+    texts = read_texts(args.text, keep_blank=True)[: args.limit]
     rows, tokens = compare(
         args.model, texts, rounds=args.rounds, device=resolve_device(args.device)
     )
@@ -241,7 +241,7 @@ def _model_and_text(sub):
     )  # fmt: skip
     sub.add_argument(
         "--text", required=True,
-        help='a file with one text per line, or a .jsonl file with "text" in each line',
+        help='one text per line; or a .jsonl, .csv or .tsv file with a "text" in each row',
     )  # fmt: skip
     sub.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto",

@@ -1,36 +1,72 @@
-"""One reader of text files for every command: plain lines, CSV and TSV (with a header), JSONL.
+"""The one reader of what people write: plain lines, and rows of CSV, TSV and JSONL.
 
-UTF-8, with or without a byte-order mark. A line ends at LF, CR LF or CR and nowhere else: a form
-feed, U+2028 or NEL is part of a text. No row is merged, split or dropped without a word: one that
-cannot be used is named by file and line, blank lines that are left out are counted in a warning.
+Files are UTF-8, with or without a byte-order mark. A line ends at ``\\n``, ``\\r\\n`` or ``\\r``
+and nowhere else. No row is merged, split or dropped in silence: what cannot be read is refused by
+file and line, and what is left out is counted in a warning.
 """
 
+import collections
 import csv
-import io
 import json
-import re
-import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ROW_FORMATS = (".csv", ".tsv", ".jsonl")
-LINE_END = re.compile("\r\n|\n|\r")
+LONGEST_FIELD = 2**31 - 1  # what csv can be told on every platform; its own default is 131,072
 
 
 class DataError(ValueError):
     """A row that cannot be used; the message names the file and the line."""
 
 
-def read_lines(path):
-    """The lines of a text file, without their ends; blank ones too. What follows the last end is a
-    line if it is not empty."""
-    lines = LINE_END.split(_read(path))
-    return lines[:-1] if lines[-1] == "" else lines
+def iter_lines(path, odd_endings=True) -> Iterator[str]:
+    """The lines of a text file, one at a time, without their ends. ``odd_endings``: a lone ``\\r``
+    among other line ends does end a line, but with a warning that names it.
+
+    Raises:
+        DataError: naming the file and the line that is not UTF-8, or has a NUL.
+    """
+    return (line.rstrip("\r\n") for line in _raw_lines(path, odd_endings))
 
 
-def read_texts(path):
-    """The texts of a file: one per line, a blank line being an empty text; the column "text" of a
-    .csv or .tsv file; or each line's "text" of a .jsonl file.
+def read_lines(path) -> list[str]:
+    """All lines of a text file, blank ones too; see :func:`iter_lines`."""
+    return list(iter_lines(path))
+
+
+def read_json_file(path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        DataError: naming the file and the line that is not UTF-8 or not JSON.
+    """
+    try:
+        return _json("".join(_raw_lines(path, odd_endings=False)))
+    except ValueError as error:
+        raise error if isinstance(error, DataError) else DataError(f"{path}: {error}") from error
+
+
+def read_rows(path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number of its first line, {column: value}) for each row of a .csv, .tsv or .jsonl file. CSV
+    and TSV begin with a header. TSV has no quoting: a quote is a character, as in GLUE. Blank lines
+    are no rows; a warning counts them.
+
+    Raises:
+        DataError: naming file and line.
+    """
+    path = Path(path)
+    if path.suffix not in ROW_FORMATS:
+        raise DataError(f"{path}: the name must end in .csv, .tsv or .jsonl")
+    return _counting_blanks(path, (_jsonl if path.suffix == ".jsonl" else _table)(path))
+
+
+def read_texts(path, keep_blank: bool = False) -> list[str]:
+    """The texts of a file: one per line, or of a .jsonl, .csv or .tsv file each row's "text".
+
+    Blank lines of plain text keep their place as they are with ``keep_blank``; else they are left
+    out, and a warning counts them.
 
     Raises:
         DataError: naming the file, and the line, that is empty, not UTF-8 or not as expected.
@@ -39,25 +75,18 @@ def read_texts(path):
     if path.suffix in ROW_FORMATS:
         texts = [_text(path, number, row) for number, row in read_rows(path)]
     else:
-        texts = read_lines(path)
+        numbered = enumerate(iter_lines(path), 1)
+        lines = (
+            (number, line if keep_blank or line.strip() else None) for number, line in numbered
+        )
+        texts = [line for _, line in _counting_blanks(path, lines)]
     if not any(text.strip() for text in texts):
         raise DataError(f"{path} holds no text")
     return texts
 
 
-def read_rows(path):
-    """(line number, {column: value}) for each row of a .csv, .tsv or .jsonl file.
-
-    Raises:
-        DataError: naming file and line.
-    """
-    path = Path(path)
-    if path.suffix not in ROW_FORMATS:
-        raise DataError(f"{path}: the name must end in .csv, .tsv or .jsonl")
-    return (_jsonl if path.suffix == ".jsonl" else _table)(path)
-
-
 def text_of(path, number, row, name="text", needed=True):
+    """A row's text by the name of its column; None where it is not there and not ``needed``."""
     value = row.get(name)
     if value is None and not needed:
         return None
@@ -67,81 +96,132 @@ def text_of(path, number, row, name="text", needed=True):
 
 
 def _text(path, number, row):
-    text = row.get("text")
-    if not isinstance(text, str):
-        raise DataError(f'{path}:{number}: "text" must be a string, not {text!r}')
-    return text
+    if not isinstance(row.get("text"), str):
+        wanted = '{"text": "..."}' if path.suffix == ".jsonl" else 'a column "text"'
+        raise DataError(f"{path}:{number}: expected {wanted}, not {row!r:.80}")
+    return row["text"]
 
 
-def _read(path):
+def _raw_lines(path, odd_endings):
+    """Lines with their ends. Python's own text files end lines at \\n, \\r\\n and \\r alone, where
+    str.splitlines() has eight more characters."""
+    seen = None  # whether lines before this one ended at a lone \r
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8: byte {error.start}: {error.reason}") from error
-    if "\0" in text:
-        number = 1 + len(LINE_END.findall(text[: text.index("\0")]))
-        raise DataError(f"{path}:{number}: a NUL character: this is no text file, or not UTF-8")
-    return text
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            for number, line in enumerate(file, 1):
+                if "\0" in line:
+                    raise DataError(f"{path}:{number}: a NUL character; is the file UTF-16?")
+                if odd_endings and line[-1] in "\r\n":
+                    lone = line[-1] == "\r"
+                    if seen not in (None, lone):
+                        odd_endings = False  # once is enough
+                        _warn(f"{path}:{number}: a lone carriage return ends a line in one place, "
+                              "a newline in another: both are taken as line ends")  # fmt: skip
+                    seen = lone
+                yield line
+    except UnicodeDecodeError:
+        raise _not_utf8(path) from None
+
+
+def _not_utf8(path):
+    """The first byte that is wrong: the decoder, which sees a part of the file, cannot say."""
+    with open(path, "rb") as file:
+        begin, number = 0, 1
+        for line in file:
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                number += len((line[: error.start] + b"?").splitlines()) - 1
+                return DataError(f"{path} is not UTF-8: byte {begin + error.start}, in line "
+                                 f"{number}: {error.reason}")  # fmt: skip
+            begin, number = begin + len(line), number + len(line.splitlines())
+    return DataError(f"{path} changed while it was read")
 
 
 def _jsonl(path):
-    blank, rows = [], []
-    for number, line in enumerate(read_lines(path), 1):
+    for number, line in enumerate(iter_lines(path), 1):
         if not line.strip():
-            blank.append(number)
+            yield number, None
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}: not JSON: {error}") from error
+            row = _json(line)
+        except ValueError as error:
+            raise DataError(f"{path}:{number}: {error}") from error
         if not isinstance(row, dict):
             raise DataError(f"{path}:{number}: must be a JSON object")
-        rows.append((number, row))
-    _say_blank(path, blank)
-    return rows
+        yield number, row
+
+
+def _json(text):
+    """Stricter than json: of a key that is there twice, neither may win; and half of a surrogate
+    pair is no character."""
+    try:
+        value = json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from error
+    if "\\u" in text:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"half of a surrogate pair: {error.reason}") from error
+    return value
+
+
+def _object(pairs):
+    if twice := _twice(key for key, _ in pairs):
+        raise ValueError(f"the key {twice[0]!r} is there twice")
+    return dict(pairs)
+
+
+def _twice(names):
+    return [name for name, count in collections.Counter(names).items() if count > 1]
 
 
 def _table(path):
-    """Of CSV, whose fields may be quoted and hold line ends; of TSV as GLUE has it, in which a
-    quote is a character like others."""
-    tabs = path.suffix == ".tsv"
-    how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
-    limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    # Its own line ends are kept inside of fields.
-    reader = csv.reader(io.StringIO(_read(path), newline=""), **how)
-    header, blank, rows, quoted = None, [], [], []
+    """Rows of CSV or TSV: (the row's first line, the row), None for a blank line."""
+    options = {"delimiter": ",", "strict": True}
+    if path.suffix == ".tsv":
+        options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    reader = csv.reader(_raw_lines(path, odd_endings=path.suffix == ".tsv"), **options)
+    header, number, before = None, 1, csv.field_size_limit(LONGEST_FIELD)
     try:
         for values in reader:
-            number = reader.line_num
-            if not values:
-                blank.append(number)
+            if _blank(values, header):
+                yield number, None
             elif header is None:
                 header = values
-                if len(set(header)) < len(header):
-                    raise DataError(f"{path}:{number}: a column's name comes twice: {header}")
+                if twice := _twice(header):
+                    raise DataError(f"{path}:{number}: the column {twice[0]!r} is there twice")
             elif len(values) != len(header):
                 raise DataError(
-                    f"{path}:{number}: {len(values)} columns, not the header's {len(header)}"
+                    f"{path}:{number}: not the header's {len(header)} columns, but {len(values)}"
                 )
             else:
-                rows.append((number, dict(zip(header, values, strict=True))))
-                if tabs and any(len(v) > 1 and v[0] == v[-1] == '"' for v in values):
-                    quoted.append(number)
+                yield number, dict(zip(header, values, strict=True))
+            number = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: {error}") from error
+        raise DataError(f"{path}:{number}: {error}") from error
     finally:
-        csv.field_size_limit(limit)
-    _say_blank(path, blank)
-    if quoted and len(quoted) == len(rows):
-        warnings.warn(
-            f"{path}:{quoted[0]}: every row has a field in quotes. In a .tsv file they are part of "
-            "the text; a table with quoted fields must be .csv",
-            stacklevel=3,
-        )
-    return rows
+        csv.field_size_limit(before)
 
 
-def _say_blank(path, numbers):
-    if numbers:
-        some = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
-        warnings.warn(f"{path}: {len(numbers)} blank lines left out: {some}", stacklevel=4)
+def _blank(values, header):
+    """Of one column, a quoted "" is a row; of several, spaces alone are none."""
+    alone = header is not None and len(header) == 1
+    return not values or (len(values) == 1 and not alone and not values[0].strip())
+
+
+def _counting_blanks(path, rows):
+    blank = []
+    for number, row in rows:
+        if row is None:
+            blank.append(number)
+        else:
+            yield number, row
+    if blank:
+        lines = "1 blank line is" if len(blank) == 1 else f"{len(blank)} blank lines are"
+        _warn(f"{path}: {lines} left out, the first in line {blank[0]}")
+
+
+def _warn(message):
+    warnings.warn(message, stacklevel=3)

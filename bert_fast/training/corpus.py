@@ -5,12 +5,12 @@ consists of follows from (seed, epoch) alone: pairs, their order, and which toke
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from bert_fast.ops.cross_entropy import IGNORED
+from bert_fast.text import iter_lines
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
@@ -22,13 +22,9 @@ def read_documents(paths):
         ValueError: naming the file that is not UTF-8, or that there are not two documents.
     """
     documents = []
-    for path in map(Path, paths):
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8: byte {error.start}: {error.reason}") from error
+    for path in paths:
         documents.append([])
-        for line in map(str.strip, lines):
+        for line in map(str.strip, iter_lines(path)):
             if line:
                 documents[-1].append(line)
             elif documents[-1]:

@@ -271,7 +271,8 @@ def command_predict(args):
     plain = path.suffix == ".txt" or (translates and path.suffix not in tasks.ROW_FORMATS)
     if plain and not isinstance(tuned.task, tasks.QuestionAnswering):
         tagging = isinstance(tuned.task, tasks.Tagging)
-        examples = [tasks.Example(t.split() if tagging else t) for t in read_texts(path)]
+        texts = read_texts(path, keep_blank=True)
+        examples = [tasks.Example(text.split() if tagging else text) for text in texts]
     else:
         examples = tuned.task.read(path, labelled=False)
     with atomic_path(out) as written, open(written, "w", encoding="utf-8") as file:

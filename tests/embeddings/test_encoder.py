@@ -102,7 +102,7 @@ def test_vocabulary_file_is_enough(tmp_path, encoder):
 def test_read_texts(tmp_path):
     path = tmp_path / "texts.txt"
     path.write_text("one\n\n zwölf \n", encoding="utf-8")
-    assert read_texts(path) == ["one", "", " zwölf "]
+    assert read_texts(path, keep_blank=True) == ["one", "", " zwölf "]
     path.write_text(" \n\n")
     with pytest.raises(ValueError, match="holds no text"):
         read_texts(path)

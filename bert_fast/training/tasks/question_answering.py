@@ -1,16 +1,14 @@
 """Answers as spans of a context, as in SQuAD (Rajpurkar et al. 2016, 2018)."""
 
 import collections
-import json
 import re
 import string
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from bert_fast.models import heads
-from bert_fast.text import DataError
+from bert_fast.text import DataError, read_json_file
 from bert_fast.training.tasks.task import Example, Feature, Task
 
 
@@ -23,9 +21,8 @@ class QuestionAnswering(Task):
 
     def read(self, path, labelled=True):
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            articles = content["data"]
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+            articles = read_json_file(path)["data"]
+        except (DataError, KeyError, TypeError) as error:
             raise DataError(f"{path} is not SQuAD's JSON: {error!r}") from error
         examples = []
         for a, article in enumerate(articles):

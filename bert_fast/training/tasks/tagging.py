@@ -8,7 +8,8 @@ import torch
 
 from bert_fast.models import heads
 from bert_fast.ops.cross_entropy import IGNORED
-from bert_fast.text import DataError, read_lines, read_rows
+from bert_fast.text import DataError, read_rows
+from bert_fast.training.tasks.conll import read_conll
 from bert_fast.training.tasks.figures import draw_confusion
 from bert_fast.training.tasks.task import Example, Feature, Task
 
@@ -21,7 +22,11 @@ class Tagging(Task):
 
     def read(self, path, labelled=True):
         path = Path(path)
-        examples = (self._jsonl if path.suffix == ".jsonl" else self._conll)(path, labelled)
+        if path.suffix == ".jsonl":
+            examples = self._jsonl(path, labelled)
+        else:
+            found = read_conll(path, labelled)
+            examples = [Example(words, None, tags) for words, tags in found]
         if not examples:
             raise DataError(f"{path} has no rows")
         return examples
@@ -37,22 +42,7 @@ class Tagging(Task):
                     raise DataError(f"{path}:{number}: {name!r} must be a list of texts")
             if labelled and len(words) != len(tags):
                 raise DataError(f"{path}:{number}: {len(words)} words, but {len(tags)} tags")
-            if words:
-                examples.append(Example(words, None, tags))
-        return examples
-
-    def _conll(self, path, labelled):
-        examples, words, tags = [], [], []
-        for number, line in enumerate([*read_lines(path), ""], 1):
-            columns = line.split()
-            if columns and labelled and len(columns) < 2:
-                raise DataError(f"{path}:{number}: a word and its tag expected, not {line!r}")
-            if columns:
-                words.append(columns[0])
-                tags.append(columns[-1])
-            elif words:
-                examples.append(Example(words, None, tags if labelled else None))
-                words, tags = [], []
+            examples.append(Example(words, None, tags))
         return examples
 
     def fit(self, examples):
