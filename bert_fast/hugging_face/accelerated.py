@@ -3,8 +3,10 @@
 An accelerated model is the same object with the same parameters. Three of its modules change class,
 to an heir of their own: the one that takes the mask (it counts the real tokens), the one that loops
 over layers (it drops the padding, and puts it back) and each layer (it computes with our ops).
-Hooks, gradient checkpointing, copies, pickles and DataParallel's replicas go on working, for
-nothing else changes. What a call asks that the ops do not do runs on the code that was inherited.
+Gradient checkpointing, copies, pickles and DataParallel's replicas go on working, for nothing else
+changes; adapters and other modules in the place of a linear layer are called. What a call asks that
+the ops do not do, and a model into which somebody has put hooks or modules of other kinds, runs on
+the code that was inherited.
 """
 
 import contextvars
@@ -19,12 +21,20 @@ from torch import nn
 from bert_fast import ops
 from bert_fast.hugging_face.families import (
     FAMILIES,
+    classes_inside,
     family_of,
     warn_once,
     why_not,
     why_not_this_call,
+    why_not_this_state,
 )
-from bert_fast.models.blocks import GELU_APPROXIMATE, View, feed_forward, project_add_norm
+from bert_fast.models.blocks import (
+    GELU_APPROXIMATE,
+    Called,
+    View,
+    feed_forward,
+    project_add_norm,
+)
 from bert_fast.models.packing import Packing
 from bert_fast.models.workspace import NoWorkspace, Workspace, can_reuse_memory
 
@@ -46,7 +56,9 @@ def accelerate(model: Model, *, prepack: bool = False) -> Model:
         ``model``. At padding it gives zeros where Hugging Face computes what nobody reads.
 
     Calls that want attention weights, head masks, masks by pair of tokens, a cache or
-    cross-attention run as before, and a warning says so once.
+    cross-attention run as before, and a warning says so once; so does a model that has hooks, or
+    modules of other kinds, inside its encoder, and what :func:`torch.jit.trace` and ONNX's exporter
+    trace. Adapters of peft, quantised and parametrised linear layers are computed.
 
     Raises:
         ValueError: there is no encoder that can be accelerated, or one that cannot, and why.
@@ -63,17 +75,32 @@ def accelerate(model: Model, *, prepack: bool = False) -> Model:
     for base in found:
         family = family_of(base)
         encoder = getattr(base, family.encoder)
+        if "forward" in base.__dict__:
+            warn_once(type(base).__name__, "a forward of its own")
+        classes = _transformers_classes(encoder.layer)
         for layer in encoder.layer:
             _change_class(layer, _Layer)
             layer._bert_fast = _LayerSettings(base.config, family)
         _change_class(encoder, _Encoder)
         encoder._bert_fast = family.output, Workspace()
         _change_class(base, _Model)
+        base._bert_fast = family, classes  # type: ignore[assignment]
     if prepack:
         for module in model.modules():
             if isinstance(module, _Layer):
                 module.prepack()
     return model
+
+
+def _transformers_classes(layers):
+    """{path: class} inside a layer, but where somebody has put something else already."""
+    found = {}
+    for layer in layers:
+        for path, kind in classes_inside(layer).items():
+            theirs = kind.__module__.startswith(("transformers.", "torch.nn.modules."))
+            if theirs and found.setdefault(path, kind) is not kind:
+                found[path] = nn.Module  # of two kinds: no layer's is expected
+    return found
 
 
 def restore(model: Model) -> Model:
@@ -94,11 +121,32 @@ class _Run:
     workspace: object
 
 
-_packing = contextvars.ContextVar("bert_fast_packing", default=None)  # from _Model to _Encoder
+# From _Model to _Encoder. torch.compile cannot trace a ContextVar, and traces in one thread.
+_packing = contextvars.ContextVar("bert_fast_packing", default=None)
+_traced: list[Packing | None] = [None]
+
+
+def _hand_over(packing):
+    if torch.compiler.is_compiling():
+        _traced[0] = packing
+        return None
+    return _packing.set(packing)
+
+
+def _take_back(token):
+    if torch.compiler.is_compiling():
+        _traced[0] = None
+    elif token is not None:
+        _packing.reset(token)
+
+
+def _handed_over():
+    return _traced[0] if torch.compiler.is_compiling() else _packing.get()
 
 
 class _Accelerated:
     inherited: Any = None  # the class that accelerate found
+    parameters_by_place: tuple[str, ...] = ()  # of its forward, by name
 
     def __reduce_ex__(self, protocol):  # the class is made when needed, so pickle cannot name it
         return _remake, (self.inherited, type(self).__mro__[1]), self.__dict__
@@ -119,44 +167,62 @@ def _heir(kind, mixin):
     """A subclass of ``kind`` by its own name and signature: transformers reads both."""
     heir = type(kind.__name__, (mixin, kind), {"__module__": kind.__module__, "inherited": kind})
     heir.__qualname__, heir.__doc__ = kind.__qualname__, kind.__doc__
+    heir.parameters_by_place = _parameters(kind.forward)
     if mixin is _Model:
         heir.forward = functools.wraps(kind.forward)(_forward_model)
     return heir
 
 
-@functools.cache
-def _signature(function):
-    return inspect.signature(function)
+def _parameters(function):
+    """Names of the parameters after self that may be given by place."""
+    kinds = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    named = [p.name for p in inspect.signature(function).parameters.values() if p.kind in kinds]
+    return tuple(named[1:])
+
+
+def _arguments(module, args, kwargs):
+    """{name: value} of a call of forward; None where it is none."""
+    names = module.parameters_by_place
+    if len(args) > len(names) or any(name in kwargs for name in names[: len(args)]):
+        return None
+    return dict(zip(names, args, strict=False)) | kwargs
 
 
 def _forward_model(self, *args, **kwargs):
     original = self.inherited.forward
-    arguments = _signature(original).bind(self, *args, **kwargs).arguments
-    arguments.pop("self", None)
-    arguments.update(arguments.pop("kwargs", {}))
+    arguments = _arguments(self, args, kwargs)
+    if arguments is None or torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+        return original(self, *args, **kwargs)
     mask = arguments.pop("attention_mask", None)
     options = arguments | {"output_attentions": arguments.get(
         "output_attentions", getattr(self.config, "output_attentions", False)
     )}  # fmt: skip
-    if reason := why_not_this_call(mask, options):
-        warn_once(type(self).__name__, reason)
+    reason = why_not_this_call(mask, options)
+    if reason is None and not torch.compiler.is_compiling():
+        reason = why_not_this_state(self, *self._bert_fast)
+    if reason:
+        if not torch.compiler.is_compiling():
+            warn_once(type(self).__name__, reason)
         return original(self, *args, **kwargs)
     ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
     if (ids is None) == (embeds is None):
         return original(self, *args, **kwargs)  # which says what is wrong
     like = ids if embeds is None else embeds
     packing = packing_of(mask, like.shape[:2], like.device)
-    token = _packing.set(packing)
+    as_dict = arguments.pop("return_dict", None)
+    as_dict = getattr(self.config, "return_dict", True) if as_dict is None else as_dict
+    token = _hand_over(packing)
     try:
-        out = original(self, **arguments)  # no mask: nothing is left to hide
+        # No mask: nothing is left to hide. A dictionary: hidden states are found by their name.
+        out = original(self, **arguments, return_dict=True)
     finally:
-        _packing.reset(token)
+        _take_back(token)
     hidden_states = getattr(out, "hidden_states", None)
     if hidden_states is not None:  # transformers 5 records what the layers give: packed
         out.hidden_states = tuple(
             packing.unpack(h) if h is not None and h.ndim == 2 else h for h in hidden_states
         )
-    return out
+    return out if as_dict else out.to_tuple()
 
 
 def packing_of(mask, shape, device):
@@ -180,15 +246,14 @@ class _Encoder(_Accelerated):
     """Loops over layers, on packed tokens."""
 
     def forward(self, *args, **kwargs):
-        packing = _packing.get()
+        packing = _handed_over()
         if packing is None:  # called by others than its model
             return super().forward(*args, **kwargs)
         from transformers import modeling_outputs
 
         output, workspace = self._bert_fast
-        arguments = _signature(super().forward).bind(*args, **kwargs).arguments
-        arguments.update(arguments.pop("kwargs", {}))
-        hidden_states = next(iter(arguments.values()))
+        arguments = _arguments(self, args, kwargs)
+        hidden_states = arguments[self.parameters_by_place[0]]
         recorded = bool(arguments.get("output_hidden_states"))
         x = packing.pack(hidden_states)
         # A layer writes over what it has read, if nobody else may look at that.
@@ -221,16 +286,30 @@ class _LayerSettings:
 
     def prepack(self, layer):
         for path in self.family.linears():
-            self.packed[path] = ops.pack_weight(layer.get_submodule(path).weight)
+            linear = layer.get_submodule(path)
+            if _is_plain(linear):
+                self.packed[path] = ops.pack_weight(linear.weight)
 
     def view(self, layer, path):
         linear = layer.get_submodule(path)
+        if not _is_plain(linear):
+            return Called(linear)
         return View(linear.weight, linear.bias, self.packed.get(path))
 
     @staticmethod
     def dropout_p(layer, path):
         module = layer.get_submodule(path) if path else None
         return module.p if module is not None and module.training else 0.0
+
+
+def _is_plain(linear):
+    """Whether a product with its weight is all that it does."""
+    return (
+        type(linear) is nn.Linear
+        and linear.bias is not None
+        and type(linear.weight) in (nn.Parameter, torch.Tensor)
+        and linear.weight.is_floating_point()
+    )
 
 
 class _Layer(_Accelerated):
@@ -245,7 +324,7 @@ class _Layer(_Accelerated):
         packing, workspace = args[0].packing, args[0].workspace
         settings, family = self._bert_fast, self._bert_fast.family
         q, k, v = (settings.view(self, path) for path in family.qkv)
-        tokens, width = x.shape[0], q.weight.shape[0]
+        tokens, width = x.shape[0], q.out_features
         heads = (tokens, width // settings.head_dim, settings.head_dim)
         projected = [
             linear.matmul(x, workspace.take(name, tokens, width, x), workspace).view(heads)
@@ -254,7 +333,7 @@ class _Layer(_Accelerated):
         context = workspace.take("hidden", tokens, width, x)
         context = ops.attention(
             *projected, packing.cu_seqlens, max_seqlen=packing.max_seqlen,
-            bias=torch.stack([q.bias, k.bias, v.bias]).view(3, *heads[1:]),
+            bias=_stacked(q, k, v, heads),
             dropout_p=settings.dropout_p(self, family.attention_dropout),
             padded_tail=packing.padded_tail, out=None if context is None else context.view(heads),
         ).view(tokens, width)  # fmt: skip
@@ -267,3 +346,12 @@ class _Layer(_Accelerated):
             self.get_submodule(family.norm), settings.approximate,
             settings.dropout_p(self, family.down_dropout), workspace,
         )  # fmt: skip
+
+
+def _stacked(q, k, v, heads):
+    """The biases of q, k and v, as attention adds them; those that were added already are zero."""
+    if q.bias is None and k.bias is None and v.bias is None:
+        return None
+    given = next(p.bias for p in (q, k, v) if p.bias is not None)
+    zero = torch.zeros_like(given)
+    return torch.stack([zero if p.bias is None else p.bias for p in (q, k, v)]).view(3, *heads[1:])

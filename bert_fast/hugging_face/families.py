@@ -31,6 +31,14 @@ class Family:
     def linears(self):
         return *self.qkv, self.out, self.up, self.down
 
+    def norms(self):
+        return self.attention_norm, self.norm
+
+    def dropouts(self):
+        return tuple(
+            path for path in (self.attention_dropout, self.out_dropout, self.down_dropout) if path
+        )
+
 
 BERT = Family()
 FAMILIES = {
@@ -74,11 +82,6 @@ def why_not(base):
         return (
             f"its {family.activation} is {activation!r}, not one of {', '.join(GELU_APPROXIMATE)}"
         )
-    for i, layer in enumerate(getattr(base, family.encoder).layer):
-        for path in family.linears():
-            linear = layer.get_submodule(path)
-            if type(linear) is not nn.Linear or linear.bias is None:
-                return f"layer {i}'s {path} is no plain nn.Linear with a bias, but {linear}"
     return None
 
 
@@ -92,6 +95,69 @@ def why_not_this_call(mask, arguments):
     if mask is not None and (not torch.is_tensor(mask) or mask.ndim != 2):
         return "an attention_mask that is not (batch, seqlen)"
     return None
+
+
+def is_linear(module):
+    """Whether a module stands where a linear layer did and computes each token by itself: plain, of
+    another class (quantised, parametrised), or a peft adapter around one."""
+    return isinstance(module, nn.Linear) or (
+        type(module).__module__.startswith("peft.tuners.") and hasattr(module, "base_layer")
+    )
+
+
+def why_not_this_state(base, family, classes):
+    """Why a model that was accelerated must run on transformers' own code as it is now, or None:
+    somebody looks at what passes between its modules, or has put another module in. ``classes``: of
+    the modules inside a layer when it was accelerated."""
+    every = nn.modules.module
+    if every._global_forward_hooks or every._global_forward_pre_hooks:
+        return "hooks on all modules"
+    encoder = getattr(base, family.encoder)
+    if reason := _watched(encoder, family.encoder):
+        return reason
+    linears = family.linears()
+    for number, layer in enumerate(encoder.layer):
+        for path, module in _inside(layer, ""):
+            if reason := _watched(module, f"layer {number} {path}".rstrip()):
+                return reason
+            wanted = classes.get(path)
+            if path in linears:
+                if not is_linear(module):
+                    return f"layer {number}'s {path}, which is a {type(module).__name__}"
+            elif wanted is not None and type(module) is not wanted:
+                return f"layer {number}'s {path}, which is a {type(module).__name__}"
+    return None
+
+
+def classes_inside(layer):
+    """{path: class} of a layer's modules as transformers made them."""
+    return {path: type(module) for path, module in _inside(layer, "") if path}
+
+
+def _inside(module, path):
+    yield path, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _inside(child, f"{path}.{name}" if path else name)
+
+
+def _watched(module, name):
+    own = module.__dict__
+    for kind in _HOOKS:
+        hooks = own.get(kind)
+        if hooks and not all(_minds_its_own(hook) for hook in hooks.values()):
+            return f"hooks on {name}"
+    if "forward" in own:
+        return f"a forward of its own on {name}"
+    return None
+
+
+_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+
+
+def _minds_its_own(hook):
+    """torch's sharding gathers parameters in hooks, and looks at no activation."""
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed")
 
 
 @functools.cache

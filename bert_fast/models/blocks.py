@@ -54,11 +54,28 @@ class View(Product):
 
     def __init__(self, weight, bias, packed=None):
         self.weight, self.bias, self.packed = weight, bias, packed
+        self.out_features = weight.shape[0]
+
+
+class Called:
+    """Another module in the place of a linear layer: an adapter around one, a quantised one. It
+    adds its bias itself."""
+
+    bias = None
+
+    def __init__(self, module):
+        self.module, self.out_features = module, module.out_features
+
+    def matmul(self, x, out, workspace):
+        return self.module(x)
+
+    def gelu(self, x, approximate, out, workspace):
+        return ops.gelu(self.module(x), approximate=approximate)
 
 
 def feed_forward(x, up, down, norm, approximate, dropout_p, workspace):
     """LN(x + dropout(GELU(x Wᵤᵀ + bᵤ) W_dᵀ + b_d))"""
-    buffer = workspace.take("intermediate", x.shape[0], up.weight.shape[0], x)
+    buffer = workspace.take("intermediate", x.shape[0], up.out_features, x)
     hidden = up.gelu(x, approximate, buffer, workspace)
     return project_add_norm(hidden, down, norm, x, dropout_p, workspace)
 

@@ -15,7 +15,6 @@ from conftest import assert_within
 
 import bert_fast
 from bert_fast.bench import data
-from bert_fast.hugging_face import accelerated as hugging_face
 from bert_fast.hugging_face import families
 
 SIZES = {
@@ -216,12 +215,7 @@ def test_what_cannot_be_accelerated_is_said():
         bert_fast.accelerate(build("Bert", is_decoder=True))
     with pytest.raises(ValueError, match="hidden_act is 'relu', not one of gelu"):
         bert_fast.accelerate(build("Bert", hidden_act="relu"))
-    model = build("DistilBert")
-    model.transformer.layer[1].ffn.lin1 = torch.nn.Sequential()
-    with pytest.raises(ValueError, match=r"layer 1's ffn\.lin1 is no plain nn\.Linear"):
-        bert_fast.accelerate(model)
     ours = bert_fast.accelerate(build("Bert"))
-    assert not isinstance(model.transformer, hugging_face._Accelerated)  # all or nothing
     with pytest.raises(ValueError, match=r"specify .* input_ids or inputs_embeds"):
         ours()
     with pytest.raises(ValueError, match=r"attention_mask must have the input's shape \(1, 3\)"):

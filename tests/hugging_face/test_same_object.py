@@ -1,0 +1,401 @@
+"""What other libraries do to a model before or after ``accelerate``: it works, or transformers' own
+code runs, and a warning says so. The right values are a copy's that was never accelerated."""
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import bert_fast
+from bert_fast import ops
+from bert_fast.hugging_face import families
+
+SIZES = dict(
+    vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+    intermediate_size=64, max_position_embeddings=40, initializer_range=0.2,
+)  # fmt: skip
+
+
+def bert(kind=transformers.BertModel, **config):
+    return kind(transformers.BertConfig(**SIZES, **config)).eval()
+
+
+def batch(lengths=(11, 4, 7)):
+    ids = torch.randint(1, 60, (len(lengths), max(lengths)))
+    mask = (torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+@pytest.fixture
+def attention(monkeypatch):
+    """How often our attention ran; and warnings are said anew."""
+    families.warn_once.cache_clear()
+    calls, real = [], ops.attention
+
+    def count(*args, **kwargs):
+        calls.append(1)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(ops, "attention", count)
+    return calls
+
+
+def same(found, wanted, mask=None, atol=2e-5):
+    if mask is not None:
+        found, wanted = found * mask[..., None], wanted * mask[..., None]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=atol)
+
+
+def check(theirs, ours, inputs=None):
+    """Outputs, and gradients of every parameter that learns."""
+    inputs = inputs or batch()
+    found, wanted = ours(**inputs)[0], theirs(**inputs)[0]
+    mask = inputs["attention_mask"] if found.ndim == 3 else None
+    same(found, wanted, mask)
+    weight = torch.randn_like(wanted) * (1 if mask is None else mask[..., None])
+    for model, out in ((ours, found), (theirs, wanted)):
+        model.zero_grad()
+        (out * weight).sum().backward()
+    grads = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
+    for name, parameter in ours.named_parameters():
+        if parameter.requires_grad and grads[name] is not None and "key.bias" not in name:
+            scale = grads[name].abs().max().clamp(min=1e-3)
+            same(parameter.grad / scale, grads[name] / scale)
+
+
+def said(call):
+    """The warnings of ours that a call gives."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(w.message) for w in caught if "bert_fast leaves" in str(w.message)]
+
+
+# ---- adapters ----
+
+
+def lora(model, **options):
+    peft = pytest.importorskip("peft", reason="the package peft is not installed")
+    targets = options.pop("target_modules", ["query", "value", "dense"])
+    config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=targets, **options)
+    adapted = peft.get_peft_model(model, config).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:  # B begins as zero: an adapter that changes nothing
+            nn.init.normal_(parameter, std=0.3)
+    return adapted
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_lora(attention, when, use_dora):
+    torch.manual_seed(seed := torch.initial_seed() % 2**31)
+    theirs = lora(plain := bert(), use_dora=use_dora)
+    plain = copy.deepcopy(theirs.get_base_model())
+    assert plain is not None
+    ours = copy.deepcopy(theirs)
+    if when == "before":  # accelerate first, then the adapter
+        torch.manual_seed(seed)
+        ours = lora(bert_fast.accelerate(bert()), use_dora=use_dora)
+        ours.load_state_dict(theirs.state_dict())
+    else:
+        bert_fast.accelerate(ours)
+    inputs = batch()
+    check(theirs, ours, inputs)
+    assert attention  # the adapter is computed, and fast
+    with theirs.disable_adapter(), ours.disable_adapter(), torch.no_grad():
+        same(ours(**inputs)[0], theirs(**inputs)[0], inputs["attention_mask"])
+    with torch.no_grad():
+        merged = ours.merge_and_unload()
+        same(merged(**inputs)[0], theirs(**inputs)[0], inputs["attention_mask"])
+
+
+@pytest.mark.parametrize("prepack", [False, True])
+def test_lora_on_a_classifier_and_its_saved_head(attention, prepack):
+    peft = pytest.importorskip("peft", reason="the package peft is not installed")
+    kind = transformers.BertForSequenceClassification
+    theirs = lora(bert(kind, num_labels=3), modules_to_save=["classifier"], task_type="SEQ_CLS")
+    nn.init.normal_(theirs.get_base_model().classifier.modules_to_save["default"].weight)
+    ours = bert_fast.accelerate(copy.deepcopy(theirs), prepack=prepack)
+    assert isinstance(ours, peft.PeftModel)
+    check(theirs, ours)
+    with torch.no_grad():
+        same(ours(**(inputs := batch()))[0], theirs(**inputs)[0])
+    assert attention
+
+
+# ---- other modules in the place of a linear layer ----
+
+
+class Twice(nn.Module):
+    def forward(self, weight):
+        return 2.0 * weight
+
+
+def parametrised(model):
+    nn.utils.parametrize.register_parametrization(
+        model.encoder.layer[0].attention.self.query, "weight", Twice()
+    )
+
+
+def weight_norm(model):
+    nn.utils.parametrizations.weight_norm(model.encoder.layer[1].intermediate.dense)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 3.0 * super().forward(x)
+
+
+def subclass(model):
+    model.encoder.layer[0].output.dense.__class__ = Scaled
+
+
+def no_bias(model):
+    model.encoder.layer[0].attention.self.key.bias = None
+
+
+@pytest.mark.parametrize("change", [parametrised, weight_norm, subclass, no_bias])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_another_kind_of_linear_layer(attention, change, when):
+    theirs = bert()
+    ours = copy.deepcopy(theirs)
+    if when == "after":
+        bert_fast.accelerate(ours, prepack=True)
+        with torch.no_grad():
+            ours(**batch())
+    attention.clear()
+    for model in (theirs, ours):
+        change(model)
+    if when == "before":
+        bert_fast.accelerate(ours, prepack=True)
+    check(theirs, ours)
+    with torch.no_grad():
+        same(ours(**(inputs := batch()))[0], theirs(**inputs)[0], inputs["attention_mask"])
+    assert attention
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_quantised_by_torch(attention):
+    """torch's dynamic int8: modules that are no linear layers of torch.nn are left alone."""
+    theirs = torch.ao.quantization.quantize_dynamic(bert(), {nn.Linear}, dtype=torch.qint8)
+    ours = bert_fast.accelerate(copy.deepcopy(theirs))
+    inputs = batch()
+    with torch.no_grad():
+        messages = said(lambda: ours(**inputs))
+        same(ours(**inputs)[0], theirs(**inputs)[0], inputs["attention_mask"], atol=1e-6)
+    assert len(messages) == 1
+    assert "which is a Linear" in messages[0] or "which is a Quantized" in messages[0]
+    assert not attention
+
+
+class Doubled(nn.Module):
+    def forward(self, x, *args, **kwargs):
+        return 2.0 * x
+
+
+def other_norm(model):
+    model.encoder.layer[0].output.LayerNorm = nn.Identity()
+
+
+def other_linear(model):
+    model.encoder.layer[1].output.dense = nn.Sequential(
+        model.encoder.layer[1].output.dense, Doubled()
+    )
+
+
+def other_attention(model):
+    inner = model.encoder.layer[0].attention.self
+
+    class Mine(type(inner)):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            return (2.0 * out[0], *out[1:])
+
+    inner.__class__ = Mine
+
+
+def own_forward(model):
+    dense = model.encoder.layer[0].intermediate.dense
+    forward = dense.forward
+    dense.forward = lambda x: 2.0 * forward(x)
+
+
+@pytest.mark.parametrize("change", [other_norm, other_linear, other_attention, own_forward])
+def test_modules_of_other_kinds(attention, change):
+    """Put in after: transformers' code runs, and is said once."""
+    theirs = bert()
+    ours = bert_fast.accelerate(copy.deepcopy(theirs))
+    for model in (theirs, ours):
+        change(model)
+    inputs = batch()
+    messages = said(lambda: (ours(**inputs), ours(**inputs)))
+    assert len(messages) == 1
+    check(theirs, ours, inputs)
+    assert not attention
+
+
+# ---- hooks ----
+
+PLACES = ["encoder", "encoder.layer.1", "encoder.layer.0.attention.self.query",
+          "encoder.layer.0.intermediate.dense", "encoder.layer.1.output.LayerNorm"]  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_hooks_see_what_they_saw(attention, place):
+    theirs = bert()
+    ours = bert_fast.accelerate(copy.deepcopy(theirs))
+    inputs, seen = batch(), {}
+    for name, model in (("theirs", theirs), ("ours", ours)):
+        module, found = model.get_submodule(place), seen.setdefault(name, [])
+        hooks = [
+            module.register_forward_pre_hook(lambda m, args, f=found: f.append(args[0])),
+            module.register_forward_hook(
+                lambda m, args, out, f=found: f.append(out if torch.is_tensor(out) else out[0])
+            ),
+            module.register_full_backward_hook(lambda m, gi, go, f=found: f.append(go[0])),
+        ]
+        model(**inputs)[0].square().sum().backward()
+        for hook in hooks:
+            hook.remove()
+    assert len(seen["ours"]) == len(seen["theirs"]) >= 2
+    for found, wanted in zip(seen["ours"], seen["theirs"], strict=True):
+        assert found.shape == wanted.shape
+        torch.testing.assert_close(found, wanted)
+    assert not attention
+    with torch.no_grad():
+        ours(**inputs)
+    assert attention  # without them it is fast again
+
+
+def test_hooks_on_all_modules(attention):
+    ours, seen = bert_fast.accelerate(bert()), []
+    hook = nn.modules.module.register_module_forward_hook(lambda m, *args: seen.append(m))
+    ours(**batch())
+    hook.remove()
+    assert ours.encoder.layer[1].output.dense in seen
+    assert not attention
+
+
+def test_sharding_hooks_are_none_of_our_business(attention):
+    ours = bert_fast.accelerate(bert())
+
+    def gather(module, args):
+        return None
+
+    gather.__module__ = "torch.distributed.fsdp"
+    ours.encoder.layer[0].register_forward_pre_hook(gather)
+    ours(**batch())
+    assert attention
+
+
+# ---- ways of calling ----
+
+
+def test_tuples(attention):
+    theirs = bert()
+    ours = bert_fast.accelerate(copy.deepcopy(theirs))
+    inputs = batch()
+    for options in ({"return_dict": False}, {"return_dict": False, "output_hidden_states": True}):
+        with torch.no_grad():
+            found, wanted = ours(**inputs, **options), theirs(**inputs, **options)
+        assert type(found) is tuple
+        assert len(found) == len(wanted)
+        for one, other in zip(found, wanted, strict=True):
+            if isinstance(other, tuple):
+                for a, b in zip(one, other, strict=True):
+                    same(a, b, inputs["attention_mask"])
+            else:
+                same(one, other, inputs["attention_mask"] if one.ndim == 3 else None)
+    theirs.config.return_dict = ours.config.return_dict = False
+    with torch.no_grad():
+        assert type(ours(**inputs)) is type(theirs(**inputs))
+    assert attention
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_jit_trace():
+    """A traced program holds for other lengths and masks, so it is transformers'."""
+    theirs = bert(attn_implementation="eager", return_dict=False)
+    ours = bert_fast.accelerate(copy.deepcopy(theirs))
+    first, other = batch(), batch((6, 11, 2))
+    with torch.no_grad():
+        traced = torch.jit.trace(ours, tuple(first.values()))
+        same(traced(*other.values())[0], theirs(**other)[0], other["attention_mask"])
+    buffer = io.BytesIO()
+    torch.jit.save(traced, buffer)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_compile_makes_one_graph(masked):
+    theirs = bert()
+    ours = bert_fast.accelerate(copy.deepcopy(theirs))
+    compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend="aot_eager")
+    for lengths in ((11, 4, 7), (9, 3), (5, 5, 5, 2)):
+        inputs = batch(lengths)
+        if not masked:
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        given = inputs if masked else {"input_ids": inputs["input_ids"]}
+        with torch.no_grad():
+            same(compiled(**given)[0], theirs(**given)[0], inputs["attention_mask"])
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.full
+def test_onnx_export(tmp_path):
+    pytest.importorskip("onnxscript", reason="the package onnxscript is not installed")
+    runtime = pytest.importorskip("onnxruntime", reason="the package onnxruntime is not installed")
+    theirs = bert()
+    ours = bert_fast.accelerate(copy.deepcopy(theirs))
+    first, other = batch(), batch((6, 11, 2))
+    path = str(tmp_path / "model.onnx")
+    torch.onnx.export(
+        ours, tuple(first.values()), path, dynamo=True, verbose=False,
+        input_names=["input_ids", "attention_mask"], output_names=["hidden", "pooled"],
+    )  # fmt: skip
+    session = runtime.InferenceSession(path)
+    found = session.run(None, {name: value.numpy() for name, value in other.items()})[0]
+    with torch.no_grad():
+        wanted = theirs(**other)[0]
+    same(torch.from_numpy(found), wanted, other["attention_mask"])
+
+
+def test_offloaded_by_accelerate(attention, tmp_path):
+    hf = pytest.importorskip("accelerate", reason="the package accelerate is not installed")
+    theirs, inputs = bert(), batch()
+    for when in ("before", "after"):
+        ours = copy.deepcopy(theirs)
+        if when == "before":
+            hf.cpu_offload(ours, execution_device="cpu")
+        messages = said(lambda model=ours: bert_fast.accelerate(model))
+        if when == "after":
+            hf.cpu_offload(ours, execution_device="cpu")
+        messages += said(lambda model=ours: model(**inputs))
+        with torch.no_grad():
+            same(ours(**inputs)[0], theirs(**inputs)[0], inputs["attention_mask"])
+        assert len(messages) == 1, when
+        families.warn_once.cache_clear()
+    assert not attention
+
+
+def test_other_dtypes_and_saving_afterwards(attention, tmp_path):
+    theirs = bert()
+    ours = bert_fast.accelerate(copy.deepcopy(theirs), prepack=True)
+    inputs = batch()
+    with torch.no_grad():
+        for dtype in (torch.float64, torch.bfloat16, torch.float32):
+            ours.to(dtype), theirs.to(dtype)
+            found = ours(**inputs)[0]
+            assert found.dtype == dtype
+            same(found.float(), theirs(**inputs)[0].float(), inputs["attention_mask"],
+                 atol=0.1 if dtype == torch.bfloat16 else 2e-5)  # fmt: skip
+    ours.save_pretrained(tmp_path)
+    again = transformers.AutoModel.from_pretrained(tmp_path).eval()
+    assert type(again) is transformers.BertModel
+    with torch.no_grad():
+        same(ours(**inputs)[0], again(**inputs)[0], inputs["attention_mask"])
+    assert attention
