@@ -49,11 +49,14 @@ class Tagging(Task):
         self.labels = sorted({tag for example in examples for tag in example.label})
 
     def features(self, tokenizer, examples, max_length):
-        tokenizer.enable_truncation(max_length)
+        """Long examples go by windows that overlap by a third."""
+        room = max_length - tokenizer.num_special_tokens_to_add(False)
+        tokenizer.enable_truncation(max_length, stride=room // 3)
         encodings = tokenizer.encode_batch([e.text for e in examples], is_pretokenized=True)
         return [
             Feature(e.ids, e.type_ids, self._target(examples[i], e), i, e)
-            for i, e in enumerate(encodings)
+            for i, whole in enumerate(encodings)
+            for e in (whole, *whole.overflowing)
         ]
 
     def check(self, examples):
@@ -77,14 +80,16 @@ class Tagging(Task):
         return [(row[:length],) for row, length in zip(best, lengths, strict=True)]
 
     def predictions(self, examples, features, outputs):
-        """A tag a word: O, or the first of all tags, for words that were cut off."""
-        found = []
+        """A tag a word, from the window in which it is farthest from an edge: O, or the first of
+        all tags, for words that the tokenizer makes nothing of."""
+        nothing = "O" if "O" in self.labels else self.labels[0]
+        found = [[nothing] * len(example.text) for example in examples]
+        farthest = [[-1] * len(example.text) for example in examples]
         for feature, (best,) in zip(features, outputs, strict=True):
-            words = examples[feature.example].text
-            tags = ["O" if "O" in self.labels else self.labels[0]] * len(words)
+            i = feature.example
             for place, word in _first_tokens(feature.encoding):
-                tags[word] = self.labels[best[place]]
-            found.append(tags)
+                if (edge := min(place, len(feature.ids) - place)) > farthest[i][word]:
+                    farthest[i][word], found[i][word] = edge, self.labels[best[place]]
         return found
 
     def judge(self, examples, predictions):
@@ -113,7 +118,9 @@ def _first_tokens(encoding):
     """(place, word) of the first token of each word."""
     previous = None
     for place, word in enumerate(encoding.word_ids):
-        if word is not None and word != previous:
+        # A window may begin inside of a word, whose first token is in the window before.
+        inside = previous is None and encoding.offsets[place][0] > 0
+        if word is not None and word != previous and not inside:
             yield place, word
         previous = word
 
