@@ -40,7 +40,8 @@ class Settings:
     lr: float | None = option("highest learning rate (default by task: 3e-5, 5e-5 or 5e-4)", None)
     batch_tokens: int = option("tokens per step", 2048)
     max_length: int | None = option(
-        "tokens per text; longer ones are cut, of ner and qa windowed (default 128, or the model's positions)",
+        "tokens per text; longer ones are cut, or for ner and qa read in windows (default 128, or "
+        "the model's positions)",
         None,
     )
     warmup: float = option("share of the steps that warm up", 0.1)

@@ -13,10 +13,14 @@ from bert_fast.training.tasks.conll import read_conll
 from bert_fast.training.tasks.figures import draw_confusion
 from bert_fast.training.tasks.task import Example, Feature, Task
 
+# Parts of an entity: begin, inside, end, single; BIO, BIOES, BILOU and BMES by the same four.
+SCHEME = {"B": "B", "I": "I", "M": "I", "E": "E", "L": "E", "S": "S", "U": "S"}
+
 
 class Tagging(Task):
     """A tag a word: CoNLL's form, or JSONL with ``words`` and ``tags``. A word's first token
-    carries its tag. Tags B-x and I-x are judged as entities, others a word at a time."""
+    carries its tag. Tags B-x and the like (:data:`SCHEME`) are
+    judged as entities, others a word at a time."""
 
     model = heads.BertForTokenClassification
 
@@ -47,6 +51,10 @@ class Tagging(Task):
 
     def fit(self, examples):
         self.labels = sorted({tag for example in examples for tag in example.label})
+        odd = [t for t in self.labels if t != "O" and not (t[0] in SCHEME and t[1:2] == "-")]
+        if odd and any(tag.startswith("B-") for tag in self.labels):
+            raise DataError(f"the tags have B-x, and {odd[0]!r}: entities are scored by the "
+                            "schemes BIO, BIOES, BILOU and BMES, with O")  # fmt: skip
 
     def features(self, tokenizer, examples, max_length):
         """Long examples go by windows that overlap by a third."""
@@ -126,14 +134,16 @@ def _first_tokens(encoding):
 
 
 def _entities(tags):
-    """{(begin, end, kind)} of tags B-x, I-x, O; an I-x without its B-x begins one, as in CoNLL's
-    own evaluation."""
-    found, begin, kind = set(), None, None
+    """{(begin, end, kind)} of tags by :data:`SCHEME`; an I-x without its B-x begins one, as in
+    CoNLL's own evaluation and in seqeval's."""
+    found, begin, kind, before = set(), None, None, "O"
     for i, tag in enumerate([*tags, "O"]):
         head, _, name = tag.partition("-")
-        if begin is not None and (head != "I" or name != kind):
+        head = SCHEME.get(head, "O")
+        if begin is not None and (head in "BSO" or name != kind or before in "ES"):
             found.add((begin, i, kind))
             begin = None
-        if head in ("B", "I") and begin is None:
+        if head != "O" and begin is None:
             begin, kind = i, name
+        before = head
     return found
