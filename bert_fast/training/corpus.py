@@ -4,6 +4,7 @@ A text file holds one sentence per line, and a blank line between documents. Wha
 consists of follows from (seed, epoch) alone: pairs, their order, and which tokens are masked.
 """
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,12 +84,16 @@ class Corpus:
     def _special(self):
         return [self.tokenizer.token_to_id(token) for token in SPECIAL]
 
-    def split(self, share):
-        """Numbers of the documents to train on, and of those held out: the last ``share``."""
+    def split(self, share, least=2):
+        """Numbers of the documents to train on, and of those held out: the last ``share``. Each
+        part has ``least`` documents (a next sentence from elsewhere needs two); where there are too
+        few for both, none is held out, with a warning."""
         count = len(self.documents) - 1
-        held_out = min(max(round(count * share), 2), count - 2) if share else 0
-        if held_out < 0:
-            raise ValueError(f"{count} documents cannot be split: 4 are needed at least")
+        held_out = min(max(round(count * share), least), count - least) if share else 0
+        if share and held_out < least:
+            held_out = 0
+            warnings.warn(f"{count} documents are too few to hold any out: {2 * least} are needed",
+                          stacklevel=2)  # fmt: skip
         return np.arange(count - held_out), np.arange(count - held_out, count)
 
     def unigram_entropy(self, documents):
@@ -145,8 +150,10 @@ class Corpus:
         return np.array(pairs, np.int64).reshape(-1, 5)
 
     def _elsewhere(self, documents, not_this, room, rng):
-        while (other := int(rng.choice(documents))) == not_this:
-            pass
+        if len(documents) < 2:
+            raise ValueError("a next sentence from elsewhere needs two documents at least")
+        place = int(rng.integers(len(documents) - 1))
+        other = documents[place + (documents[place] >= not_this)]  # they are in order
         first, end = self.documents[other], self.documents[other + 1]
         first = last = int(rng.integers(first, end))
         while last < end and (last == first or self.sentences[last] - self.sentences[first] < room):

@@ -39,7 +39,9 @@ class Settings:
     lr: float | None = option("highest learning rate (default by task: 3e-5, 5e-5 or 5e-4)", None)
     batch_tokens: int = option("tokens per step", 2048)
     max_length: int | None = option(
-        "tokens per text; longer texts are cut (default 128, or the model's positions)", None
+        "tokens per text; longer ones are cut, or for ner and qa read in windows (default 128, or "
+        "the model's positions)",
+        None,
     )
     warmup: float = option("share of the steps that warm up", 0.1)
     weight_decay: float = option("weight decay of matrices", 0.01)

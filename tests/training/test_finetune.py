@@ -276,7 +276,7 @@ def test_figures():
 
 
 def test_conll_and_long_words(tmp_path, checkpoint):
-    """A word of many tokens carries its tag on the first; words past the end are O."""
+    """A word of many tokens carries its tag on the first; every word has one."""
     path = tmp_path / "a.conll"
     path.write_text("the DT O\nzzzqqq NN B-x\n\nfilm NN O\n")
     task = tasks.Tagging()
@@ -291,7 +291,9 @@ def test_conll_and_long_words(tmp_path, checkpoint):
     exact = [(torch.tensor([max(i, 0) for i in f.label]),) for f in features]
     assert task.predictions(examples, features, exact) == [e.label for e in examples]
     cut = task.features(tokenizer, [tasks.Example(["film"] * 9, None, ["O"] * 9)], 5)
-    long = task.predictions([tasks.Example(["film"] * 9)], cut, [(torch.ones(5).long(),)])
+    long = task.predictions(
+        [tasks.Example(["film"] * 9)], cut, [(torch.ones(5).long(),)] * len(cut)
+    )
     assert len(long[0]) == 9
 
 
@@ -316,6 +318,65 @@ def test_windows_cover_the_context(checkpoint):
             assert (start, end) == (0, 0)
     assert len(covered) == 60
     assert len(features) > 3
+
+
+def test_tags_of_long_texts_come_from_windows(checkpoint):
+    """Every word's tag comes back, as from one encoding of the whole."""
+    task, tokenizer = tasks.Tagging(), load_tokenizer(checkpoint)
+    words = random.choices([*OTHER, "zzzqqq", "filmplot"], k=60)
+    tags = random.choices(["O", "B-x", "I-x"], k=60)
+    examples = [tasks.Example(["film"], None, ["O"]), tasks.Example(words, None, tags)]
+    task.fit([*examples, tasks.Example([], None, ["O", "B-x", "I-x"])])
+    for length in (8, 12, 25):
+        features = task.features(tokenizer, examples, length)
+        assert max(len(f.ids) for f in features) <= length
+        exact = [(torch.tensor([max(i, 0) for i in f.label]),) for f in features]
+        assert task.predictions(examples, features, exact) == [["O"], tags]
+        tokenizer.no_truncation()
+        whole = tokenizer.encode(words, is_pretokenized=True)
+        first = {word: whole.ids[whole.word_ids.index(word)] for word in range(60)}
+        for feature in features[1:]:
+            for place, label in enumerate(feature.label):
+                if label != -100:  # a word's first token alone carries its tag
+                    assert feature.ids[place] == first[feature.encoding.word_ids[place]]
+                    assert task.labels[label] == tags[feature.encoding.word_ids[place]]
+
+
+@pytest.mark.parametrize("scheme", ["BIO", "BIOES", "BILOU"])
+def test_entities_are_seqevals(scheme):
+    """Of drawn tags, which do not all make sense: the F1 of seqeval, where L is E and U is S."""
+    from seqeval.metrics import f1_score
+
+    heads = [head for head in scheme if head != "O"]
+    tags = ["O", *(f"{head}-{kind}" for head in heads for kind in ("x", "y-z"))]
+    truth, guess = ([random.choices(tags, k=12) for _ in range(40)] for _ in range(2))
+    guess = [t if random.random() < 0.5 else g for t, g in zip(truth, guess, strict=True)]
+    task = tasks.Tagging()
+    examples = [tasks.Example(t, None, t) for t in truth]
+    task.fit(examples)
+
+    def named(rows):
+        return [[{"L": "E", "U": "S"}.get(tag[0], tag[0]) + tag[1:] for tag in row] for row in rows]
+
+    wanted = f1_score(named(truth), named(guess), average="micro")
+    assert np.isclose(task.judge(examples, guess)["entity_f1"], wanted)
+
+
+def test_a_scheme_that_is_not_scored_is_refused():
+    with pytest.raises(tasks.DataError, match="the tags have B-x, and 'Q-x': entities are scored"):
+        tasks.Tagging().fit([tasks.Example(["a", "b"], None, ["B-x", "Q-x"])])
+    tasks.Tagging().fit([tasks.Example(["a", "b"], None, ["NN", "Q-x"])])  # parts of speech
+
+
+def test_a_question_longer_than_its_window_is_said(checkpoint):
+    task, tokenizer = tasks.QuestionAnswering(), load_tokenizer(checkpoint)
+    for words in range(1, 30):
+        example = tasks.Example(" ".join(["film"] * words), "the plot " * 30, [])
+        if words < 24 - 8 - 3:
+            assert task.features(tokenizer, [example], 24)
+        else:
+            with pytest.raises(tasks.DataError, match=rf"question 'film.*' has {words} tokens; wi"):
+                task.features(tokenizer, [example], 24)
 
 
 def test_a_model_is_not_overwritten_unasked(tmp_path):

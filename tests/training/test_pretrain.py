@@ -242,6 +242,21 @@ def test_two_processes_are_one_with_their_batch(text, tmp_path, shard):
     transformers.BertForPreTraining.from_pretrained(tmp_path / "two")
 
 
+@pytest.mark.parametrize("count", [2, 3, 4, 5])
+def test_a_few_documents_end(text, tmp_path, count):
+    """Each part has the two documents that next sentences need, or none is held out."""
+    few = tmp_path / "few.txt"
+    few.write_text("\n\n".join(text.read_text(encoding="utf-8").split("\n\n")[:count]))
+    few_settings = settings(text, tmp_path / "run", steps=2, held_out=0.05)
+    few_settings.text = [str(few)]
+    if count < 4:
+        with pytest.warns(UserWarning, match=f"{count} documents are too few to hold any out: 4"):
+            assert pretrain(few_settings) is None
+    else:
+        assert pretrain(few_settings)["held_out_pairs"] > 0
+    assert len(losses(tmp_path / "run")) == 2
+
+
 def test_bad_settings_are_said(text, tmp_path):
     for change, message in {
         "steps": (0, "steps must be at least 1"),

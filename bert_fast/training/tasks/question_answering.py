@@ -44,7 +44,17 @@ class QuestionAnswering(Task):
         """And none to lack."""
 
     def features(self, tokenizer, examples, max_length):
-        tokenizer.enable_truncation(max_length, stride=max_length // 3, strategy="only_second")
+        stride = max_length // 3
+        room = max_length - stride - tokenizer.num_special_tokens_to_add(True)
+        tokenizer.no_truncation()
+        questions = tokenizer.encode_batch([e.text for e in examples], add_special_tokens=False)
+        for example, question in zip(examples, questions, strict=True):
+            if len(question.ids) >= room:
+                raise DataError(
+                    f"the question {example.text[:60]!r} has {len(question.ids)} tokens; with "
+                    f"max_length {max_length}, {room - 1} leave room for a window of its context"
+                )
+        tokenizer.enable_truncation(max_length, stride=stride, strategy="only_second")
         features = []
         for i, whole in enumerate(tokenizer.encode_batch([(e.text, e.pair) for e in examples])):
             for window in (whole, *whole.overflowing):

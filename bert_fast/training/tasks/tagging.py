@@ -13,10 +13,14 @@ from bert_fast.training.tasks.conll import read_conll
 from bert_fast.training.tasks.figures import draw_confusion
 from bert_fast.training.tasks.task import Example, Feature, Task
 
+# Parts of an entity: begin, inside, end, single; BIO, BIOES, BILOU and BMES by the same four.
+SCHEME = {"B": "B", "I": "I", "M": "I", "E": "E", "L": "E", "S": "S", "U": "S"}
+
 
 class Tagging(Task):
     """A tag a word: CoNLL's form, or JSONL with ``words`` and ``tags``. A word's first token
-    carries its tag. Tags B-x and I-x are judged as entities, others a word at a time."""
+    carries its tag. Tags B-x and the like (:data:`SCHEME`) are
+    judged as entities, others a word at a time."""
 
     model = heads.BertForTokenClassification
 
@@ -47,13 +51,20 @@ class Tagging(Task):
 
     def fit(self, examples):
         self.labels = sorted({tag for example in examples for tag in example.label})
+        odd = [t for t in self.labels if t != "O" and not (t[0] in SCHEME and t[1:2] == "-")]
+        if odd and any(tag.startswith("B-") for tag in self.labels):
+            raise DataError(f"the tags have B-x, and {odd[0]!r}: entities are scored by the "
+                            "schemes BIO, BIOES, BILOU and BMES, with O")  # fmt: skip
 
     def features(self, tokenizer, examples, max_length):
-        tokenizer.enable_truncation(max_length)
+        """Long examples go by windows that overlap by a third."""
+        room = max_length - tokenizer.num_special_tokens_to_add(False)
+        tokenizer.enable_truncation(max_length, stride=room // 3)
         encodings = tokenizer.encode_batch([e.text for e in examples], is_pretokenized=True)
         return [
             Feature(e.ids, e.type_ids, self._target(examples[i], e), i, e)
-            for i, e in enumerate(encodings)
+            for i, whole in enumerate(encodings)
+            for e in (whole, *whole.overflowing)
         ]
 
     def check(self, examples):
@@ -77,14 +88,16 @@ class Tagging(Task):
         return [(row[:length],) for row, length in zip(best, lengths, strict=True)]
 
     def predictions(self, examples, features, outputs):
-        """A tag a word: O, or the first of all tags, for words that were cut off."""
-        found = []
+        """A tag a word, from the window in which it is farthest from an edge: O, or the first of
+        all tags, for words that the tokenizer makes nothing of."""
+        nothing = "O" if "O" in self.labels else self.labels[0]
+        found = [[nothing] * len(example.text) for example in examples]
+        farthest = [[-1] * len(example.text) for example in examples]
         for feature, (best,) in zip(features, outputs, strict=True):
-            words = examples[feature.example].text
-            tags = ["O" if "O" in self.labels else self.labels[0]] * len(words)
+            i = feature.example
             for place, word in _first_tokens(feature.encoding):
-                tags[word] = self.labels[best[place]]
-            found.append(tags)
+                if (edge := min(place, len(feature.ids) - place)) > farthest[i][word]:
+                    farthest[i][word], found[i][word] = edge, self.labels[best[place]]
         return found
 
     def judge(self, examples, predictions):
@@ -113,20 +126,24 @@ def _first_tokens(encoding):
     """(place, word) of the first token of each word."""
     previous = None
     for place, word in enumerate(encoding.word_ids):
-        if word is not None and word != previous:
+        # A window may begin inside of a word, whose first token is in the window before.
+        inside = previous is None and encoding.offsets[place][0] > 0
+        if word is not None and word != previous and not inside:
             yield place, word
         previous = word
 
 
 def _entities(tags):
-    """{(begin, end, kind)} of tags B-x, I-x, O; an I-x without its B-x begins one, as in CoNLL's
-    own evaluation."""
-    found, begin, kind = set(), None, None
+    """{(begin, end, kind)} of tags by :data:`SCHEME`; an I-x without its B-x begins one, as in
+    CoNLL's own evaluation and in seqeval's."""
+    found, begin, kind, before = set(), None, None, "O"
     for i, tag in enumerate([*tags, "O"]):
         head, _, name = tag.partition("-")
-        if begin is not None and (head != "I" or name != kind):
+        head = SCHEME.get(head, "O")
+        if begin is not None and (head in "BSO" or name != kind or before in "ES"):
             found.add((begin, i, kind))
             begin = None
-        if head in ("B", "I") and begin is None:
+        if head != "O" and begin is None:
             begin, kind = i, name
+        before = head
     return found
