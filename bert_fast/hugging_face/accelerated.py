@@ -121,7 +121,8 @@ class _Run:
     workspace: object
 
 
-# From _Model to _Encoder. torch.compile cannot trace a ContextVar, and traces in one thread.
+# From _Model to _Encoder. torch.compile cannot trace a ContextVar; what it traces uses the list,
+# and so does what runs beside it after a graph break.
 _packing = contextvars.ContextVar("bert_fast_packing", default=None)
 _traced: list[Packing | None] = [None]
 
@@ -134,14 +135,15 @@ def _hand_over(packing):
 
 
 def _take_back(token):
-    if torch.compiler.is_compiling():
-        _traced[0] = None
-    elif token is not None:
+    _traced[0] = None
+    if token is not None:
         _packing.reset(token)
 
 
 def _handed_over():
-    return _traced[0] if torch.compiler.is_compiling() else _packing.get()
+    if torch.compiler.is_compiling() or _traced[0] is not None:
+        return _traced[0]
+    return _packing.get()
 
 
 class _Accelerated:
@@ -198,7 +200,7 @@ def _forward_model(self, *args, **kwargs):
         "output_attentions", getattr(self.config, "output_attentions", False)
     )}  # fmt: skip
     reason = why_not_this_call(mask, options)
-    if reason is None and not torch.compiler.is_compiling():
+    if reason is None:
         reason = why_not_this_state(self, *self._bert_fast)
     if reason:
         if not torch.compiler.is_compiling():

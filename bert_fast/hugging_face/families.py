@@ -156,8 +156,10 @@ _HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 def _minds_its_own(hook):
-    """torch's sharding gathers parameters in hooks, and looks at no activation."""
-    return str(getattr(hook, "__module__", "")).startswith("torch.distributed")
+    """torch's sharding gathers parameters in hooks, and looks at no activation; transformers keeps
+    hooks that record hidden states, which are unpacked when they are asked for."""
+    module = str(getattr(hook, "__module__", ""))
+    return module.startswith(("torch.distributed", "transformers.utils."))
 
 
 @functools.cache

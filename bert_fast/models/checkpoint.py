@@ -99,6 +99,11 @@ def from_hugging_face(state, model, source):
             f"{source} has no {_listing(fresh)}: newly initialised, to be trained", stacklevel=4
         )
     unexpected = [key for key in state if not NOT_OURS.match(key)]
+    if inside := [key for key in unexpected if INSIDE.search(key)]:
+        raise CheckpointError(
+            f"{source} holds more than this BERT: {_listing(inside)}; without them other numbers "
+            "would come out"
+        )
     if unexpected:
         warnings.warn(f"{source}: unexpected, not loaded: {_listing(unexpected)}", stacklevel=4)
     return ours
@@ -110,9 +115,14 @@ def to_hugging_face(state):
     for name, value in state.items():
         keys = hugging_face_names(name)
         theirs.update(zip(keys, value.chunk(len(keys)), strict=True))
+    head = "cls.predictions"
+    if f"{head}.decoder.weight" in theirs:  # not tied: transformers keeps the bias there, too
+        theirs[f"{head}.decoder.bias"] = theirs[f"{head}.bias"]
     return theirs
 
 
+# Parameters of layers that this model has not.
+INSIDE = re.compile(r"(^|\.)(encoder\.layer|embeddings)\.")
 # What compiling, data parallelism and checkpointing wrap around a module's name.
 WRAPPERS = re.compile(r"^(module\.)+|(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Parts of weights that are no plain numbers: of adapters, of quantised matrices, of
@@ -170,7 +180,8 @@ def check_dtype(dtype):
 
 
 def load(make, name, dtype=None, config_class=None, *, revision=None, cache_dir=None,
-         local_files_only=False, torch_dtype=None, head=None, **changes):  # fmt: skip
+         local_files_only=False, torch_dtype=None, head=None, ignore_mismatched_sizes=False,
+         **changes):  # fmt: skip
     """The model that ``make(config, state)`` returns, with a checkpoint's weights. ``changes``: to
     its config, of ``config_class``, by default BertConfig. ``head``: the name of a classifier's
     module, whose size decides where config.json does not. See
@@ -191,8 +202,9 @@ def load(make, name, dtype=None, config_class=None, *, revision=None, cache_dir=
         raise CheckpointError(str(error)) from error
     state, source = read_weights(directory)
     state = _modern(state, source)
+    config = _with_decoder(config, state, source)
     if head is not None:
-        config = _labelled(config, state, head, changes, source)
+        config = _labelled(config, state, head, changes, source, ignore_mismatched_sizes)
     model = make(config, state)
     weights = from_hugging_face(state, model, source)
     model.load_state_dict({name: _cast(w, dtype) for name, w in weights.items()}, assign=True)
@@ -207,16 +219,35 @@ def _cast(weight, dtype):
     return weight if dtype == "auto" else weight.to(dtype)
 
 
-def _labelled(config, state, head, changes, source):
+def _with_decoder(config, state, source):
+    """The config, and in ``state`` the vocabulary's bias where it is kept. What transformers ties
+    comes in two copies, and where they differ it takes the decoder's, and so do we."""
+    head = "cls.predictions"
+    if (bias := state.pop(f"{head}.decoder.bias", None)) is not None:
+        state[f"{head}.bias"] = bias
+    own, words = state.get(f"{head}.decoder.weight"), state.get("embeddings.word_embeddings.weight")
+    if not getattr(config, "tie_word_embeddings", False) or own is None or words is None:
+        return config
+    if own.shape == words.shape and torch.equal(own, words):
+        return config
+    warnings.warn(
+        f"{source}: config.json ties the decoder's weight to the embeddings, and they differ: they "
+        "are kept apart",
+        stacklevel=5,
+    )
+    return replace(config, tie_word_embeddings=False)
+
+
+def _labelled(config, state, head, changes, source, ignore_mismatched_sizes=False):
     """The config with as many labels as the checkpoint's head has, where it names none; a head of
     another size than what is asked for is left out, to be new."""
     weight = state.get(f"{head}.weight")
-    if weight is None or weight.shape[0] == config.num_labels:
-        return config
-    if "id2label" not in changes and config.id2label is None:
+    if weight is not None and "id2label" not in changes and config.id2label is None:
         id2label = dict(enumerate(config.label_names(weight.shape[0])))
         return replace(config, id2label=id2label, label2id={n: i for i, n in id2label.items()})
-    if "id2label" not in changes:
+    if weight is None or weight.shape[0] == config.num_labels:
+        return config
+    if "id2label" not in changes and not ignore_mismatched_sizes:
         raise CheckpointError(
             f"{source}: the {head} has {weight.shape[0]} labels, config.json names "
             f"{config.num_labels}; num_labels= makes a new one"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,11 @@ from bert_fast.extras import can_draw
 from bert_fast.files import CheckpointError, atomic_path
 from bert_fast.text import read_texts
 from bert_fast.training import tasks
+from bert_fast.training.models import load_model, positions, takes_types
 from bert_fast.training.optim import parameter_groups, warmup_then_linear_decay
 from bert_fast.training.options import add_options, option
+
+TOKENIZER_SETTINGS = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 
 
 @dataclass
@@ -72,10 +76,11 @@ class Tuned:
 
     def __init__(self, task, model, tokenizer, max_length=None):
         self.task, self.model, self.tokenizer = task, model, tokenizer
-        positions = model.config.max_position_embeddings
-        max_length = max_length or min(128, positions)
-        if max_length > positions:
-            raise ValueError(f"max_length is {max_length}; the model has {positions} positions")
+        longest = positions(model)
+        max_length = max_length or min(128, longest)
+        if max_length > longest:
+            raise ValueError(f"max_length is {max_length}; the model has {longest} positions")
+        self.pad, self.takes_types = model.config.pad_token_id or 0, takes_types(model)
         self.max_length = max_length
 
     @classmethod
@@ -87,16 +92,20 @@ class Tuned:
             (architecture,) = values["architectures"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{directory}: config.json names no model: {error!r}") from error
-        for kind in tasks.TASKS.values():
-            problem = values.get("problem_type") or tasks.SINGLE
-            if kind.model.__name__ == architecture and kind.problem_type in (None, problem):
-                break
-        else:
+        kinds = [kind for kind in tasks.TASKS.values() if _does(kind, architecture)]
+        if not kinds:
             raise CheckpointError(f"{directory} holds a {architecture}, which is no task's model")
-        task, model = kind(), kind.model.from_pretrained(directory, torch.float32)
+        model = load_model(kinds[0].model, directory, prepack=torch.device(device).type == "cpu")
+        # A single logit is a score, whatever it was trained for: alone it has no rival.
+        single = "regression" if getattr(model.config, "num_labels", 2) == 1 else tasks.SINGLE
+        problem = values.get("problem_type") or single
+        kinds = [kind for kind in kinds if kind.problem_type in (None, problem)]
+        if not kinds:
+            raise CheckpointError(f"{directory}: problem_type {problem!r} is no task's")
+        task = kinds[0]()
         task.load(directory, model.config)
-        model = model.to(device).eval().prepack()
-        return cls(task, model, _plain(load_tokenizer(directory)), max_length)
+        tokenizer = _plain(load_tokenizer(directory))
+        return cls(task, model.to(device).eval(), tokenizer, max_length)
 
     def features(self, examples):
         return self.task.features(self.tokenizer, examples, self.max_length)
@@ -118,7 +127,7 @@ class Tuned:
     def batch(self, features, labelled=False):
         """The model's arguments. Masks stay on the CPU, where padding is counted at once."""
         seqlen = max(len(feature.ids) for feature in features)
-        ids = torch.zeros(len(features), seqlen, dtype=torch.int64)
+        ids = torch.full((len(features), seqlen), self.pad, dtype=torch.int64)
         types, mask = torch.zeros_like(ids), torch.zeros_like(ids)
         for row, feature in enumerate(features):
             length = len(feature.ids)
@@ -127,11 +136,19 @@ class Tuned:
             mask[row, :length] = 1
         labels = self.task.label_tensors(features, seqlen) if labelled else {}
         device = next(self.model.parameters()).device
-        inputs = {"input_ids": ids, "token_type_ids": types, "attention_mask": mask, **labels}
+        inputs = {"input_ids": ids, "attention_mask": mask, **labels}
+        if self.takes_types:
+            inputs["token_type_ids"] = types
         return {
             name: value if name.endswith("mask") else value.to(device, non_blocking=True)
             for name, value in inputs.items()
         }
+
+
+def _does(kind, architecture):
+    """Whether an architecture of any family is that of a task's model."""
+    head = kind.model.__name__.removeprefix("Bert")
+    return architecture == head or (head.startswith("For") and architecture.endswith(head))
 
 
 def _plain(tokenizer):
@@ -224,6 +241,9 @@ def _save(settings, tuned, figures, test, predictions):
     out = Path(settings.out)
     tuned.model.save_pretrained(out)
     tuned.task.save(out)
+    for name in TOKENIZER_SETTINGS:  # what transformers reads beside tokenizer.json
+        if (given := Path(settings.model) / name).is_file():
+            shutil.copyfile(given, out / name)
     tuned.tokenizer.no_truncation()
     with atomic_path(out / "tokenizer.json") as path:
         tuned.tokenizer.save(str(path))

@@ -75,9 +75,6 @@ def said(call):
     return [str(w.message) for w in caught if "bert_fast leaves" in str(w.message)]
 
 
-# ---- adapters ----
-
-
 def lora(model, **options):
     peft = pytest.importorskip("peft", reason="the package peft is not installed")
     targets = options.pop("target_modules", ["query", "value", "dense"])
@@ -125,9 +122,6 @@ def test_lora_on_a_classifier_and_its_saved_head(attention, prepack):
     with torch.no_grad():
         same(ours(**(inputs := batch()))[0], theirs(**inputs)[0])
     assert attention
-
-
-# ---- other modules in the place of a linear layer ----
 
 
 class Twice(nn.Module):
@@ -238,8 +232,6 @@ def test_modules_of_other_kinds(attention, change):
     assert not attention
 
 
-# ---- hooks ----
-
 PLACES = ["encoder", "encoder.layer.1", "encoder.layer.0.attention.self.query",
           "encoder.layer.0.intermediate.dense", "encoder.layer.1.output.LayerNorm"]  # fmt: skip
 
@@ -290,9 +282,6 @@ def test_sharding_hooks_are_none_of_our_business(attention):
     ours.encoder.layer[0].register_forward_pre_hook(gather)
     ours(**batch())
     assert attention
-
-
-# ---- ways of calling ----
 
 
 def test_tuples(attention):
@@ -399,3 +388,54 @@ def test_other_dtypes_and_saving_afterwards(attention, tmp_path):
     with torch.no_grad():
         same(ours(**inputs)[0], again(**inputs)[0], inputs["attention_mask"])
     assert attention
+
+
+def test_compiled_with_another_module_inside():
+    """What is left to transformers is so in a compiled program, too."""
+    theirs = bert()
+    ours = bert_fast.accelerate(copy.deepcopy(theirs))
+    for model in (theirs, ours):
+        other_norm(model)
+    compiled = torch.compile(ours, backend="eager")
+    inputs = batch()
+    with torch.no_grad():
+        same(compiled(**inputs)[0], theirs(**inputs)[0], inputs["attention_mask"])
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("where", ["embeddings", "encoder", "encoder.layer.1"])
+def test_a_break_of_the_graph(where):
+    """The padding is not attended to, whichever parts are compiled."""
+    theirs = bert()
+    ours = bert_fast.accelerate(copy.deepcopy(theirs))
+    module = ours.get_submodule(where)
+    kind = type(module)
+
+    class Broken(kind):
+        def forward(self, *args, **kwargs):
+            torch._dynamo.graph_break()
+            return super().forward(*args, **kwargs)
+
+    module.__class__ = Broken
+    compiled = torch.compile(ours, backend="eager")
+    for lengths in ((11, 4, 7), (9, 3)):
+        inputs = batch(lengths)
+        with torch.no_grad():
+            same(compiled(**inputs)[0], theirs(**inputs)[0], inputs["attention_mask"])
+            same(ours(**inputs)[0], theirs(**inputs)[0], inputs["attention_mask"])
+    torch._dynamo.reset()
+
+
+def test_a_part_that_is_not_compiled():
+    theirs = bert()
+    ours = bert_fast.accelerate(copy.deepcopy(theirs))
+    encoder = ours.encoder
+    encoder.__class__ = type(
+        "Plain", (type(encoder),), {"forward": torch._dynamo.disable(type(encoder).forward)}
+    )
+    compiled = torch.compile(ours, backend="eager")
+    inputs = batch()
+    with torch.no_grad():
+        same(compiled(**inputs)[0], theirs(**inputs)[0], inputs["attention_mask"])
+        same(ours(**inputs)[0], theirs(**inputs)[0], inputs["attention_mask"])
+    torch._dynamo.reset()

@@ -1,6 +1,8 @@
 """Checkpoints: what Hugging Face wrote and reads, legacy names, and everything that is broken."""
 
+import copy
 import json
+import warnings
 
 import pytest
 import torch
@@ -161,3 +163,201 @@ def test_failed_save_leaves_the_old_file(tmp_path, theirs, monkeypatch):
         ours.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before
     assert not list(tmp_path.glob(".model*"))
+
+
+def rename(directory, change):
+    """The checkpoint with its weights changed by ``change(state dict)``, which is returned."""
+    path = directory / "model.safetensors"
+    save_file({k: v.clone() for k, v in change(load_file(path)).items()}, path)
+
+
+WRAPPED = {
+    "compiled": lambda key: f"_orig_mod.{key}",
+    "parallel": lambda key: f"module.{key}",
+    "both": lambda key: f"module._orig_mod.{key}",
+    "other way round": lambda key: f"_orig_mod.module.{key}",
+    "layers compiled": lambda key: key.replace(".layer.0.", ".layer.0._orig_mod."),
+    "sharded": lambda key: "_fsdp_wrapped_module."
+    + key.replace(".layer.1.", ".layer.1._fsdp_wrapped_module."),
+    "checkpointed": lambda key: key.replace(".layer.1.", ".layer.1._checkpoint_wrapped_module."),
+    "a head's": lambda key: f"bert.{key}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", WRAPPED)
+def test_what_wrapping_leaves_in_the_keys(tmp_path, theirs, how):
+    theirs.save_pretrained(tmp_path)
+    wanted = bert_fast.BertModel.from_pretrained(tmp_path).state_dict()
+    rename(tmp_path, lambda state: {WRAPPED[how](k): v for k, v in state.items()})
+    found = bert_fast.BertModel.from_pretrained(tmp_path).state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def test_keys_that_two_names_share(tmp_path, theirs):
+    theirs.save_pretrained(tmp_path)
+    key = "embeddings.LayerNorm.weight"
+    rename(tmp_path, lambda state: {**state, f"module.{key}": state[key] + 1})
+    with pytest.raises(CheckpointError, match=f"holds {key} twice"):
+        bert_fast.BertModel.from_pretrained(tmp_path)
+
+
+def test_an_adapter_among_the_weights(tmp_path, theirs):
+    peft = pytest.importorskip("peft", reason="the package peft is not installed")
+    config = peft.LoraConfig(r=2, target_modules=["query"])
+    adapted = peft.get_peft_model(copy.deepcopy(theirs), config)
+    theirs.save_pretrained(tmp_path / "whole")
+    (tmp_path / "whole" / "model.safetensors").unlink()
+    torch.save(adapted.state_dict(), tmp_path / "whole" / "pytorch_model.bin")
+    adapted.save_pretrained(tmp_path / "alone")
+    for name in ("whole", "alone"):
+        with pytest.raises(CheckpointError, match=r"merge_and_unload\(\)"):
+            bert_fast.BertModel.from_pretrained(tmp_path / name)
+
+
+def test_weights_that_are_no_plain_numbers(tmp_path, theirs):
+    theirs.save_pretrained(tmp_path)
+    key = "encoder.layer.0.output.dense.weight"
+    for change in (
+        lambda state: {**state, f"{key}.absmax": torch.ones(3)},
+        lambda state: {**state, key: state[key].to(torch.int8)},
+        lambda state: {**state, key.replace("weight", "weight_scale"): torch.ones(1)},
+        lambda state: {**state, f"{key[:-6]}parametrizations.weight.original0": torch.ones(1)},
+    ):  # fmt: skip
+        theirs.save_pretrained(tmp_path)
+        rename(tmp_path, change)
+        with pytest.raises(CheckpointError, match=r"quantised or parametrised|hold torch.int8"):
+            bert_fast.BertModel.from_pretrained(tmp_path)
+
+
+def test_shards_of_pytorchs_own_format(tmp_path, theirs):
+    theirs.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    names, parts = {}, sorted(state)
+    for number, keys in enumerate((parts[::2], parts[1::2])):
+        names |= dict.fromkeys(keys, f"pytorch_model-{number}.bin")
+        torch.save({key: state[key] for key in keys}, tmp_path / f"pytorch_model-{number}.bin")
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
+    found = bert_fast.BertModel.from_pretrained(tmp_path)
+    assert torch.equal(found.embeddings.word.weight, state["embeddings.word_embeddings.weight"])
+    (tmp_path / "pytorch_model-1.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"pytorch_model-1\.bin is missing"):
+        bert_fast.BertModel.from_pretrained(tmp_path)
+
+
+def test_names_from_the_hub(tmp_path, theirs, monkeypatch):
+    """Out of huggingface_hub's cache, laid out as it lays it; nothing is fetched."""
+    commit, other = "a" * 40, "b" * 40
+    repository = tmp_path / "models--org--name"
+    for revision in (commit, other):
+        theirs.save_pretrained(repository / "snapshots" / revision)
+        with torch.no_grad():
+            theirs.embeddings.word_embeddings.weight.add_(1.0)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    (repository / "refs" / "v2").write_text(other)
+    options = {"cache_dir": tmp_path, "local_files_only": True}
+    for revision, place in ((None, commit), ("v2", other), (other, other)):
+        found = bert_fast.BertModel.from_pretrained("org/name", revision=revision, **options)
+        wanted = bert_fast.BertModel.from_pretrained(repository / "snapshots" / place)
+        assert torch.equal(found.embeddings.word.weight, wanted.embeddings.word.weight)
+    classifier = bert_fast.BertForSequenceClassification
+    with pytest.warns(UserWarning, match="newly initialised"):
+        assert (
+            classifier.from_pretrained("org/name", num_labels=3, **options).config.num_labels == 3
+        )
+    for name, message in (
+        ("org/other", "no repository of that name in the Hugging Face cache"),
+        ("a/b/c", "is no directory, nor a repository's name"),
+        (tmp_path / "none", "is no directory, nor a repository's name"),
+        ("org/na me", "is no directory, nor a repository's name"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            bert_fast.BertModel.from_pretrained(name, **options)
+
+
+def test_an_untied_decoder(tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
+    ids = torch.randint(1, 50, (2, 9))
+    for tied in (False, True):
+        config = transformers.BertConfig(**sizes, tie_word_embeddings=tied)
+        for kind in ("BertForMaskedLM", "BertForPreTraining"):
+            theirs = getattr(transformers, kind)(config).eval()
+            with torch.no_grad():
+                theirs.cls.predictions.decoder.weight.mul_(3.0)
+                theirs.cls.predictions.bias.normal_()
+            theirs.save_pretrained(tmp_path)
+            ours = getattr(bert_fast, kind).from_pretrained(tmp_path)
+            with torch.no_grad():
+                wanted, found = theirs(ids), ours(ids)
+            torch.testing.assert_close(
+                found[1] if kind == "BertForMaskedLM" else found.prediction_logits,
+                wanted[0], rtol=0, atol=2e-5,
+            )  # fmt: skip
+            ours.save_pretrained(tmp_path / "again")
+            again = getattr(transformers, kind).from_pretrained(tmp_path / "again").eval()
+            with torch.no_grad():
+                torch.testing.assert_close(again(ids)[0], wanted[0], rtol=0, atol=1e-6)
+
+
+def test_a_decoder_that_differs_from_what_it_is_tied_to(tmp_path):
+    """transformers takes the decoder's own, with a warning."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**sizes))
+    ids, head = torch.randint(1, 50, (2, 9)), "cls.predictions.decoder"
+    for name, shape in ((f"{head}.weight", (50, 32)), (f"{head}.bias", (50,))):
+        model.save_pretrained(tmp_path)
+        rename(tmp_path, lambda state, n=name, s=shape: {**state, n: torch.randn(s)})
+        theirs = transformers.BertForMaskedLM.from_pretrained(tmp_path).eval()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            ours = bert_fast.BertForMaskedLM.from_pretrained(tmp_path)
+        assert len(said) == name.endswith("weight")
+        with torch.no_grad():
+            torch.testing.assert_close(ours(ids)[1], theirs(ids)[0], rtol=0, atol=2e-5)
+
+
+def test_layers_that_this_model_has_not(tmp_path, theirs):
+    for key in ("encoder.layer.0.adapters.down.weight", "encoder.layer.7.output.dense.weight"):
+        theirs.save_pretrained(tmp_path)
+        rename(tmp_path, lambda state, k=key: {**state, k: torch.ones(2)})
+        with pytest.raises(CheckpointError, match=f"holds more than this BERT: {key}"):
+            bert_fast.BertModel.from_pretrained(tmp_path)
+
+
+def test_labels_of_every_kind(tmp_path):
+    """In another order, missing, or of another number than the head."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
+    config = transformers.BertConfig(**sizes, num_labels=11)
+    theirs = transformers.BertForSequenceClassification(config).eval()
+    theirs.save_pretrained(tmp_path)
+    path, ours = tmp_path / "config.json", bert_fast.BertForSequenceClassification
+    values = json.loads(path.read_text())
+    names = {str(i): f"name {i}" for i in range(11)}
+
+    def load(**change):
+        whole = {k: v for k, v in values.items() if k not in ("id2label", "label2id")} | change
+        path.write_text(json.dumps(whole))
+        return ours.from_pretrained(tmp_path)
+
+    mixed = dict(sorted(names.items()))  # "10" comes before "2"
+    assert list(load(id2label=mixed).config.id2label.items()) == [
+        (i, f"name {i}") for i in range(11)
+    ]
+    assert load(label2id={v: int(k) for k, v in names.items()}).config.id2label[10] == "name 10"
+    assert load().config.id2label == {i: f"LABEL_{i}" for i in range(11)}
+    assert load(num_labels=11).config.num_labels == 11
+    with pytest.raises(CheckpointError, match=r"has 11 labels, config\.json names 2; num_labels="):
+        load(id2label={"0": "a", "1": "b"})
+    with pytest.raises(CheckpointError, match="id2label must name 0 to 1"):
+        load(id2label={"0": "a", "2": "b"})
+    load(id2label=names)
+    with pytest.warns(UserWarning, match="has 11 labels, not the 2 asked for"):
+        load_two = ours.from_pretrained(tmp_path, num_labels=2, ignore_mismatched_sizes=True)
+    assert load_two.config.num_labels == 2
+    with pytest.warns(UserWarning, match="has 11 labels, not the 4 asked for"):
+        model = ours.from_pretrained(tmp_path, num_labels=4)
+    assert model.classifier.weight.shape[0] == model.config.num_labels == 4
+    with pytest.raises(ValueError, match="num_labels is 3; id2label names 2"):
+        ours.from_pretrained(tmp_path, num_labels=3, id2label={0: "a", 1: "b"})

@@ -1,5 +1,6 @@
 """What every task has in common: its examples, its features, and the steps from rows to figures."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 
 from bert_fast.models import heads
 from bert_fast.text import DataError, read_rows, text_of
+from bert_fast.training.models import load_model
 from bert_fast.training.tasks.figures import accuracy_and_f1, draw_confusion
 
 SINGLE = "single_label_classification"
@@ -80,7 +82,7 @@ class Task:
         changes = {"problem_type": self.problem_type}
         if self.labels is not None:
             changes["id2label"] = dict(enumerate(map(str, self.labels)))
-        return self.model.from_pretrained(directory, torch.float32, **changes)
+        return load_model(self.model, Path(directory), **changes)
 
     def save(self, directory):
         """What belongs to a fine-tuned model beside its weights and its tokenizer."""
@@ -88,7 +90,7 @@ class Task:
     def load(self, directory, config):
         """Takes that back, and the model's config."""
         if config.id2label is not None:
-            self.labels = list(config.id2label.values())
+            self.labels = [config.id2label[i] for i in sorted(config.id2label)]
 
     def tokens(self, feature):
         """How many a feature adds to a batch."""

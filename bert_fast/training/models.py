@@ -1,0 +1,60 @@
+"""The model that a task trains and predicts with: ours of a BERT, transformers' of another family
+under :func:`bert_fast.accelerate`."""
+
+import inspect
+
+import torch
+
+from bert_fast.extras import require
+from bert_fast.files import CheckpointError
+from bert_fast.hugging_face import accelerate
+from bert_fast.models.config import read_json
+
+
+def load_model(kind, directory, prepack=False, **changes):
+    """``kind``: a class of bert_fast.models.heads, whose counterpart other families get.
+    ``changes``: to the config. Computed in float32.
+
+    Raises:
+        CheckpointError: naming the file, and what is wrong or not supported.
+    """
+    try:
+        model_type = read_json(directory / "config.json").get("model_type", "bert")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{directory}: config.json cannot be read: {error}") from error
+    if model_type in ("bert", "encoder-decoder"):
+        model = kind.from_pretrained(directory, torch.float32, **changes)
+        return model.prepack() if prepack else model
+    require("transformers", f"a model of the kind {model_type!r}")
+    import transformers
+
+    if "id2label" in changes:
+        changes["label2id"] = {name: i for i, name in changes["id2label"].items()}
+        changes["num_labels"] = len(changes["id2label"])
+    changes = {name: value for name, value in changes.items() if value is not None}
+    auto = getattr(transformers, "AutoModel" + kind.__name__.removeprefix("Bert"), None)
+    if auto is None:
+        raise CheckpointError(f"{directory}: {model_type!r} cannot be had for this task")
+    try:
+        model = auto.from_pretrained(
+            directory, dtype=torch.float32, ignore_mismatched_sizes="id2label" in changes, **changes
+        )
+        return accelerate(model.eval(), prepack=prepack)
+    except (ValueError, OSError, KeyError) as error:
+        raise CheckpointError(f"{directory}: {error}") from error
+
+
+def positions(model):
+    """The longest input, in tokens."""
+    longest, pad = model.config.max_position_embeddings, model.config.pad_token_id
+    embeddings = getattr(getattr(model, "base_model", None), "embeddings", None)
+    # RoBERTa's first position is the one after the padding's.
+    counts_from_pad = getattr(embeddings, "padding_idx", None) == pad and pad is not None
+    return longest - (pad + 1 if counts_from_pad else 0)
+
+
+def takes_types(model):
+    """Whether a model has more than one type of token."""
+    known = inspect.signature(model.forward).parameters
+    ours = "token_type_ids" in known or "args" in known
+    return ours and getattr(model.config, "type_vocab_size", 2) > 1
