@@ -1,7 +1,8 @@
 """BERT's task heads, with Hugging Face's names, outputs, losses and checkpoints.
 
 Every ``forward`` takes what :class:`bert_fast.BertModel` takes, and labels; labels of -100 count
-for nothing. Results are named tuples with Hugging Face's fields.
+for nothing. ``num_items_in_batch``, which transformers' Trainer gives, is what a loss is divided by
+in the place of its own number of labels. Results are named tuples with Hugging Face's fields.
 """
 
 from __future__ import annotations
@@ -24,6 +25,13 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+def _without_none(self, key):
+    """A slice leaves out what is None, as those of transformers' outputs do: its Trainer takes
+    ``outputs[1:]`` for tensors."""
+    item = tuple.__getitem__(self, key)
+    return tuple(i for i in item if i is not None) if isinstance(key, slice) else item
+
+
 @exportable
 class Prediction(NamedTuple):
     """loss: None without labels. logits: of a masked language model None *with* labels."""
@@ -31,6 +39,9 @@ class Prediction(NamedTuple):
     loss: Tensor | None
     logits: Tensor | None
     hidden_states: tuple[Tensor, ...] | None = None
+
+    def __getitem__(self, key):
+        return _without_none(self, key)
 
 
 @exportable
@@ -46,6 +57,9 @@ class PreTrainingPrediction(NamedTuple):
     next_sentence_loss: Tensor | None = None
     masked_lm_correct: Tensor | None = None
 
+    def __getitem__(self, key):
+        return _without_none(self, key)
+
 
 @exportable
 class SpanPrediction(NamedTuple):
@@ -53,6 +67,17 @@ class SpanPrediction(NamedTuple):
     start_logits: Tensor
     end_logits: Tensor
     hidden_states: tuple[Tensor, ...] | None = None
+
+    def __getitem__(self, key):
+        return _without_none(self, key)
+
+
+def _share(loss, labels, num_items_in_batch):
+    """A mean over labels as a sum over the ``num_items_in_batch`` labels of several batches, whose
+    gradients transformers' Trainer adds up."""
+    if num_items_in_batch is None or loss is None:
+        return loss
+    return loss * (labels != IGNORED).sum() / num_items_in_batch
 
 
 class _BertWithHead(nn.Module):
@@ -180,12 +205,14 @@ class BertForPreTraining(_BertWithHead):
         self._init_head()
 
     def forward(
-        self, *args: Any, labels: Tensor | None = None,
-        next_sentence_label: Tensor | None = None, **kwargs: Any,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, *,
+        labels: Tensor | None = None, next_sentence_label: Tensor | None = None,
+        num_items_in_batch: Any = None, **kwargs: Any,
     ) -> PreTrainingPrediction:  # fmt: skip
         """labels: like input_ids, -100 but at masked tokens; next_sentence_label: (batch,), 0 where
         the second sentence follows the first. Word logits are computed without labels alone."""
-        out = self.bert(*args, **kwargs)
+        out = self.bert(input_ids, attention_mask, token_type_ids, position_ids, **kwargs)
         words = self.cls.predictions.weight(self.bert.embeddings)
         sentences = self.cls.seq_relationship(out.pooler_output)
         logits = masked = following = correct = None
@@ -193,6 +220,7 @@ class BertForPreTraining(_BertWithHead):
             logits = self.cls.predictions(out.last_hidden_state, words)
         else:
             masked, correct = self.cls.predictions.loss(out.last_hidden_state, words, labels)
+            masked = _share(masked, labels, num_items_in_batch)
         if next_sentence_label is not None:
             following = F.cross_entropy(sentences.float(), next_sentence_label.view(-1))
         losses = [loss for loss in (masked, following) if loss is not None]
@@ -211,15 +239,20 @@ class BertForMaskedLM(_BertWithHead):
         self.cls = PreTrainingHeads(config, sentences=False)
         self._init_head()
 
-    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Prediction:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, *,
+        labels: Tensor | None = None, num_items_in_batch: Any = None, **kwargs: Any,
+    ) -> Prediction:  # fmt: skip
         """labels: like input_ids, -100 but at masked tokens. Logits are computed without labels
         alone."""
-        out = self.bert(*args, **kwargs)
+        out = self.bert(input_ids, attention_mask, token_type_ids, position_ids, **kwargs)
         words = self.cls.predictions.weight(self.bert.embeddings)
         if labels is None:
             logits = self.cls.predictions(out.last_hidden_state, words)
             return Prediction(None, logits, out.hidden_states)
         loss, _ = self.cls.predictions.loss(out.last_hidden_state, words, labels)
+        loss = _share(loss, labels, num_items_in_batch)
         return Prediction(loss, None, out.hidden_states)
 
 
@@ -229,11 +262,16 @@ class BertForNextSentencePrediction(_BertWithHead):
         self.cls = PreTrainingHeads(config, words=False)
         self._init_head()
 
-    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Prediction:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, *,
+        labels: Tensor | None = None, num_items_in_batch: Any = None, **kwargs: Any,
+    ) -> Prediction:  # fmt: skip
         """labels: (batch,), 0 where the second sentence follows the first, else 1."""
-        out = self.bert(*args, **kwargs)
+        out = self.bert(input_ids, attention_mask, token_type_ids, position_ids, **kwargs)
         logits = self.cls.seq_relationship(out.pooler_output)
         loss = None if labels is None else F.cross_entropy(logits, labels.view(-1))
+        loss = _share(loss, labels, num_items_in_batch)
         return Prediction(loss, logits, out.hidden_states)
 
 
@@ -248,13 +286,18 @@ class BertForSequenceClassification(_BertWithHead):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self._init_head()
 
-    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Prediction:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, *,
+        labels: Tensor | None = None, num_items_in_batch: Any = None, **kwargs: Any,
+    ) -> Prediction:  # fmt: skip
         """labels: (batch,) integers; or (batch, num_labels) of zeros and ones, floating; or
         (batch,) numbers where there is a single label. ``config.problem_type`` says which, else
         the labels do."""
-        out = self.bert(*args, **kwargs)
+        out = self.bert(input_ids, attention_mask, token_type_ids, position_ids, **kwargs)
         logits = self.classifier(self.dropout(out.pooler_output))
         loss = None if labels is None else self._loss(logits, labels)
+        loss = _share(loss, labels, num_items_in_batch)
         return Prediction(loss, logits, out.hidden_states)
 
     def _loss(self, logits, labels):
@@ -283,13 +326,18 @@ class BertForTokenClassification(_BertWithHead):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self._init_head()
 
-    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Prediction:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, *,
+        labels: Tensor | None = None, num_items_in_batch: Any = None, **kwargs: Any,
+    ) -> Prediction:  # fmt: skip
         """labels: like input_ids."""
-        out = self.bert(*args, **kwargs)
+        out = self.bert(input_ids, attention_mask, token_type_ids, position_ids, **kwargs)
         logits = self.classifier(self.dropout(out.last_hidden_state))
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), labels.view(-1))
+        loss = _share(loss, labels, num_items_in_batch)
         return Prediction(loss, logits, out.hidden_states)
 
 
@@ -305,13 +353,15 @@ class BertForQuestionAnswering(_BertWithHead):
         self._init_head()
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, *args: Any,
-        start_positions: Tensor | None = None, end_positions: Tensor | None = None, **kwargs: Any,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, *,
+        start_positions: Tensor | None = None, end_positions: Tensor | None = None,
+        num_items_in_batch: Any = None, **kwargs: Any,
     ) -> SpanPrediction:  # fmt: skip
         """start_positions, end_positions: (batch,); those past the end are ignored."""
         if kwargs.get("cu_seqlens") is not None:
             raise ValueError("cu_seqlens: question answering takes (batch, seqlen) input alone")
-        out = self.bert(input_ids, attention_mask, *args, **kwargs)
+        out = self.bert(input_ids, attention_mask, token_type_ids, position_ids, **kwargs)
         logits = self.qa_outputs(out.last_hidden_state)
         if attention_mask is not None:
             lowest = torch.finfo(logits.dtype).min
@@ -325,6 +375,7 @@ class BertForQuestionAnswering(_BertWithHead):
                 F.cross_entropy(scores, place, ignore_index=length) / 2
                 for scores, place in zip((start, end), positions, strict=True)
             )
+            loss = _share(loss, start_positions, num_items_in_batch)
         return SpanPrediction(loss, start, end, out.hidden_states)
 
 
@@ -340,7 +391,7 @@ class BertForMultipleChoice(_BertWithHead):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, *,
-        labels: Tensor | None = None, **kwargs: Any,
+        labels: Tensor | None = None, num_items_in_batch: Any = None, **kwargs: Any,
     ) -> Prediction:  # fmt: skip
         """labels: (batch,), the right choice."""
         if input_ids.ndim != 3:
@@ -354,4 +405,5 @@ class BertForMultipleChoice(_BertWithHead):
         out = self.bert(*flat, **kwargs)
         logits = self.classifier(self.dropout(out.pooler_output)).view(input_ids.shape[:2])
         loss = None if labels is None else F.cross_entropy(logits, labels)
+        loss = _share(loss, labels, num_items_in_batch)
         return Prediction(loss, logits, out.hidden_states)
