@@ -34,6 +34,7 @@ class Support:
     device: str
     dtypes: tuple = LOW_PRECISION
     backward: bool = True
+    position_bias: bool = False  # attention's argument
     largest: float = float("inf")  # head_dim of attention, the last dimension of others
     largest_before_80: float = float("inf")  # on chips of compute capability 7.5
 
@@ -138,7 +139,7 @@ def why_unavailable(name: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def why_not(name, op, device, dtype, needs_grad, size=0):
+def why_not(name, op, device, dtype, needs_grad, size=0, position_bias=False):
     """Why the backend cannot run this call, or None where it can."""
     if name == "eager":
         return None
@@ -155,6 +156,8 @@ def why_not(name, op, device, dtype, needs_grad, size=0):
         return f"its {op} takes {known}, not {str(dtype).removeprefix('torch.')}"
     if needs_grad and not support.backward:
         return f"its {op} has no backward yet"
+    if position_bias and not support.position_bias:
+        return f"its {op} has no position_bias yet"
     largest = support.largest
     if size > support.largest_before_80 and _capability(device) < (8, 0):
         largest = support.largest_before_80
@@ -170,10 +173,11 @@ def check_name(name, source):
     return name
 
 
-def choose(op, device, dtype, needs_grad, backend=None, size=0):
+def choose(op, device, dtype, needs_grad, backend=None, size=0, position_bias=False):
     """The backend's name for one call. An argument beats :func:`use_backend`, which beats the
     environment's BERT_FAST_BACKEND, which beats the table ``AUTO``. ``size`` is attention's
-    head_dim, layer_norm's last dimension. Of an op in ``COMPOSED``, "eager" means: call the others.
+    head_dim, layer_norm's last dimension; ``position_bias``, whether attention has one. Of an op in
+    ``COMPOSED``, "eager" means: call the others.
 
     Raises:
         BackendUnavailableError: a backend was asked for by name and cannot run this call.
@@ -187,7 +191,9 @@ def choose(op, device, dtype, needs_grad, backend=None, size=0):
     if name != "auto":
         if op in COMPOSED and op not in SUPPORT.get(name, ()):
             return "eager"
-        if (reason := why_not(name, op, device, dtype, needs_grad, size)) is not None:
+        if (
+            reason := why_not(name, op, device, dtype, needs_grad, size, position_bias)
+        ) is not None:
             raise BackendUnavailableError(f"backend {name!r} cannot run {op} here: {reason}")
         return name
     if op in ONLY_WHERE_MEASURED and _capability(device) not in ONLY_WHERE_MEASURED[op]:
@@ -196,7 +202,7 @@ def choose(op, device, dtype, needs_grad, backend=None, size=0):
     if _capability(device) < (8, 0):
         order = ("cuda", "triton", "eager")
     for name in order:
-        if why_not(name, op, device, dtype, needs_grad, size) is None:
+        if why_not(name, op, device, dtype, needs_grad, size, position_bias) is None:
             return name
     return "eager"
 

@@ -40,13 +40,14 @@ def attention(
     softmax_scale: float | None = None, causal: bool = False, dropout_p: float = 0.0,
     seed: int | Tensor | None = None, padded_tail: bool = False, return_lse: Literal[False] = False,
     backend: BackendName | None = None, out: Tensor | None = None,
+    position_bias: Tensor | None = None,
 ) -> Tensor: ...  # fmt: skip
 def attention(
     q, k, v, cu_seqlens, cu_seqlens_k=None, *, max_seqlen=None, max_seqlen_k=None, bias=None,
     softmax_scale=None, causal=False, dropout_p=0.0, seed=None, padded_tail=False,
-    return_lse=False, backend=None, out=None,
+    return_lse=False, backend=None, out=None, position_bias=None,
 ):  # fmt: skip
-    """softmax(Q Kᵀ · softmax_scale) V over packed sequences (Vaswani et al. 2017, eq. 1).
+    """softmax(Q Kᵀ · softmax_scale + position_bias) V over packed sequences (Vaswani et al. 2017).
 
     Args:
         q: (total_tokens, num_heads, head_dim), the tokens of all sequences one after another.
@@ -68,6 +69,10 @@ def attention(
             without gradient.
         backend: "auto", "eager", "cpu", "triton" or "cuda"; see :mod:`bert_fast.backends`.
         out: written and returned; inference alone.
+        position_bias: (num_heads, at least max_seqlen, at least max_seqlen_k), any float dtype:
+            entry (h, i, j) is added to head h's score, after the scale, of every sequence's query i
+            and key j. What lies past max_seqlen is ignored, with zero gradient; -inf hides a key.
+            Backend "eager" alone has it; "auto" goes there, the others say that they cannot.
 
     Returns:
         (total_tokens, num_heads, head_dim); with ``return_lse`` the pair (out, lse). A row that
@@ -77,7 +82,7 @@ def attention(
         TypeError, ValueError: naming the argument that does not fit.
         BackendUnavailableError: the backend asked for cannot run this.
     """
-    check_tensors(("q", q), k=k, v=v, bias=bias)
+    check_tensors(("q", q), k=k, v=v, bias=bias, position_bias=position_bias)
     q, k, v = autocast(q, k, v)
     check_same_dtype(("q", q), k=k, v=v)
     check(q.ndim == 3, lambda: f"q must be (total_tokens, num_heads, head_dim), not {shape_of(q)}")
@@ -98,7 +103,7 @@ def attention(
     return _run_attention(
         (q, k, v), (q, k, v), reference.attention, "attention", cu_seqlens, cu_seqlens_k,
         max_seqlen, max_seqlen_k, bias, softmax_scale, causal, dropout_p, seed, padded_tail,
-        return_lse, backend, out,
+        return_lse, backend, out, position_bias,
     )  # fmt: skip
 
 
@@ -112,14 +117,16 @@ def attention_qkv(
     softmax_scale: float | None = None, causal: bool = False, dropout_p: float = 0.0,
     seed: int | Tensor | None = None, padded_tail: bool = False, return_lse: Literal[False] = False,
     backend: BackendName | None = None, out: Tensor | None = None,
+    position_bias: Tensor | None = None,
 ) -> Tensor: ...  # fmt: skip
 def attention_qkv(
     qkv, cu_seqlens, *, max_seqlen=None, bias=None, softmax_scale=None, causal=False,
     dropout_p=0.0, seed=None, padded_tail=False, return_lse=False, backend=None, out=None,
+    position_bias=None,
 ):  # fmt: skip
     """:func:`attention` of one fused projection, (total_tokens, 3, num_heads, head_dim), read by
     strides and never copied; its gradient is one tensor of the same shape."""
-    check_tensors(("qkv", qkv), bias=bias)
+    check_tensors(("qkv", qkv), bias=bias, position_bias=position_bias)
     (qkv,) = autocast(qkv)
     check(
         qkv.ndim == 4 and qkv.shape[1] == 3,
@@ -132,13 +139,13 @@ def attention_qkv(
     return _run_attention(
         (qkv,), qkv.unbind(1), eager, "attention_qkv", cu_seqlens, cu_seqlens, max_seqlen,
         max_seqlen, bias, softmax_scale, causal, dropout_p, seed, padded_tail, return_lse,
-        backend, out,
+        backend, out, position_bias,
     )  # fmt: skip
 
 
 def _run_attention(
     tensors, qkv, eager, op, cu_q, cu_k, max_q, max_k, bias, softmax_scale, causal, dropout_p,
-    seed, padded_tail, return_lse, backend, out,
+    seed, padded_tail, return_lse, backend, out, position_bias,
 ):  # fmt: skip
     q, k, v = qkv
     _, num_heads, head_dim = q.shape
@@ -160,15 +167,31 @@ def _run_attention(
     seed = check_dropout(dropout_p, seed, q.device)
     scale = 1.0 / math.sqrt(head_dim) if softmax_scale is None else float(softmax_scale)
     check(math.isfinite(scale), f"softmax_scale must be finite, not {softmax_scale}")
-    needs_grad = needs_grad_of(*tensors, bias)
-    name = backends.choose("attention", q.device.type, q.dtype, needs_grad, backend, head_dim)
+    if position_bias is not None:
+        check(
+            position_bias.ndim == 3
+            and position_bias.shape[0] == num_heads
+            and position_bias.shape[1] >= max_q
+            and position_bias.shape[2] >= max_k,
+            lambda: (
+                f"position_bias must be ({num_heads}, at least {max_q}, at least {max_k}), "
+                f"not {shape_of(position_bias)}"
+            ),
+        )
+    needs_grad = needs_grad_of(*tensors, bias, position_bias)
+    name = backends.choose(
+        "attention", q.device.type, q.dtype, needs_grad, backend, head_dim,
+        position_bias=position_bias is not None,
+    )  # fmt: skip
     if out is not None:
         check_out(out, q, needs_grad)
     options = (cu_q, cu_k, max_q, max_k, bias, scale, causal, dropout_p, seed)
     if name == "eager":
         if bias is not None:
             bias = bias.to(q.dtype)
-        result, lse = eager(*tensors, *options[:4], bias, *options[5:])
+        if position_bias is not None:
+            position_bias = position_bias.to(q.dtype)
+        result, lse = eager(*tensors, *options[:4], bias, *options[5:], position_bias)
         if out is not None:
             result = out.copy_(result)
     elif out is not None:

@@ -59,9 +59,10 @@ def _pad(packed, cu_seqlens, max_seqlen):
 
 def attention(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-    bias=None, softmax_scale=None, causal=False, dropout_p=0.0, seed=None,
+    bias=None, softmax_scale=None, causal=False, dropout_p=0.0, seed=None, position_bias=None,
 ):  # fmt: skip
-    """softmax(Q K^T * softmax_scale) V for each sequence and head (Vaswani et al. 2017, eq. 1).
+    """softmax(Q K^T * softmax_scale + position_bias) V for each sequence and head (Vaswani et al.
+    2017, eq. 1; the bias as in Raffel et al. 2020, section 2.1).
 
     Shapes as in :func:`bert_fast.attention`. Returns ``out`` (total_q, num_heads, head_dim) and
     ``lse`` (num_heads, total_q), the log-sum-exp of each row's scaled scores. A row that sees no
@@ -73,6 +74,8 @@ def attention(
         q, k, v = q + bias[0], k + bias[1], v + bias[2]
     if 0 in (total_q, k.shape[0], batch):
         empty = (q.sum() + k.sum() + v.sum()) * 0  # zeros, and still part of the graph
+        if position_bias is not None:
+            empty = empty + position_bias[:0].sum()
         return q * 0 + empty, q.new_full((num_heads, total_q), -math.inf)
     q, _ = _pad(q, cu_seqlens_q, max_seqlen_q)
     k, real_k = _pad(k, cu_seqlens_k, max_seqlen_k)
@@ -80,6 +83,10 @@ def attention(
 
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
     hidden = ~real_k[:, None, None, :]
+    if position_bias is not None:
+        position_bias = position_bias[:, :max_seqlen_q, :max_seqlen_k]
+        scores = scores + position_bias
+        hidden = hidden | (position_bias == -math.inf)  # whose gradient is zero, not NaN
     row = torch.arange(max_seqlen_q, device=q.device)[:, None]
     col = torch.arange(max_seqlen_k, device=q.device)
     if causal:  # aligned to the bottom right: the last query sees the last key

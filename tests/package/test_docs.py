@@ -50,7 +50,9 @@ def models(tmp_path, monkeypatch):
     for name, kind in (
         ("bert-base-uncased", transformers.BertModel),
         ("my-model", transformers.BertForSequenceClassification),
+        ("my-cross-encoder", transformers.BertForSequenceClassification),
     ):
+        config.num_labels = 1 if name == "my-cross-encoder" else 2
         kind(config).save_pretrained(name)
         for file in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(Path(minilm) / file, name)
