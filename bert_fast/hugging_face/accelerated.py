@@ -82,7 +82,7 @@ def accelerate(model: Model, *, prepack: bool = False) -> Model:
             _change_class(layer, _Layer)
             layer._bert_fast = _LayerSettings(base.config, family)
         _change_class(encoder, _Encoder)
-        encoder._bert_fast = family.output, Workspace()
+        encoder._bert_fast = family.output, Workspace(), family.position_bias
         _change_class(base, _Model)
         base._bert_fast = family, classes  # type: ignore[assignment]
     if prepack:
@@ -119,6 +119,7 @@ class _Run:
 
     packing: Packing
     workspace: object
+    position_bias: torch.Tensor | None = None
 
 
 # From _Model to _Encoder. torch.compile cannot trace a ContextVar; what it traces uses the list,
@@ -211,6 +212,10 @@ def _forward_model(self, *args, **kwargs):
         return original(self, *args, **kwargs)  # which says what is wrong
     like = ids if embeds is None else embeds
     packing = packing_of(mask, like.shape[:2], like.device)
+    if self._bert_fast[0].position_bias and (reason := _why_no_distances(packing)):
+        if not torch.compiler.is_compiling():
+            warn_once(type(self).__name__, reason)
+        return original(self, *args, **kwargs)
     as_dict = arguments.pop("return_dict", None)
     as_dict = getattr(self.config, "return_dict", True) if as_dict is None else as_dict
     token = _hand_over(packing)
@@ -225,6 +230,19 @@ def _forward_model(self, *args, **kwargs):
             packing.unpack(h) if h is not None and h.ndim == 2 else h for h in hidden_states
         )
     return out if as_dict else out.to_tuple()
+
+
+def _why_no_distances(packing):
+    """Why the distance of two packed tokens may not be that of their columns, or None."""
+    if torch.compiler.is_compiling() or packing.padded_tail:
+        return "a mask whose holes cannot be looked for"
+    if packing.index is not None and len(packing.index) > 1:
+        last = packing.cu_seqlens[1:-1].long() - 1
+        steps = packing.index.diff()
+        steps[last[(last >= 0) & (last < len(steps))]] = 1  # from one sequence to the next
+        if not bool((steps == 1).all()):
+            return "a mask with holes"
+    return None
 
 
 def packing_of(mask, shape, device):
@@ -253,7 +271,7 @@ class _Encoder(_Accelerated):
             return super().forward(*args, **kwargs)
         from transformers import modeling_outputs
 
-        output, workspace = self._bert_fast
+        output, workspace, bias_of = self._bert_fast
         arguments = _arguments(self, args, kwargs)
         hidden_states = arguments[self.parameters_by_place[0]]
         recorded = bool(arguments.get("output_hidden_states"))
@@ -264,7 +282,10 @@ class _Encoder(_Accelerated):
         reuse = can_reuse_memory(x) and not seen
         if reuse and packing.index is None:
             x = x.clone()
-        run = _Run(packing, workspace if reuse else NoWorkspace())
+        bias = None
+        if bias_of is not None:
+            bias = getattr(self, bias_of)(x.new_empty(1, packing.max_seqlen, 1))[0]
+        run = _Run(packing, workspace if reuse else NoWorkspace(), bias)
         states = []
         for layer in self.layer:
             if recorded:
@@ -338,6 +359,7 @@ class _Layer(_Accelerated):
             bias=_stacked(q, k, v, heads),
             dropout_p=settings.dropout_p(self, family.attention_dropout),
             padded_tail=packing.padded_tail, out=None if context is None else context.view(heads),
+            position_bias=args[0].position_bias,
         ).view(tokens, width)  # fmt: skip
         x = project_add_norm(
             context, settings.view(self, family.out), self.get_submodule(family.attention_norm), x,

@@ -27,6 +27,7 @@ class Family:
     down_dropout: str = "output.dropout"
     norm: str = "output.LayerNorm"
     output: str = "BaseModelOutputWithPastAndCrossAttentions"  # the encoder's, of transformers
+    position_bias: str | None = None  # the encoder's method that gives its relative positions
 
     def linears(self):
         return *self.qkv, self.out, self.up, self.down
@@ -60,6 +61,16 @@ FAMILIES = {
         down_dropout="ffn.dropout",
         norm="output_layer_norm",
         output="BaseModelOutput",
+    ),
+    "MPNetModel": Family(
+        qkv=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
+        attention_dropout="attention.attn.dropout",
+        out="attention.attn.o",
+        out_dropout="attention.dropout",
+        attention_norm="attention.LayerNorm",
+        norm="output.LayerNorm",
+        output="BaseModelOutput",
+        position_bias="compute_position_bias",
     ),
 }
 

@@ -152,6 +152,7 @@ FAMILIES = {
     "Camembert": {"pad_token_id": 1, "type_vocab_size": 1},
     "Electra": {"embedding_size": 32},
     "DistilBert": {},
+    "MPNet": {"pad_token_id": 1},
 }
 
 

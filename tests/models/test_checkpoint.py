@@ -302,7 +302,9 @@ def test_an_untied_decoder(tmp_path):
 
 
 def test_a_decoder_that_differs_from_what_it_is_tied_to(tmp_path):
-    """transformers takes the decoder's own, with a warning."""
+    """transformers 5 takes the decoder's own, with a warning."""
+    if transformers.__version__ < "5":
+        pytest.skip("transformers 4 ties them whatever the file says")
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
     model = transformers.BertForMaskedLM(transformers.BertConfig(**sizes))
     ids, head = torch.randint(1, 50, (2, 9)), "cls.predictions.decoder"

@@ -38,6 +38,7 @@ FAMILIES = {
     "Camembert": {"pad_token_id": 0, "type_vocab_size": 1},
     "Electra": {"embedding_size": 32},
     "DistilBert": {},
+    "MPNet": {"pad_token_id": 0},
 }
 TEXTS = ["a good film", "it is a bad plot", "good", "bad film it is bad"]
 
