@@ -13,6 +13,7 @@ import json
 import math
 import os
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,11 +129,12 @@ class _Run:
             self.out.mkdir(parents=True, exist_ok=True)
         tokenizer = self._tokenizer(documents)
         self.corpus = Corpus(documents, tokenizer)
-        train, self.held_out = self.corpus.split(settings.held_out, least)
+        train, held_out = self.corpus.split(settings.held_out, least)
         self.sampler = (PairSampler if self.pairs else SequenceSampler)(
             self.corpus, train, settings.max_length, settings.batch_tokens, settings.seed,
             whole_words=settings.whole_words,
         )  # fmt: skip
+        self.held_out = self._held_out(held_out)
         self.entropy = self.corpus.unigram_entropy(train)
         torch.manual_seed(settings.seed)
         self.model = self._new_model().to(group.device)
@@ -165,6 +167,18 @@ class _Run:
         if self.group.size > 1:
             dist.barrier()
         return load_tokenizer(self.out)
+
+    def _held_out(self, documents):
+        """(sampler, rows, slices) of the held-out documents, the same every time; None where there
+        are none, or (with a warning) where they make no rows."""
+        sampler = dataclasses.replace(self.sampler, documents=documents, seed=2**31)
+        rows, slices = sampler.epoch(0)
+        if slices:
+            return sampler, rows, slices[:64]
+        if len(documents):
+            warnings.warn(f"the held-out documents make no {self.rows}: nothing is tested",
+                          stacklevel=2)  # fmt: skip
+        return None
 
     def _new_model(self):
         s, kind = self.settings, BertForPreTraining if self.pairs else _MaskedWords
@@ -218,7 +232,7 @@ class _Run:
             self.step += 1
             record = {"step": self.step, **record}
             save = self.step % settings.save_every == 0 or self.step == settings.steps
-            if save and len(self.held_out):
+            if save and self.held_out:
                 self.tested = record = record | self.evaluate()
             if self.group.rank == 0:
                 with open(self.metrics_path, "a", encoding="utf-8") as file:
@@ -306,9 +320,7 @@ class _Run:
     @torch.no_grad()
     def evaluate(self):
         """Loss and accuracy on held-out documents: the same rows and masks every time."""
-        sampler = dataclasses.replace(self.sampler, documents=self.held_out, seed=2**31)
-        rows, slices = sampler.epoch(0)
-        slices = slices[:64]
+        sampler, rows, slices = self.held_out
         self.model.eval()
         total, masked, count = torch.zeros(5, dtype=torch.float64), 0, 0
         for some in slices:

@@ -1,5 +1,6 @@
 """Pre-training: pairs and masks, a run that is killed, runs cut up, what it leaves."""
 
+import dataclasses
 import json
 import os
 import random
@@ -363,6 +364,23 @@ def test_a_few_documents_end(text, tmp_path, count):
     else:
         assert pretrain(few_settings)["held_out_pairs"] > 0
     assert len(losses(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_held_out_documents_of_no_tokens(text, tmp_path, alone):
+    """Sentences of which the tokenizer leaves nothing make no pairs, and no sequences."""
+    path = tmp_path / "text.txt"
+    documents = text.read_text(encoding="utf-8").split("\n\n")[:4]
+    path.write_text("\n\n".join([*documents, "\u200b\u200b", "\u200b\n\u200b"]), encoding="utf-8")
+    rows = "sequences" if alone else "pairs"
+    some = settings(path, tmp_path / "run", steps=2, held_out=0.34, no_next_sentence=alone)
+    some.tokenizer = str(text.parent)
+    with pytest.warns(UserWarning, match=f"held-out documents make no {rows}: nothing is tested"):
+        assert pretrain(some) is None
+    assert len(losses(tmp_path / "run")) == 2
+    path.write_text("\u200b\n\n\u200b", encoding="utf-8")
+    with pytest.raises(ValueError, match=f"the text makes no {rows}"):
+        pretrain(dataclasses.replace(some, out=str(tmp_path / "none"), held_out=0.0))
 
 
 def test_bad_settings_are_said(text, tmp_path):
