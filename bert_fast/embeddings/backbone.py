@@ -34,8 +34,11 @@ class Bert:
 
     def __call__(self, tokens, types, cu_seqlens, max_seqlen):
         """(total_tokens, hidden); of a classifier (batch, num_labels)."""
-        out = self.model(tokens, token_type_ids=types, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
-        return out.logits if hasattr(out, "logits") else out.last_hidden_state
+        options = dict(token_type_ids=types, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        if isinstance(self.model, BertModel):
+            states, _ = self.model.encode(tokens, **options)  # without the pooler
+            return states[-1]
+        return self.model(tokens, **options).logits
 
 
 class Accelerated:

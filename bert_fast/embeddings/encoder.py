@@ -164,8 +164,9 @@ class SentenceEncoder(TextModel, Pools):
             tokenizer.json or vocab.txt; BERT, RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA,
             DistilBERT or MPNet. Where sentence-transformers' own files lie beside them
             (modules.json and what it names, sentence_bert_config.json,
-            config_sentence_transformers.json), they decide pooling, further modules, the longest text, prompts and the similarity; else mean
-            pooling, no normalisation, and the model's positions.
+            config_sentence_transformers.json), they decide pooling, further modules, the longest
+            text, prompts and the similarity; else mean pooling, no normalisation, and the model's
+            positions.
         dtype: of the weights, or "auto": the checkpoint's. Default: the checkpoint's, but float32
             for a float16 checkpoint on a CPU.
         device: where the model runs: "cpu" (default), "cuda", or a torch.device.

@@ -1,7 +1,8 @@
 """Plain text to pre-training batches (Devlin et al. 2019, section 3.1 and appendix A.2).
 
 A text file holds one sentence per line, and a blank line between documents. What an epoch
-consists of follows from (seed, epoch) alone: pairs, their order, and which tokens are masked.
+consists of follows from (seed, epoch) alone: its pairs (or sequences, where masked words are all
+that is learned), their order, and which tokens are masked.
 """
 
 import warnings
@@ -16,11 +17,11 @@ from bert_fast.text import iter_lines
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
-def read_documents(paths):
+def read_documents(paths, least=2):
     """Documents, each a list of sentences.
 
     Raises:
-        ValueError: naming the file that is not UTF-8, or that there are not two documents.
+        ValueError: naming the file that is not UTF-8, or that there are not ``least`` documents.
     """
     documents = []
     for path in paths:
@@ -32,10 +33,13 @@ def read_documents(paths):
                 documents.append([])
         if not documents[-1]:
             documents.pop()
-    if len(documents) < 2:
+    if len(documents) < least:
+        names = ", ".join(map(str, paths))
+        if not documents:
+            raise ValueError(f"{names}: no text")
         raise ValueError(
-            f"{', '.join(map(str, paths))}: {len(documents)} document; next-sentence prediction "
-            "needs two at least, with a blank line between documents"
+            f"{names}: {len(documents)} document; next-sentence prediction needs two at least, "
+            "with a blank line between documents"
         )
     return documents
 
@@ -92,8 +96,8 @@ class Corpus:
         held_out = min(max(round(count * share), least), count - least) if share else 0
         if share and held_out < least:
             held_out = 0
-            warnings.warn(f"{count} documents are too few to hold any out: {2 * least} are needed",
-                          stacklevel=2)  # fmt: skip
+            few = "1 document is" if count == 1 else f"{count} documents are"
+            warnings.warn(f"{few} too few to hold any out: {2 * least} are needed", stacklevel=2)
         return np.arange(count - held_out), np.arange(count - held_out, count)
 
     def unigram_entropy(self, documents):
@@ -149,6 +153,20 @@ class Corpus:
                     pairs.append([*a, *b, int(elsewhere)])
         return np.array(pairs, np.int64).reshape(-1, 5)
 
+    def sequences(self, documents, max_length, rng):
+        """One epoch's sequences: int64 (sequences, 2), begin and end in ids. Each token is in one.
+        A document that is too long for a sequence is cut, the first time at random."""
+        edges, room = [], max_length - 2
+        for document in rng.permutation(documents):
+            first, last = self.sentences[self.documents[document : document + 2]]
+            cut = last
+            if last - first > room:
+                cut = first + int(rng.integers(1, room + 1))
+            ends = np.array([first, *range(cut, last, room), last], np.int64)
+            edges.append(np.stack([ends[:-1], ends[1:]], 1))
+        rows = np.concatenate([np.empty((0, 2), np.int64), *edges])
+        return rows[rows[:, 1] > rows[:, 0]]
+
     def _elsewhere(self, documents, not_this, room, rng):
         if len(documents) < 2:
             raise ValueError("a next sentence from elsewhere needs two documents at least")
@@ -163,12 +181,12 @@ class Corpus:
 
 @dataclass
 class Batch:
-    """Packed tokens. labels: -100 but at the masked."""
+    """Packed tokens. labels: -100 but at the masked. next_sentence_label: None without pairs."""
 
     input_ids: torch.Tensor
     token_type_ids: torch.Tensor
     labels: torch.Tensor
-    next_sentence_label: torch.Tensor
+    next_sentence_label: torch.Tensor | None
     cu_seqlens: torch.Tensor
     max_seqlen: int
 
@@ -185,7 +203,7 @@ class Batch:
 
 
 @dataclass
-class PairSampler:
+class _Sampler:
     """The batches of each epoch, of at most ``batch_tokens`` tokens.
 
     share: of tokens to be predicted; of them 80% become [MASK], 10% another word, 10% stay.
@@ -201,32 +219,27 @@ class PairSampler:
     whole_words: bool = False
 
     def epoch(self, epoch):
-        """The epoch's pairs in order, and the batches as slices of them."""
+        """The epoch's rows (pairs, or sequences) in order, and the batches as slices of them."""
         rng = np.random.default_rng([self.seed, epoch])
-        pairs = self.corpus.pairs(self.documents, self.max_length, rng)
-        pairs = rng.permutation(pairs)
-        lengths = pairs[:, 1] - pairs[:, 0] + pairs[:, 3] - pairs[:, 2] + 3
+        rows = rng.permutation(self.draw(self.documents, self.max_length, rng))
         slices, first, used = [], 0, 0
-        for i, length in enumerate(lengths):
+        for i, length in enumerate(self.lengths(rows)):
             if used + length > self.batch_tokens and i > first:
                 slices.append(slice(first, i))
                 first, used = i, 0
             used += length
-        if len(pairs):
-            slices.append(slice(first, len(pairs)))
-        return pairs, slices
+        if len(rows):
+            slices.append(slice(first, len(rows)))
+        return rows, slices
 
-    def batch(self, pairs, some, epoch):
-        """The batch of pairs ``some`` (a slice) of an epoch, masked."""
-        corpus, rows, labels, types = self.corpus, [], [], []
+    def batch(self, rows, some, epoch):
+        """The batch of rows ``some`` (a slice) of an epoch, masked."""
+        corpus, inputs, labels, types = self.corpus, [], [], []
         for number in range(some.start, some.stop):
-            a0, a1, b0, b1, _ = pairs[number]
-            ids = np.concatenate([
-                [corpus.cls], corpus.ids[a0:a1], [corpus.sep], corpus.ids[b0:b1], [corpus.sep]
-            ]).astype(np.int64)  # fmt: skip
-            types.append(np.repeat([0, 1], [a1 - a0 + 2, b1 - b0 + 1]))
+            ids, second = self.tokens(rows[number])
+            types.append((np.arange(len(ids)) >= second).astype(np.int64))
             rng = np.random.default_rng([self.seed, epoch, number])
-            chosen = self._choose(ids, a1 - a0 + 1, rng)
+            chosen = self._choose(ids, second, rng)
             label = np.full(len(ids), IGNORED)
             label[chosen] = ids[chosen]
             dice = rng.random(len(chosen))
@@ -234,18 +247,19 @@ class PairSampler:
             ids[chosen] = np.where(
                 dice < 0.8, corpus.mask, np.where(dice < 0.9, other, ids[chosen])
             )
-            rows.append(ids)
+            inputs.append(ids)
             labels.append(label)
-        lengths = np.array([len(row) for row in rows])
+        lengths = np.array([len(ids) for ids in inputs])
         offsets = np.concatenate([[0], lengths.cumsum()]).astype(np.int32)
         return Batch(
-            *(torch.from_numpy(np.concatenate(part)) for part in (rows, types, labels)),
-            torch.from_numpy(pairs[some, 4].copy()), torch.from_numpy(offsets), int(lengths.max()),
+            *(torch.from_numpy(np.concatenate(part)) for part in (inputs, types, labels)),
+            self.following(rows[some]), torch.from_numpy(offsets), int(lengths.max()),
         )  # fmt: skip
 
-    def _choose(self, ids, separator, rng):
-        """Places to predict: not [CLS], nor [SEP]."""
-        places = np.delete(np.arange(1, len(ids) - 1), separator - 1)
+    def _choose(self, ids, second, rng):
+        """Places to predict: not [CLS], nor the [SEP] at the end and before ``second``."""
+        places = np.arange(1, len(ids) - 1)
+        places = places[places != second - 1]
         wanted = max(1, round(len(places) * self.share))
         if not self.whole_words:
             return rng.permutation(places)[:wanted]
@@ -258,3 +272,43 @@ class PairSampler:
             if len(chosen) + len(words[i]) <= wanted or not chosen:
                 chosen.extend(words[i])
         return np.array(chosen)
+
+
+class PairSampler(_Sampler):
+    """[CLS] a [SEP] b [SEP], where b follows a or does not."""
+
+    def draw(self, *args):
+        return self.corpus.pairs(*args)
+
+    def lengths(self, pairs):
+        return pairs[:, 1] - pairs[:, 0] + pairs[:, 3] - pairs[:, 2] + 3
+
+    def tokens(self, pair):
+        """Its ids, and where the second segment begins."""
+        (a0, a1, b0, b1, _), corpus = pair, self.corpus
+        ids = np.concatenate([
+            [corpus.cls], corpus.ids[a0:a1], [corpus.sep], corpus.ids[b0:b1], [corpus.sep]
+        ])  # fmt: skip
+        return ids.astype(np.int64), a1 - a0 + 2
+
+    def following(self, pairs):
+        return torch.from_numpy(pairs[:, 4].copy())
+
+
+class SequenceSampler(_Sampler):
+    """[CLS] text [SEP]: for masked words alone."""
+
+    def draw(self, *args):
+        return self.corpus.sequences(*args)
+
+    def lengths(self, sequences):
+        return sequences[:, 1] - sequences[:, 0] + 2
+
+    def tokens(self, sequence):
+        ids = np.concatenate([
+            [self.corpus.cls], self.corpus.ids[slice(*sequence)], [self.corpus.sep]
+        ])  # fmt: skip
+        return ids.astype(np.int64), len(ids)
+
+    def following(self, sequences):
+        return None

@@ -33,6 +33,8 @@ def plot(records, path):
         (accuracy, "masked_lm_accuracy", "masked words"),
         (accuracy, "next_sentence_accuracy", "next sentence"),
     ):
+        if records and what not in records[0]:
+            continue  # masked words alone
         (line,) = axes.plot(steps, [record[what] for record in every], alpha=0.5, lw=0.8)
         axes.plot(
             [record["step"] for record in tested], [r[f"held_out_{what}"] for r in tested],

@@ -1,4 +1,5 @@
-"""``bert-fast pretrain``: a masked language model with next-sentence prediction, from plain text.
+"""``bert-fast pretrain``: a masked language model, with next-sentence prediction or without, from
+plain text.
 
 One step is one batch of the whole group: every process builds it, and computes its own share. So
 the same text, seed and batch give the same losses on any number of processes, up to rounding; and a
@@ -12,6 +13,7 @@ import json
 import math
 import os
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +24,14 @@ from torch.nn.parallel import DistributedDataParallel
 from bert_fast.embeddings.tokenizer import load_tokenizer
 from bert_fast.files import atomic_path
 from bert_fast.models.config import BertConfig
-from bert_fast.models.heads import BertForPreTraining
-from bert_fast.training.corpus import Corpus, PairSampler, read_documents, train_tokenizer
+from bert_fast.models.heads import BertForMaskedLM, BertForPreTraining
+from bert_fast.training.corpus import (
+    Corpus,
+    PairSampler,
+    SequenceSampler,
+    read_documents,
+    train_tokenizer,
+)
 from bert_fast.training.metrics import plot, read_metrics
 from bert_fast.training.optim import OPTIMIZERS, parameter_groups, warmup_then_linear_decay
 from bert_fast.training.options import add_options, option
@@ -59,6 +67,7 @@ class Settings:
     warmup: float = option("share of the steps that warm up", 0.1)
     weight_decay: float = option("weight decay of matrices", 0.01)
     clip: float = option("gradients are clipped to this norm", 1.0)
+    no_next_sentence: bool = option("learn masked words alone: a BertForMaskedLM", False)
     whole_words: bool = option("mask whole words instead of word pieces", False)
     held_out: float = option("share of the documents kept for testing", 0.05)
     checkpoint_activations: bool = option(
@@ -95,24 +104,37 @@ def pretrain(settings, progress=None):
         return _Run(settings, group).train(progress or (lambda step, record: None))
 
 
+class _MaskedWords(BertForMaskedLM):
+    """Masked words alone: the loss, and how many words got their highest score."""
+
+    def forward(self, *args, labels, **kwargs):
+        hidden = self.bert(*args, **kwargs).last_hidden_state
+        predictions = self.cls.predictions
+        return predictions.loss(hidden, predictions.weight(self.bert.embeddings), labels)
+
+
 class _Run:
     def __init__(self, settings, group):
+        self.pairs = not settings.no_next_sentence
+        self.rows = "pairs" if self.pairs else "sequences"  # what a batch consists of
         self.settings, self.group = settings, group
         self.out = Path(settings.out)
         self.state_path = self.out / "training_state.pt"
         self.metrics_path = self.out / "metrics.jsonl"
         if not settings.resume and self.state_path.exists():
             raise ValueError(f"{self.out} holds a run already; --resume goes on with it")
-        documents = read_documents(settings.text)
+        least = 2 if self.pairs else 1
+        documents = read_documents(settings.text, least)
         if group.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
         tokenizer = self._tokenizer(documents)
         self.corpus = Corpus(documents, tokenizer)
-        train, self.held_out = self.corpus.split(settings.held_out)
-        self.sampler = PairSampler(
+        train, held_out = self.corpus.split(settings.held_out, least)
+        self.sampler = (PairSampler if self.pairs else SequenceSampler)(
             self.corpus, train, settings.max_length, settings.batch_tokens, settings.seed,
             whole_words=settings.whole_words,
         )  # fmt: skip
+        self.held_out = self._held_out(held_out)
         self.entropy = self.corpus.unigram_entropy(train)
         torch.manual_seed(settings.seed)
         self.model = self._new_model().to(group.device)
@@ -146,10 +168,22 @@ class _Run:
             dist.barrier()
         return load_tokenizer(self.out)
 
+    def _held_out(self, documents):
+        """(sampler, rows, slices) of the held-out documents, the same every time; None where there
+        are none, or (with a warning) where they make no rows."""
+        sampler = dataclasses.replace(self.sampler, documents=documents, seed=2**31)
+        rows, slices = sampler.epoch(0)
+        if slices:
+            return sampler, rows, slices[:64]
+        if len(documents):
+            warnings.warn(f"the held-out documents make no {self.rows}: nothing is tested",
+                          stacklevel=2)  # fmt: skip
+        return None
+
     def _new_model(self):
-        s = self.settings
+        s, kind = self.settings, BertForPreTraining if self.pairs else _MaskedWords
         if s.init:
-            model = BertForPreTraining.from_pretrained(s.init, torch.float32).train()
+            model = kind.from_pretrained(s.init, torch.float32).train()
             config = model.config
         else:
             config = BertConfig(
@@ -158,7 +192,7 @@ class _Run:
                 max_position_embeddings=s.max_length, hidden_dropout_prob=s.dropout,
                 attention_probs_dropout_prob=s.dropout, pad_token_id=self.corpus.pad,
             )  # fmt: skip
-            model = BertForPreTraining(config)
+            model = kind(config)
         if s.max_length > config.max_position_embeddings:
             raise ValueError(f"max_length is {s.max_length}; the model has "
                              f"{config.max_position_embeddings} positions")  # fmt: skip
@@ -187,18 +221,18 @@ class _Run:
         settings, epoch = self.settings, None
         while self.step < settings.steps:
             if epoch != self.epoch:
-                pairs, slices = self.sampler.epoch(self.epoch)
+                rows, slices = self.sampler.epoch(self.epoch)
                 epoch = self.epoch
                 if not slices:
-                    raise ValueError("the text makes no pair of sentences")
-            record = self._step(pairs, slices[self.place])
+                    raise ValueError(f"the text makes no {self.rows}")
+            record = self._step(rows, slices[self.place])
             self.place += 1
             if self.place == len(slices):
                 self.epoch, self.place = self.epoch + 1, 0
             self.step += 1
             record = {"step": self.step, **record}
             save = self.step % settings.save_every == 0 or self.step == settings.steps
-            if save and len(self.held_out):
+            if save and self.held_out:
                 self.tested = record = record | self.evaluate()
             if self.group.rank == 0:
                 with open(self.metrics_path, "a", encoding="utf-8") as file:
@@ -208,31 +242,31 @@ class _Run:
                 self._save()
         return self.tested
 
-    def _step(self, pairs, whole):
+    def _step(self, rows, whole):
         """One optimizer step; its figures. Every process's part weighs what it has of the step's
         masked tokens and pairs, so that cutting a batch up changes nothing but rounding."""
         group, began = self.group, time.perf_counter()
-        # Where there are more parts than pairs, some compute a pair that counts for nothing.
+        # Where there are more parts than rows, some compute a row that counts for nothing.
         cuts = _cut(whole, group.size * self.settings.accumulate)
         filled = [part if part.stop > part.start else slice(whole.start, whole.start + 1)
                   for part in cuts]  # fmt: skip
-        batches = [self.sampler.batch(pairs, part, self.epoch) for part in filled]
+        batches = [self.sampler.batch(rows, part, self.epoch) for part in filled]
         real = [part.stop - part.start for part in cuts]
         count = whole.stop - whole.start
-        masked = sum(b.masked for b, pairs_of in zip(batches, real, strict=True) if pairs_of)
+        masked = sum(b.masked for b, rows_of in zip(batches, real, strict=True) if rows_of)
         own = slice(group.rank * self.settings.accumulate, None)
         mine = list(zip(batches, real, strict=True))[own][: self.settings.accumulate]
         self.optimizer.zero_grad(set_to_none=True)
         figures = torch.zeros(5, dtype=torch.float64, device=group.device)
-        for i, (batch, pairs_of) in enumerate(mine):
+        for i, (batch, rows_of) in enumerate(mine):
             # Dropout depends on nothing that a resumed run would have to remember.
             torch.manual_seed(hash((self.settings.seed, self.step, group.rank, i)) % 2**63)
             last = i == len(mine) - 1
             with self._without_exchange(not last):
-                shares = (batch.masked / masked, pairs_of / count) if pairs_of else (0.0, 0.0)
+                shares = (batch.masked / masked, rows_of / count) if rows_of else (0.0, 0.0)
                 loss, found = self._loss(self.parallel, batch, *shares)
                 (loss * group.size).backward()  # exchanged gradients are means
-            if pairs_of:
+            if rows_of:
                 figures += found
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -241,13 +275,16 @@ class _Run:
         rate = self.schedule.get_last_lr()[0]
         self.optimizer.step()
         self.schedule.step()
-        lm, following, right, right_following, tokens = group.sum(figures).tolist()
-        return {
+        lm, right, tokens, following, right_following = group.sum(figures).tolist()
+        record = {
             "epoch": self.epoch, "loss": lm + following, "masked_lm_loss": lm,
-            "next_sentence_loss": following, "masked_lm_accuracy": right / masked,
-            "next_sentence_accuracy": right_following / count, "gradient_norm": float(norm),
-            "lr": rate, "tokens_per_second": tokens / (time.perf_counter() - began),
+            "masked_lm_accuracy": right / masked, "gradient_norm": float(norm), "lr": rate,
+            "tokens_per_second": tokens / (time.perf_counter() - began),
         }  # fmt: skip
+        if self.pairs:
+            record["next_sentence_loss"] = following
+            record["next_sentence_accuracy"] = right_following / count
+        return record
 
     def _without_exchange(self, wanted):
         if wanted and isinstance(self.parallel, DistributedDataParallel):
@@ -255,46 +292,53 @@ class _Run:
         return contextlib.nullcontext()
 
     def _loss(self, model, batch, masked_share, pair_share):
-        """This part's loss, and its (masked_lm_loss, next_sentence_loss, right, right, tokens)."""
+        """This part's loss, and its (masked_lm_loss, right, tokens, next_sentence_loss, right); the
+        last two are 0 where masked words are all."""
         batch = batch.to(self.group.device)
+        inputs = {
+            "token_type_ids": batch.token_type_ids, "cu_seqlens": batch.cu_seqlens,
+            "max_seqlen": batch.max_seqlen, "labels": batch.labels,
+        }  # fmt: skip
+        if self.pairs:
+            inputs["next_sentence_label"] = batch.next_sentence_label
         gpu = self.group.device.type == "cuda"
         with torch.autocast("cuda", torch.bfloat16, enabled=gpu):
-            out = model(
-                batch.input_ids, token_type_ids=batch.token_type_ids, cu_seqlens=batch.cu_seqlens,
-                max_seqlen=batch.max_seqlen, labels=batch.labels,
-                next_sentence_label=batch.next_sentence_label,
-            )  # fmt: skip
-        masked = out.masked_lm_loss * masked_share
-        following = out.next_sentence_loss * pair_share
-        guess = out.seq_relationship_logits.argmax(1) == batch.next_sentence_label
-        figures = torch.stack([
-            masked.detach().double(), following.detach().double(), out.masked_lm_correct.double(),
-            guess.sum().double(), guess.new_full((), len(batch.input_ids), dtype=torch.float64),
-        ])  # fmt: skip
-        return masked + following, figures
+            out = model(batch.input_ids, **inputs)
+        if self.pairs:
+            words, right = out.masked_lm_loss, out.masked_lm_correct
+            following = out.next_sentence_loss * pair_share
+            guess = out.seq_relationship_logits.argmax(1) == batch.next_sentence_label
+            right_following = guess.sum()
+        else:
+            words, right = out
+            following = right_following = words.new_zeros(())
+        words = words * masked_share
+        tokens = right.new_full((), len(batch.input_ids))
+        figures = (words, right, tokens, following, right_following)
+        return words + following, torch.stack([figure.detach().double() for figure in figures])
 
     @torch.no_grad()
     def evaluate(self):
-        """Loss and accuracy on held-out documents: the same pairs and masks every time."""
-        sampler = dataclasses.replace(self.sampler, documents=self.held_out, seed=2**31)
-        pairs, slices = sampler.epoch(0)
-        slices = slices[:64]
+        """Loss and accuracy on held-out documents: the same rows and masks every time."""
+        sampler, rows, slices = self.held_out
         self.model.eval()
         total, masked, count = torch.zeros(5, dtype=torch.float64), 0, 0
         for some in slices:
-            batch = sampler.batch(pairs, some, 0)
-            weights = batch.masked, len(batch.next_sentence_label)
+            batch = sampler.batch(rows, some, 0)
+            weights = batch.masked, some.stop - some.start
             _, found = self._loss(self.parallel, batch, *weights)
             total += found.cpu()
             masked, count = masked + weights[0], count + weights[1]
         self.model.train()
-        lm, following, right, right_following, _ = total.tolist()
-        return {
+        lm, right, _, following, right_following = total.tolist()
+        record = {
             "held_out_masked_lm_loss": lm / masked, "held_out_masked_lm_accuracy": right / masked,
-            "held_out_next_sentence_loss": following / count,
-            "held_out_next_sentence_accuracy": right_following / count, "held_out_pairs": count,
-            "unigram_entropy": self.entropy,
+            f"held_out_{self.rows}": count, "unigram_entropy": self.entropy,
         }  # fmt: skip
+        if self.pairs:
+            record["held_out_next_sentence_loss"] = following / count
+            record["held_out_next_sentence_accuracy"] = right_following / count
+        return record
 
     # -- checkpoints --
 
@@ -320,7 +364,8 @@ class _Run:
 
     def _write_results(self, weights):
         with torch.device("meta"):
-            whole = BertForPreTraining(self.model.config)
+            kind = BertForPreTraining if self.pairs else BertForMaskedLM
+            whole = kind(self.model.config)
         whole.load_state_dict(weights, assign=True)
         whole.save_pretrained(self.out)
         plot(read_metrics(self.metrics_path, self.step), self.out / "curves.png")
@@ -332,7 +377,7 @@ class _Run:
             state = torch.load(self.state_path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises nearly anything
             raise ValueError(f"{self.state_path} cannot be read: {error}") from error
-        for name, value in state["settings"].items():
+        for name, value in ({"no_next_sentence": False} | state["settings"]).items():
             if (mine := getattr(self.settings, name)) != value:
                 raise ValueError(f"--resume: {name} was {value}, and is {mine} now")
         set_state_dict(
@@ -342,7 +387,7 @@ class _Run:
         self.schedule.load_state_dict(state["schedule"])
         self.step, self.epoch, self.place = state["step"], state["epoch"], state["place"]
         records = read_metrics(self.metrics_path, self.step)
-        self.tested = next((r for r in reversed(records) if "held_out_pairs" in r), None)
+        self.tested = next((r for r in reversed(records) if "unigram_entropy" in r), None)
         if self.group.rank == 0:
             with atomic_path(self.metrics_path) as path:
                 lines = (json.dumps(record) + "\n" for record in records)
@@ -369,21 +414,23 @@ def command(args):
         task = bar.add_task("", total=settings.steps)
 
         def show(step, record):
-            said = (
-                f"loss {record['loss']:.3f}, words {record['masked_lm_accuracy']:.0%}, "
-                f"next sentence {record['next_sentence_accuracy']:.0%}, "
-                f"{record['tokens_per_second']:,.0f} tokens/s"
-            )
+            said = f"loss {record['loss']:.3f}, words {record['masked_lm_accuracy']:.0%}, "
+            if "next_sentence_accuracy" in record:
+                said += f"next sentence {record['next_sentence_accuracy']:.0%}, "
+            said += f"{record['tokens_per_second']:,.0f} tokens/s"
             bar.update(task, completed=step, description=said)
 
         last = pretrain(settings, show)
     if last is not None:
-        print(
-            f"held out, {last['held_out_pairs']} pairs: masked words "
+        rows = "sequences" if settings.no_next_sentence else "pairs"
+        said = (
+            f"held out, {last[f'held_out_{rows}']} {rows}: masked words "
             f"{last['held_out_masked_lm_loss']:.3f} nats (unigram entropy "
-            f"{last['unigram_entropy']:.3f}), {last['held_out_masked_lm_accuracy']:.1%} right; "
-            f"next sentence {last['held_out_next_sentence_accuracy']:.1%} right"
+            f"{last['unigram_entropy']:.3f}), {last['held_out_masked_lm_accuracy']:.1%} right"
         )
+        if not settings.no_next_sentence:
+            said += f"; next sentence {last['held_out_next_sentence_accuracy']:.1%} right"
+        print(said)
     print(f"{settings.out}: model.safetensors, tokenizer.json, metrics.jsonl, curves.png")
 
 

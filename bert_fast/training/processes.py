@@ -11,7 +11,7 @@ import torch.distributed as dist
 # learning rate that earlier steps had).
 BINDING = (
     "max_length", "batch_tokens", "steps", "optimizer", "lr", "warmup", "weight_decay", "clip",
-    "whole_words", "held_out", "seed", "dropout",
+    "whole_words", "held_out", "seed", "dropout", "no_next_sentence",
 )  # fmt: skip
 
 

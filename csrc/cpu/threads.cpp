@@ -6,8 +6,11 @@
 #include "threads.h"
 
 #ifdef _OPENMP
-#include <omp.h>
+// Of OpenMP 5.0; a library older than GCC 9's has it not.
+extern "C" int omp_pause_resource_all(int kind) __attribute__((weak));
+constexpr int kPauseSoft = 1;
 #endif
+
 #include <pthread.h>
 #include <sched.h>
 #include <unistd.h>
@@ -189,7 +192,7 @@ OnTeam::OnTeam() {
   on_team = true;
 #ifdef _OPENMP
   // Ends the threads that torch's last op left spinning: they hold the cores that the team needs.
-  if (generation.load() == 0) omp_pause_resource_all(omp_pause_soft);
+  if (generation.load() == 0 && omp_pause_resource_all) omp_pause_resource_all(kPauseSoft);
 #endif
 }
 OnTeam::~OnTeam() { on_team = false; }

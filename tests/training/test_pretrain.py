@@ -1,5 +1,6 @@
 """Pre-training: pairs and masks, a run that is killed, runs cut up, what it leaves."""
 
+import dataclasses
 import json
 import os
 import random
@@ -13,7 +14,9 @@ import pytest
 import torch
 import transformers
 
+from bert_fast.embeddings.tokenizer import load_tokenizer
 from bert_fast.training import corpus, optim
+from bert_fast.training.metrics import read_metrics
 from bert_fast.training.pretrain import Settings, _cut, pretrain
 
 SENTENCES = [
@@ -48,7 +51,7 @@ def settings(text, out, **changes):
 
 def losses(out):
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [(r["step"], r["masked_lm_loss"], r["next_sentence_loss"], r["gradient_norm"],
+    return [(r["step"], r["masked_lm_loss"], r.get("next_sentence_loss", 0.0), r["gradient_norm"],
              r.get("held_out_masked_lm_loss")) for r in records]  # fmt: skip
 
 
@@ -143,11 +146,44 @@ def test_masks(sampler, whole_words):
     assert abs(share - [0.8, 0.1, 0.1]).max() < 0.03
 
 
+def test_sequences_hold_each_token_once(sampler):
+    """Within a document, whatever the epoch; long documents are cut elsewhere each time."""
+    whole, documents = sampler.corpus, sampler.documents
+    sampler = corpus.SequenceSampler(whole, documents, 20, 400, seed=3, whole_words=True)
+    starts = whole.sentences[whole.documents]
+    rows = [sampler.epoch(e)[0] for e in range(3)]
+    for some in rows:
+        begin, end = some[some[:, 0].argsort()].T
+        assert (end - begin > 0).all()
+        assert (end - begin).max() == 18
+        assert begin[0] == 0
+        assert end[-1] == starts[len(documents)]
+        assert np.array_equal(begin[1:], end[:-1])
+        assert set(starts[: len(documents)]) <= set(begin)
+    assert not np.array_equal(*(np.unique(some[:, 0]) for some in rows[:2]))
+    assert np.array_equal(rows[0], sampler.epoch(0)[0])
+    some = sampler.epoch(0)[1][0]
+    batch = sampler.batch(rows[0], some, 0)
+    chosen = batch.labels != -100
+    original = torch.where(chosen, batch.labels, batch.input_ids).numpy()
+    expected = [[whole.cls, *whole.ids[a:b], whole.sep] for a, b in rows[0][some]]
+    assert original.tolist() == [i for row in expected for i in row]
+    assert batch.cu_seqlens.diff().tolist() == [len(row) for row in expected]
+    assert batch.next_sentence_label is None
+    assert not batch.token_type_ids.any()
+    assert chosen.any()
+    assert not np.isin(batch.labels[chosen], [whole.cls, whole.sep]).any()
+
+
 def test_what_is_no_corpus_is_said(tmp_path):
     path = tmp_path / "one.txt"
     path.write_text("one\ntwo\n")
     with pytest.raises(ValueError, match=r"one\.txt: 1 document; .* needs two at least"):
         corpus.read_documents([path])
+    assert corpus.read_documents([path], least=1) == [["one", "two"]]
+    path.write_text("\n \n")
+    with pytest.raises(ValueError, match=r"one\.txt: no text"):
+        corpus.read_documents([path], least=1)
     path.write_bytes(b"one\n\xff\n")
     with pytest.raises(ValueError, match=r"one\.txt is not UTF-8: byte 4"):
         corpus.read_documents([path])
@@ -168,14 +204,87 @@ def test_it_learns_and_hugging_face_loads_it(text, tmp_path):
     assert (tmp_path / "run" / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_parts_of_a_step_make_the_whole(text, tmp_path):
+def test_masked_words_alone(text, tmp_path):
+    """A BertForMaskedLM, whose held-out loss transformers agrees with; no pairs anywhere."""
+    alone = {"no_next_sentence": True, "steps": 4, "dropout": 0.0}
+    last = pretrain(settings(text, tmp_path / "run", **alone))
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl", 4)
+    assert not any("next" in name or "pairs" in name for r in records for name in r)
+    assert records[-1] == last
+    assert (tmp_path / "run" / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["architectures"] == [
+        "BertForMaskedLM"
+    ]
+    model, loaded = transformers.BertForMaskedLM.from_pretrained(
+        tmp_path / "run", output_loading_info=True
+    )
+    assert not loaded["missing_keys"]
+    assert not loaded["unexpected_keys"]
+    whole = corpus.Corpus(corpus.read_documents([text]), load_tokenizer(tmp_path / "run"))
+    held_out = corpus.SequenceSampler(whole, whole.split(0.05, 1)[1], 32, 400, seed=2**31)
+    rows, slices = held_out.epoch(0)
+    assert last["held_out_sequences"] == len(rows)
+    total = masked = 0
+    for some in slices:
+        batch = held_out.batch(rows, some, 0)
+        lengths = batch.cu_seqlens.diff().tolist()
+        parts = (t.split(lengths) for t in (batch.input_ids, batch.labels))
+        for ids, labels in zip(*parts, strict=True):
+            count = int((labels != -100).sum())
+            with torch.no_grad():
+                total += float(model(ids[None], labels=labels[None]).loss) * count
+            masked += count
+    assert last["held_out_masked_lm_loss"] == pytest.approx(total / masked, rel=1e-4)
+
+
+def test_masked_words_of_one_document_from_a_checkpoint(text, tmp_path):
+    pretrain(settings(text, tmp_path / "both", steps=1))
+    one = tmp_path / "one.txt"
+    one.write_text(text.read_text(encoding="utf-8").replace("\n\n", "\n"), encoding="utf-8")
+    alone = {"no_next_sentence": True, "init": str(tmp_path / "both"), "tokenizer": None}
+    with pytest.warns(UserWarning, match="1 document is too few to hold any out: 2 are needed"):
+        assert pretrain(settings(one, tmp_path / "run", lr=0.0, steps=2, **alone)) is None
+    before, after = (
+        transformers.BertForMaskedLM.from_pretrained(tmp_path / name).state_dict()
+        for name in ("both", "run")
+    )
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_masked_words_alone_resume_bit_for_bit(text, tmp_path):
+    class Killed(Exception):
+        pass
+
+    def kill_at(last):
+        def kill(step, record):
+            if step == last:
+                raise Killed
+
+        return kill
+
+    alone = {"no_next_sentence": True, "whole_words": True}
+    pretrain(settings(text, tmp_path / "whole", **alone))
+    killed = settings(text, tmp_path / "killed", resume=True, **alone)
+    for last in (random.randint(1, 6), random.randint(7, 12)):
+        with pytest.raises(Killed):
+            pretrain(killed, kill_at(last))
+    pretrain(killed)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    with pytest.raises(ValueError, match="--resume: no_next_sentence was True, and is False now"):
+        pretrain(settings(text, tmp_path / "killed", resume=True, whole_words=True))
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_parts_of_a_step_make_the_whole(text, tmp_path, alone):
     """The same losses when a step is computed in parts, activations are not kept; and with many
     parts, of which some are empty."""
     for name, change in {
         "whole": {}, "parts": {"accumulate": 3}, "empty": {"accumulate": 40},
         "again": {"checkpoint_activations": True},
     }.items():  # fmt: skip
-        pretrain(settings(text, tmp_path / name, dropout=0.0, steps=6, **change))
+        change |= {"no_next_sentence": alone, "dropout": 0.0, "steps": 6}
+        pretrain(settings(text, tmp_path / name, **change))
     whole = np.array(losses(tmp_path / "whole"))[:, :4].astype(float)
     for name in ("parts", "empty", "again"):
         np.testing.assert_allclose(
@@ -255,6 +364,23 @@ def test_a_few_documents_end(text, tmp_path, count):
     else:
         assert pretrain(few_settings)["held_out_pairs"] > 0
     assert len(losses(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_held_out_documents_of_no_tokens(text, tmp_path, alone):
+    """Sentences of which the tokenizer leaves nothing make no pairs, and no sequences."""
+    path = tmp_path / "text.txt"
+    documents = text.read_text(encoding="utf-8").split("\n\n")[:4]
+    path.write_text("\n\n".join([*documents, "\u200b\u200b", "\u200b\n\u200b"]), encoding="utf-8")
+    rows = "sequences" if alone else "pairs"
+    some = settings(path, tmp_path / "run", steps=2, held_out=0.34, no_next_sentence=alone)
+    some.tokenizer = str(text.parent)
+    with pytest.warns(UserWarning, match=f"held-out documents make no {rows}: nothing is tested"):
+        assert pretrain(some) is None
+    assert len(losses(tmp_path / "run")) == 2
+    path.write_text("\u200b\n\n\u200b", encoding="utf-8")
+    with pytest.raises(ValueError, match=f"the text makes no {rows}"):
+        pretrain(dataclasses.replace(some, out=str(tmp_path / "none"), held_out=0.0))
 
 
 def test_bad_settings_are_said(text, tmp_path):
