@@ -24,6 +24,8 @@ def load_backbone(directory, dtype=None, device="cpu", kind="AutoModel"):
 
 
 class Bert:
+    counts_from_padding = False  # whether positions begin after the padding
+
     def __init__(self, directory, dtype, device, kind, on_cpu):
         ours = BertModel if kind == "AutoModel" else BertForSequenceClassification
         model = ours.from_pretrained(directory, dtype)
@@ -64,6 +66,7 @@ class Accelerated:
         first = getattr(getattr(model.base_model, "embeddings", None), "padding_idx", None)
         offset = first + 1 if first is not None and self.pad == first else 0
         self.positions = self.config.max_position_embeddings - offset
+        self.counts_from_padding = offset > 0
         self.takes_types = getattr(self.config, "type_vocab_size", 0) > 1
 
     def __call__(self, tokens, types, cu_seqlens, max_seqlen):

@@ -20,7 +20,11 @@ from bert_fast.embeddings.backbone import load_backbone
 from bert_fast.embeddings.modules import list_modules, load_modules
 from bert_fast.embeddings.pools import Pools, encode_in_pool
 from bert_fast.embeddings.settings import read_settings
-from bert_fast.embeddings.tokenizer import batches_by_tokens, load_tokenizer_and_limit, lower_case
+from bert_fast.embeddings.tokenizer import (
+    batches_by_tokens,
+    load_tokenizer_and_settings,
+    lower_case,
+)
 from bert_fast.files import CheckpointError
 from bert_fast.models.hub import resolve
 
@@ -41,14 +45,20 @@ class TextModel:
         )
         self._check_kind()
         inner = self._inner(dtype, device)
-        path = inner / "sentence_bert_config.json"
+        paths = [inner / name for name in settings.TRANSFORMER_FILES]
+        path = next((path for path in paths if path.is_file()), paths[0])
         own = read_settings(path, settings.TRANSFORMER)
         self._check_transformer(path, own)
-        self.tokenizer, limit = load_tokenizer_and_limit(inner)
+        self.tokenizer, self.tokenizer_settings = load_tokenizer_and_settings(inner)
+        if self.tokenizer_settings.padding_side == "left" and not self.backbone.counts_from_padding:
+            raise CheckpointError(
+                f"{inner}: the tokenizer's padding_side is 'left', by which a text's positions "
+                "would depend on its batch; only 'right' is supported"
+            )
         if own.get("do_lower_case"):
             lower_case(self.tokenizer)
         self.tokenizer.no_padding()
-        wanted = max_seq_length or own.get("max_seq_length") or limit
+        wanted = max_seq_length or own.get("max_seq_length") or self.tokenizer_settings.limit
         self.max_seqlen = min(int(wanted), self.backbone.positions)
         self.prompts = {"query": "", "document": ""} if self.kind == "AutoModel" else {}
         self.prompts |= self.settings.get("prompts") or {}
@@ -125,7 +135,8 @@ class TextModel:
         return self.prompts[prompt_name] or ""
 
     def _tokenize(self, texts):
-        self.tokenizer.enable_truncation(self.max_seqlen)
+        side = self.tokenizer_settings.truncation_side
+        self.tokenizer.enable_truncation(self.max_seqlen, direction=side)
         encodings = self.tokenizer.encode_batch(texts)
         if truncated := sum(bool(encoding.overflowing) for encoding in encodings):
             warnings.warn(
@@ -148,6 +159,8 @@ class TextModel:
                              dtype=torch.int64, device=self.device)
                 for name in ("ids", "type_ids")
             )  # fmt: skip
+            if not self.tokenizer_settings.types:
+                types = torch.zeros_like(types)
             longest = max(lengths[i] for i in batch)
             found = finish(self.backbone(tokens, types, cu_seqlens, longest), cu_seqlens)
             for i, result in zip(batch, found, strict=True):

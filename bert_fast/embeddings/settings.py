@@ -94,6 +94,13 @@ def read_json(path, default=None):
         raise CheckpointError(f"{path} is not a JSON file: {error}") from error
 
 
+# The Transformer module's own file: the first of these that is there.
+TRANSFORMER_FILES = [
+    f"sentence_{name}_config.json"
+    for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+]
+
+
 def read_settings(path, rules):
     """The file's keys and values; none where there is no file.
 

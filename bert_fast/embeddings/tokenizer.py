@@ -1,6 +1,7 @@
 """The checkpoint's tokenizer, and batches of similar length."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 from bert_fast.embeddings.settings import read_json
 from bert_fast.extras import missing
@@ -23,11 +24,20 @@ def load_tokenizer(directory):
     Raises:
         CheckpointError: there is none, or it cannot be read.
     """
-    return load_tokenizer_and_limit(directory)[0]
+    return load_tokenizer_and_settings(directory)[0]
 
 
-def load_tokenizer_and_limit(directory):
-    """:func:`load_tokenizer`, and the longest input that its files allow, in tokens."""
+class TokenizerSettings(NamedTuple):
+    """What a tokenizer's files say beside how texts become tokens."""
+
+    limit: int = UNBOUNDED  # tokens of the longest input
+    truncation_side: str = "right"
+    padding_side: str = "right"
+    types: bool = True  # whether the model is given token_type_ids
+
+
+def load_tokenizer_and_settings(directory):
+    """:func:`load_tokenizer`, and its :class:`TokenizerSettings`."""
     directory = Path(directory)
     whole, vocabulary = directory / "tokenizer.json", directory / "vocab.txt"
     settings = read_json(directory / "tokenizer_config.json")
@@ -37,8 +47,8 @@ def load_tokenizer_and_limit(directory):
     try:
         if settings and missing("transformers") is None:
             return _transformers(directory, whole)
-        limit = settings.get("model_max_length") or UNBOUNDED
-        return _own(directory, whole, vocabulary, settings), int(min(limit, UNBOUNDED))
+        tokenizer = _own(directory, whole, vocabulary, settings)
+        return tokenizer, _settings(settings, tokenizer.truncation)
     except CheckpointError:
         raise
     except Exception as error:  # the Rust library raises bare Exception
@@ -54,7 +64,17 @@ def _transformers(directory, whole):
     auto = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     if not getattr(auto, "is_fast", False):
         raise CheckpointError(f"{directory}: {type(auto).__name__} is no fast tokenizer")
-    return auto.backend_tokenizer, int(min(auto.model_max_length, UNBOUNDED))
+    said = ("model_max_length", "truncation_side", "padding_side", "model_input_names")
+    return auto.backend_tokenizer, _settings({name: getattr(auto, name) for name in said}, None)
+
+
+def _settings(said, truncation):
+    side = said.get("truncation_side") or str((truncation or {}).get("direction", "right")).lower()
+    names = said.get("model_input_names") or ("token_type_ids",)
+    return TokenizerSettings(
+        int(min(said.get("model_max_length") or UNBOUNDED, UNBOUNDED)), side,
+        said.get("padding_side") or "right", "token_type_ids" in names,
+    )  # fmt: skip
 
 
 def _own(directory, whole, vocabulary, settings):

@@ -103,6 +103,8 @@ TOKENIZERS = [
     {"strip_accents": False},
     {"tokenize_chinese_chars": False},
     {"model_max_length": 6},
+    {"model_max_length": 6, "truncation_side": "left"},
+    {"model_input_names": ["input_ids", "attention_mask"]},
 ]
 
 
@@ -120,6 +122,39 @@ def test_what_the_tokenizers_files_say(tmp_path, monkeypatch, options, without):
         theirs = SentenceTransformer(str(directory), device="cpu")
     ours = same(directory, theirs)
     assert ours.max_seq_length == options.get("model_max_length", 40)
+
+
+def test_types_that_the_tokenizer_does_not_list(tmp_path):
+    """A cross-encoder's second text then has the first's type."""
+    from checkpoints import cross_encoder
+    from sentence_transformers import CrossEncoder
+
+    _, directory = cross_encoder(tmp_path)
+    for change in (
+        {"model_input_names": ["input_ids", "attention_mask"]},
+        {"truncation_side": "left"},
+    ):
+        edit(directory / "tokenizer_config.json", **change)
+        theirs = CrossEncoder(str(directory), device="cpu")
+        pairs = [(a, b) for a in TEXTS for b in TEXTS[:3]]
+        found = bert_fast.CrossEncoder(directory).predict(pairs)
+        np.testing.assert_allclose(found, theirs.predict(pairs), rtol=0, atol=1e-5)
+
+
+def test_padding_on_the_left_is_refused(tmp_path):
+    _, directory = sentence_transformer(tmp_path, Pooling(32))
+    edit(directory / "tokenizer_config.json", padding_side="left")
+    with pytest.raises(CheckpointError, match="padding_side is 'left'"):
+        bert_fast.SentenceEncoder(directory)
+
+
+@pytest.mark.parametrize("name", settings.TRANSFORMER_FILES)
+def test_older_names_of_the_transformers_file(tmp_path, name):
+    _, directory = sentence_transformer(tmp_path, Pooling(32))
+    (directory / "sentence_bert_config.json").unlink()
+    (directory / name).write_text(json.dumps({"max_seq_length": 5, "do_lower_case": False}))
+    theirs = SentenceTransformer(str(directory), device="cpu")
+    assert same(directory, theirs).max_seq_length == 5
 
 
 def test_added_tokens(tmp_path):
