@@ -5,16 +5,38 @@ consists of follows from (seed, epoch) alone: its pairs (or sequences, where mas
 that is learned), their order, and which tokens are masked.
 """
 
+import array
+import itertools
+import operator
 import warnings
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from bert_fast.embeddings.tokenizer import load_tokenizer
+from bert_fast.files import atomic_path
 from bert_fast.ops.cross_entropy import IGNORED
 from bert_fast.text import iter_lines
+from bert_fast.training.tokens import CHUNK, Tokens, tokenize, write_tokens
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def iter_sentences(paths):
+    """(number of the document, sentence), one after another.
+
+    Raises:
+        ValueError: naming the file that is not UTF-8.
+    """
+    number = -1
+    for path in paths:
+        begins = True
+        for line in map(str.strip, iter_lines(path)):
+            if line:
+                number += begins
+                yield number, line
+            begins = not line
 
 
 def read_documents(paths, least=2):
@@ -23,25 +45,32 @@ def read_documents(paths, least=2):
     Raises:
         ValueError: naming the file that is not UTF-8, or that there are not ``least`` documents.
     """
-    documents = []
-    for path in paths:
-        documents.append([])
-        for line in map(str.strip, iter_lines(path)):
-            if line:
-                documents[-1].append(line)
-            elif documents[-1]:
-                documents.append([])
-        if not documents[-1]:
-            documents.pop()
-    if len(documents) < least:
-        names = ", ".join(map(str, paths))
-        if not documents:
-            raise ValueError(f"{names}: no text")
-        raise ValueError(
-            f"{names}: {len(documents)} document; next-sentence prediction needs two at least, "
-            "with a blank line between documents"
-        )
+    numbered = itertools.groupby(iter_sentences(paths), key=operator.itemgetter(0))
+    documents = [[sentence for _, sentence in some] for _, some in numbered]
+    _enough(paths, len(documents), least)
     return documents
+
+
+def check_documents(paths, least):
+    """As :func:`read_documents`, of which no more is read than is needed to see it."""
+    count = 0
+    for number, _ in iter_sentences(paths):
+        count = number + 1
+        if count == least:
+            break
+    _enough(paths, count, least)
+
+
+def _enough(paths, count, least):
+    if count >= least:
+        return
+    names = ", ".join(map(str, paths))
+    if not count:
+        raise ValueError(f"{names}: no text")
+    raise ValueError(
+        f"{names}: {count} document; next-sentence prediction needs two at least, with a blank "
+        "line between documents"
+    )
 
 
 def train_tokenizer(documents, vocab_size, lowercase=True):
@@ -59,34 +88,60 @@ def train_tokenizer(documents, vocab_size, lowercase=True):
     return BertWordPieceTokenizer(vocabulary, lowercase=lowercase)._tokenizer
 
 
-class Corpus:
-    """Token ids of all documents, one after another.
+def special_ids(tokenizer):
+    """Of [PAD], [UNK], [CLS], [SEP], [MASK].
 
-    ids: int32 (tokens,). sentences: offsets into ids, one more than there are sentences.
-    documents: offsets into sentences, one more than there are documents.
+    Raises:
+        ValueError: naming those that the tokenizer does not have.
     """
+    missing = [token for token in SPECIAL if tokenizer.token_to_id(token) is None]
+    if missing:
+        raise ValueError(f"the tokenizer has no {', '.join(missing)}")
+    return [tokenizer.token_to_id(token) for token in SPECIAL]
+
+
+def prepare(out, texts, resume, least, source, vocab_size):
+    """Writes tokenizer.json (of ``source``, or trained on the texts) and tokens/ into ``out``; a
+    run that is resumed keeps what is there.
+
+    Raises:
+        ValueError: naming what is missing, or has changed.
+    """
+    check_documents(texts, least)
+    out.mkdir(parents=True, exist_ok=True)
+    kept = out / "tokenizer.json"
+    if not (resume and kept.is_file()):
+        if source:
+            tokenizer = load_tokenizer(source)
+        else:
+            sentences = ([sentence] for _, sentence in iter_sentences(texts))
+            tokenizer = train_tokenizer(sentences, vocab_size)
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        with atomic_path(kept) as path:
+            tokenizer.save(str(path))
+    tokenizer = load_tokenizer(out)
+    special_ids(tokenizer)  # before the hours that a large text takes
+    write_tokens(out / "tokens", texts, kept, iter_sentences(texts), tokenizer, resume)
+
+
+class Corpus:
+    """Documents as :class:`bert_fast.training.tokens.Tokens`, and the tokenizer that made them."""
 
     def __init__(self, documents, tokenizer):
-        self.tokenizer = tokenizer
-        missing = [token for token in SPECIAL if tokenizer.token_to_id(token) is None]
-        if missing:
-            raise ValueError(f"the tokenizer has no {', '.join(missing)}")
-        self.pad, _, self.cls, self.sep, self.mask = map(tokenizer.token_to_id, SPECIAL)
+        """documents: lists of sentences, or their Tokens."""
+        special = special_ids(tokenizer)
+        self.pad, _, self.cls, self.sep, self.mask = special
         vocabulary = tokenizer.get_vocab()
         self.vocab_size = max(vocabulary.values()) + 1
-        self.ordinary = np.array(sorted(set(vocabulary.values()) - set(self._special())))
+        self.ordinary = np.array(sorted(set(vocabulary.values()) - set(special)))
         self.continues = np.zeros(self.vocab_size, bool)
         for token, i in vocabulary.items():
             self.continues[i] = token.startswith("##")
-        flat = [sentence for document in documents for sentence in document]
-        encodings = tokenizer.encode_batch(flat, add_special_tokens=False)
-        lengths = [len(encoding.ids) for encoding in encodings]
-        self.ids = np.fromiter((i for e in encodings for i in e.ids), np.int32, sum(lengths))
-        self.sentences = np.concatenate([[0], np.cumsum(lengths)])
-        self.documents = np.concatenate([[0], np.cumsum([len(d) for d in documents])])
-
-    def _special(self):
-        return [self.tokenizer.token_to_id(token) for token in SPECIAL]
+        if not isinstance(documents, Tokens):
+            numbered = ((i, sentence) for i, some in enumerate(documents) for sentence in some)
+            documents = tokenize(numbered, tokenizer)
+        self.ids, self.sentences, self.documents = documents
 
     def split(self, share, least=2):
         """Numbers of the documents to train on, and of those held out: the last ``share``. Each
@@ -100,18 +155,15 @@ class Corpus:
             warnings.warn(f"{few} too few to hold any out: {2 * least} are needed", stacklevel=2)
         return np.arange(count - held_out), np.arange(count - held_out, count)
 
-    def unigram_entropy(self, documents):
-        """In nats a token: the loss of a model that knows how frequent each token is, and no more.
-        A masked language model has learned something of context where it is below."""
-        counts = np.bincount(
-            np.concatenate([self._tokens(d) for d in documents]), minlength=self.vocab_size
-        )
-        share = counts[counts > 0] / counts.sum()
-        return float(-(share * np.log(share)).sum())
-
-    def _tokens(self, document):
-        first, last = self.sentences[self.documents[document : document + 2]]
-        return self.ids[first:last]
+    def counts(self, documents, part=0, parts=1):
+        """How often each token is there in documents that follow one another: int64 (vocab_size,).
+        ``part`` of as many ``parts``: of that share of their tokens, and no other is read."""
+        begin, end = self.sentences[self.documents[[documents[0], documents[-1] + 1]]].tolist()
+        first, last = (begin + (end - begin) * i // parts for i in (part, part + 1))
+        counts = np.zeros(self.vocab_size, np.int64)
+        for i in range(first, last, CHUNK):
+            counts += np.bincount(self.ids[i : min(i + CHUNK, last)], minlength=self.vocab_size)
+        return counts
 
     def pairs(self, documents, max_length, rng):
         """One epoch's pairs: int64 (pairs, 5), each a's begin and end in ids, b's, and whether b is
@@ -120,7 +172,7 @@ class Corpus:
         Sentences of a document are gathered until a sequence is full (one in ten is cut shorter,
         as in BERT), then cut in two at random. Where b is from elsewhere, what had been gathered
         for it is used again."""
-        pairs, room = [], max_length - 3
+        pairs, room = array.array("q"), max_length - 3
         starts = self.sentences
         for document in rng.permutation(documents):
             sentence, end = self.documents[document], self.documents[document + 1]
@@ -150,22 +202,22 @@ class Corpus:
                     longer[0] += front
                     longer[1] -= take - front
                 if a[1] > a[0] and b[1] > b[0]:
-                    pairs.append([*a, *b, int(elsewhere)])
+                    pairs.extend((*a, *b, int(elsewhere)))
         return np.array(pairs, np.int64).reshape(-1, 5)
 
     def sequences(self, documents, max_length, rng):
         """One epoch's sequences: int64 (sequences, 2), begin and end in ids. Each token is in one.
         A document that is too long for a sequence is cut, the first time at random."""
-        edges, room = [], max_length - 2
+        rows, room = array.array("q"), max_length - 2
         for document in rng.permutation(documents):
-            first, last = self.sentences[self.documents[document : document + 2]]
+            first, last = self.sentences[self.documents[document : document + 2]].tolist()
             cut = last
             if last - first > room:
                 cut = first + int(rng.integers(1, room + 1))
-            ends = np.array([first, *range(cut, last, room), last], np.int64)
-            edges.append(np.stack([ends[:-1], ends[1:]], 1))
-        rows = np.concatenate([np.empty((0, 2), np.int64), *edges])
-        return rows[rows[:, 1] > rows[:, 0]]
+            for begin, end in itertools.pairwise([first, *range(cut, last, room), last]):
+                if end > begin:
+                    rows.extend((begin, end))
+        return np.array(rows, np.int64).reshape(-1, 2)
 
     def _elsewhere(self, documents, not_this, room, rng):
         if len(documents) < 2:
@@ -177,6 +229,13 @@ class Corpus:
         while last < end and (last == first or self.sentences[last] - self.sentences[first] < room):
             last += 1
         return [self.sentences[first], self.sentences[last]]
+
+
+def unigram_entropy(counts):
+    """In nats a token: the loss of a model that knows how frequent each token is, and no more.
+    A masked language model has learned something of context where it is below."""
+    share = counts[counts > 0] / counts.sum()
+    return float(-(share * np.log(share)).sum())
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """``bert-fast pretrain``: a masked language model, with next-sentence prediction or without, from
 plain text.
 
-One step is one batch of the whole group: every process builds it, and computes its own share. So
+One step is one batch of the whole group: every process reads and computes its own part of it. So
 the same text, seed and batch give the same losses on any number of processes, up to rounding; and a
 run that was killed goes on from its last checkpoint to the same losses, on the CPU bit for bit.
 """
@@ -18,24 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from bert_fast.embeddings.tokenizer import load_tokenizer
 from bert_fast.files import atomic_path
 from bert_fast.models.config import BertConfig
 from bert_fast.models.heads import BertForMaskedLM, BertForPreTraining
-from bert_fast.training.corpus import (
-    Corpus,
-    PairSampler,
-    SequenceSampler,
-    read_documents,
-    train_tokenizer,
-)
+from bert_fast.training.corpus import Corpus, PairSampler, SequenceSampler, prepare, unigram_entropy
 from bert_fast.training.metrics import plot, read_metrics
 from bert_fast.training.optim import OPTIMIZERS, parameter_groups, warmup_then_linear_decay
 from bert_fast.training.options import add_options, option
 from bert_fast.training.processes import BINDING, Group
+from bert_fast.training.tokens import read_tokens
 
 
 @dataclass
@@ -124,18 +118,21 @@ class _Run:
         if not settings.resume and self.state_path.exists():
             raise ValueError(f"{self.out} holds a run already; --resume goes on with it")
         least = 2 if self.pairs else 1
-        documents = read_documents(settings.text, least)
-        if group.rank == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
-        tokenizer = self._tokenizer(documents)
-        self.corpus = Corpus(documents, tokenizer)
+        # By one process for all: two trainings of a tokenizer may break ties differently.
+        group.first(
+            prepare, self.out, settings.text, settings.resume, least,
+            settings.tokenizer or settings.init, settings.vocab_size,
+        )  # fmt: skip
+        tokens, self.inputs = read_tokens(self.out / "tokens")
+        self.corpus = Corpus(tokens, load_tokenizer(self.out))
         train, held_out = self.corpus.split(settings.held_out, least)
         self.sampler = (PairSampler if self.pairs else SequenceSampler)(
             self.corpus, train, settings.max_length, settings.batch_tokens, settings.seed,
             whole_words=settings.whole_words,
         )  # fmt: skip
         self.held_out = self._held_out(held_out)
-        self.entropy = self.corpus.unigram_entropy(train)
+        counts = torch.from_numpy(self.corpus.counts(train, group.rank, group.size))
+        self.entropy = unigram_entropy(group.sum(counts.to(group.device)).cpu().numpy())
         torch.manual_seed(settings.seed)
         self.model = self._new_model().to(group.device)
         self.model.bert.gradient_checkpointing = settings.checkpoint_activations
@@ -151,22 +148,6 @@ class _Run:
             self._load()
         elif group.rank == 0:  # killed before its first checkpoint, if anything was here
             self.metrics_path.unlink(missing_ok=True)
-
-    def _tokenizer(self, documents):
-        """The first process's, for all: two trainings on one text may break ties differently."""
-        settings, kept = self.settings, self.out / "tokenizer.json"
-        if self.group.rank == 0 and not (settings.resume and kept.is_file()):
-            if source := settings.tokenizer or settings.init:
-                tokenizer = load_tokenizer(source)
-            else:
-                tokenizer = train_tokenizer(documents, settings.vocab_size)
-            tokenizer.no_padding()
-            tokenizer.no_truncation()
-            with atomic_path(kept) as path:
-                tokenizer.save(str(path))
-        if self.group.size > 1:
-            dist.barrier()
-        return load_tokenizer(self.out)
 
     def _held_out(self, documents):
         """(sampler, rows, slices) of the held-out documents, the same every time; None where there
@@ -246,16 +227,8 @@ class _Run:
         """One optimizer step; its figures. Every process's part weighs what it has of the step's
         masked tokens and pairs, so that cutting a batch up changes nothing but rounding."""
         group, began = self.group, time.perf_counter()
-        # Where there are more parts than rows, some compute a row that counts for nothing.
-        cuts = _cut(whole, group.size * self.settings.accumulate)
-        filled = [part if part.stop > part.start else slice(whole.start, whole.start + 1)
-                  for part in cuts]  # fmt: skip
-        batches = [self.sampler.batch(rows, part, self.epoch) for part in filled]
-        real = [part.stop - part.start for part in cuts]
-        count = whole.stop - whole.start
-        masked = sum(b.masked for b, rows_of in zip(batches, real, strict=True) if rows_of)
-        own = slice(group.rank * self.settings.accumulate, None)
-        mine = list(zip(batches, real, strict=True))[own][: self.settings.accumulate]
+        mine = self._own(self.sampler, rows, whole, self.epoch, self.settings.accumulate)
+        masked, count = self._masked(mine), whole.stop - whole.start
         self.optimizer.zero_grad(set_to_none=True)
         figures = torch.zeros(5, dtype=torch.float64, device=group.device)
         for i, (batch, rows_of) in enumerate(mine):
@@ -285,6 +258,20 @@ class _Run:
             record["next_sentence_loss"] = following
             record["next_sentence_accuracy"] = right_following / count
         return record
+
+    def _own(self, sampler, rows, whole, epoch, parts=1):
+        """This process's parts of a batch: (what it holds, how many of its rows count). Where there
+        are more parts than rows, some hold a row that counts for nothing."""
+        own = _cut(whole, self.group.size * parts)[self.group.rank * parts :][:parts]
+        filled = [part if part.stop > part.start else slice(whole.start, whole.start + 1)
+                  for part in own]  # fmt: skip
+        return [(sampler.batch(rows, some, epoch), part.stop - part.start)
+                for some, part in zip(filled, own, strict=True)]  # fmt: skip
+
+    def _masked(self, mine):
+        """How many tokens are to be predicted, in all processes' parts."""
+        masked = sum(batch.masked for batch, rows_of in mine if rows_of)
+        return int(self.group.sum(torch.tensor(masked, device=self.group.device)))
 
     def _without_exchange(self, wanted):
         if wanted and isinstance(self.parallel, DistributedDataParallel):
@@ -322,15 +309,15 @@ class _Run:
         """Loss and accuracy on held-out documents: the same rows and masks every time."""
         sampler, rows, slices = self.held_out
         self.model.eval()
-        total, masked, count = torch.zeros(5, dtype=torch.float64), 0, 0
+        total, masked, count = 0.0, 0, 0
         for some in slices:
-            batch = sampler.batch(rows, some, 0)
-            weights = batch.masked, some.stop - some.start
-            _, found = self._loss(self.parallel, batch, *weights)
-            total += found.cpu()
-            masked, count = masked + weights[0], count + weights[1]
+            mine = self._own(sampler, rows, some, 0)
+            masked, count = masked + self._masked(mine), count + some.stop - some.start
+            for batch, rows_of in mine:
+                _, found = self._loss(self.parallel, batch, batch.masked, rows_of)
+                total = total + (found if rows_of else torch.zeros_like(found))
         self.model.train()
-        lm, right, _, following, right_following = total.tolist()
+        lm, right, _, following, right_following = self.group.sum(total).tolist()
         record = {
             "held_out_masked_lm_loss": lm / masked, "held_out_masked_lm_accuracy": right / masked,
             f"held_out_{self.rows}": count, "unigram_entropy": self.entropy,
@@ -359,6 +346,7 @@ class _Run:
             torch.save({
                 "model": model, "optimizer": optimizer, "schedule": self.schedule.state_dict(),
                 "step": self.step, "epoch": self.epoch, "place": self.place, "settings": settings,
+                "inputs": self.inputs,
             }, path)  # fmt: skip
         self._write_results(model)
 
@@ -380,6 +368,8 @@ class _Run:
         for name, value in ({"no_next_sentence": False} | state["settings"]).items():
             if (mine := getattr(self.settings, name)) != value:
                 raise ValueError(f"--resume: {name} was {value}, and is {mine} now")
+        if state.get("inputs", self.inputs) != self.inputs:
+            raise ValueError(f"--resume: {self.out} was trained on another text, or tokenizer")
         set_state_dict(
             self.model, self.optimizer, model_state_dict=state["model"],
             optim_state_dict=state["optimizer"], options=StateDictOptions(full_state_dict=True),

@@ -1,8 +1,10 @@
 """The processes of one run: DDP and FSDP2 by torch.distributed."""
 
 import contextlib
+import datetime
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +24,7 @@ class Group:
     rank: int
     size: int
     device: torch.device
+    waiting: Any = None  # of torch.distributed, with no end to how long it waits
 
     @classmethod
     @contextlib.contextmanager
@@ -38,7 +41,11 @@ class Group:
         if size > 1:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         try:
-            yield cls(dist.get_rank() if size > 1 else 0, size, device)
+            if size == 1:
+                yield cls(0, 1, device)
+            else:
+                waiting = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=365))
+                yield cls(dist.get_rank(), size, device, waiting)
         finally:
             if size > 1:
                 dist.destroy_process_group()
@@ -48,3 +55,10 @@ class Group:
         if self.size > 1:
             dist.all_reduce(numbers)
         return numbers
+
+    def first(self, do, *args):
+        """Lets the first process ``do`` something, while the others wait, be it for hours."""
+        if self.rank == 0:
+            do(*args)
+        if self.size > 1:
+            dist.barrier(self.waiting)

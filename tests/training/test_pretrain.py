@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from bert_fast.embeddings.tokenizer import load_tokenizer
-from bert_fast.training import corpus, optim
+from bert_fast.training import corpus
 from bert_fast.training.metrics import read_metrics
 from bert_fast.training.pretrain import Settings, _cut, pretrain
 
@@ -333,10 +333,13 @@ def test_killed_and_resumed_bit_for_bit(text, tmp_path):
     assert losses(out) == losses(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("shard", [False, True])
-def test_two_processes_are_one_with_their_batch(text, tmp_path, shard):
+@pytest.mark.parametrize(
+    ("shard", "alone"), [(False, False), (True, False), (False, True)],
+    ids=["replicated", "sharded", "masked words alone"],
+)  # fmt: skip
+def test_two_processes_are_one_with_their_batch(text, tmp_path, shard, alone):
     """By torchrun and gloo: the step's batch is the group's."""
-    options = ["--steps", "8", "--dropout", "0"]
+    options = ["--steps", "8", "--dropout", "0", *["--no-next-sentence"] * alone]
     alone = run(text, tmp_path / "one", *options)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options += ["--shard"] if shard else []
@@ -348,7 +351,8 @@ def test_two_processes_are_one_with_their_batch(text, tmp_path, shard):
         np.array(losses(tmp_path / "two")).astype(float),
         np.array(losses(tmp_path / "one")).astype(float), rtol=1e-3,
     )  # fmt: skip
-    transformers.BertForPreTraining.from_pretrained(tmp_path / "two")
+    kind = transformers.BertForMaskedLM if alone else transformers.BertForPreTraining
+    kind.from_pretrained(tmp_path / "two")
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5])
@@ -406,43 +410,3 @@ def test_bad_settings_are_said(text, tmp_path):
 def test_cut():
     assert _cut(slice(5, 12), 3) == [slice(5, 7), slice(7, 9), slice(9, 12)]
     assert [s.stop - s.start for s in _cut(slice(0, 2), 4)] == [0, 1, 0, 1]
-
-
-# ---- optimizers ----
-
-
-def test_lamb_is_its_paper():
-    """One step by hand, and a problem it solves."""
-    weight, bias = torch.randn(3, 4), torch.randn(4)
-    parameters = [torch.nn.Parameter(t.clone()) for t in (weight, bias)]
-    for p in parameters:
-        p.grad = torch.randn_like(p)
-    optim.LAMB(parameters, lr=0.1, weight_decay=0.01).step()
-    for p, was in zip(parameters, (weight, bias), strict=True):
-        update = p.grad / (p.grad.abs() + 1e-6) + 0.01 * was
-        ratio = was.norm() / update.norm() if was.ndim > 1 else 1
-        torch.testing.assert_close(p.detach(), was - 0.1 * ratio * update, rtol=1e-4, atol=1e-5)
-    x = torch.nn.Parameter(torch.randn(5, 5))
-    optimizer = optim.LAMB([x], lr=0.05, weight_decay=0.0)
-    target = torch.randn(5, 5)
-    for _ in range(300):
-        optimizer.zero_grad()
-        loss = (x - target).square().sum()
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.5
-
-
-def test_schedule_and_groups():
-    model = torch.nn.Linear(3, 4)
-    matrices, vectors = optim.parameter_groups(model, 0.1)
-    assert matrices["params"] == [model.weight]
-    assert vectors == {"params": [model.bias], "weight_decay": 0.0}
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    schedule = optim.warmup_then_linear_decay(optimizer, 2, 6)
-    rates = []
-    for _ in range(7):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    assert rates == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
