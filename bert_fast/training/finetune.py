@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 import time
 from dataclasses import dataclass
@@ -47,6 +48,13 @@ class Settings:
         "the model's positions)",
         None,
     )
+    keep: str = option(
+        "the epoch whose weights are saved: the best by the task's first figure on the test rows, "
+        "or the last, unjudged until then",
+        "best",
+        choices=["best", "last"],
+    )
+    patience: int | None = option("stop after so many epochs that are no better", None)
     warmup: float = option("share of the steps that warm up", 0.1)
     weight_decay: float = option("weight decay of matrices", 0.01)
     clip: float = option("gradients are clipped to this norm", 1.0)
@@ -59,7 +67,7 @@ class Settings:
             raise ValueError(f"task must be one of {', '.join(tasks.TASKS)}, not {self.task!r}")
         for name, least in (
             ("epochs", 1), ("batch_tokens", 1), ("max_length", 8), ("decoder_layers", 1),
-            ("target_vocab", 300), ("beams", 1),
+            ("target_vocab", 300), ("beams", 1), ("patience", 1),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < least:
@@ -67,6 +75,10 @@ class Settings:
         aligned = self.train_targets is not None or self.test_targets is not None
         if aligned and self.task != "translation":
             raise ValueError("train_targets and test_targets are for the task translation")
+        if self.keep not in ("best", "last"):
+            raise ValueError(f"keep must be best or last, not {self.keep!r}")
+        if self.patience is not None and self.keep == "last":
+            raise ValueError("patience needs keep best: epochs are not judged with keep last")
         if self.test_targets is not None and self.test is None:
             raise ValueError("test_targets needs test")
 
@@ -185,13 +197,12 @@ def finetune(settings, progress=None):
     tokenizer = _plain(load_tokenizer(settings.model))
     tuned = Tuned(task, model.to(device).train(), tokenizer, settings.max_length)
     task.check(test)  # before any time is spent
-    began = time.perf_counter()
-    steps = _train(settings, tuned, tuned.features(rows), rng, progress or (lambda *_: None))
-    seconds = time.perf_counter() - began
+    epochs, best, seconds = _train(settings, tuned, tuned.features(rows), rng, test, progress)
     predictions = tuned.predict(test)
     figures = task.judge(test, predictions)
-    figures |= {"test_rows": len(test), "train_rows": len(rows), "steps": steps}
-    _save(settings, tuned, figures | {"training_seconds": seconds}, test, predictions)
+    figures |= {"test_rows": len(test), "train_rows": len(rows), "steps": epochs[-1]["step"]}
+    figures["epoch"] = best
+    _save(settings, tuned, figures | {"training_seconds": seconds}, epochs, test, predictions)
     return tuned, figures
 
 
@@ -199,7 +210,9 @@ def _read(task, path, targets):
     return task.read(path) if targets is None else task.read_aligned(path, targets)
 
 
-def _train(settings, tuned, features, rng, progress):
+def _train(settings, tuned, features, rng, test, progress):
+    """A record an epoch, the kept one's number, and the seconds without judging. The model is left
+    with the kept epoch's weights."""
     task, model = tuned.task, tuned.model
     lengths = np.array([task.tokens(feature) for feature in features])
     epochs = [
@@ -210,19 +223,40 @@ def _train(settings, tuned, features, rng, progress):
     lr = settings.lr or task.lr
     optimizer = torch.optim.AdamW(parameter_groups(model, settings.weight_decay), lr=lr)
     schedule = warmup_then_linear_decay(optimizer, round(settings.warmup * steps), steps)
-    for done, some in enumerate((batch for epoch in epochs for batch in epoch), 1):
-        inputs = tuned.batch([features[i] for i in some], labelled=True)
-        with torch.autocast("cuda", torch.bfloat16, enabled=inputs["input_ids"].is_cuda):
-            loss = model(**inputs).loss
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-        if not torch.isfinite(norm):
-            raise ValueError(f"step {done}: the gradient's norm is {norm.item()}: lower lr")
-        optimizer.step()
-        schedule.step()
-        progress(done, steps, loss.item())
-    return steps
+    records, done, seconds = [], 0, 0.0
+    best, highest, weights = len(epochs), -math.inf, None
+    for epoch, batches in enumerate(epochs, 1):
+        losses, began = [], time.perf_counter()
+        for some in batches:
+            done += 1
+            inputs = tuned.batch([features[i] for i in some], labelled=True)
+            with torch.autocast("cuda", torch.bfloat16, enabled=inputs["input_ids"].is_cuda):
+                loss = model(**inputs).loss
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+            if not torch.isfinite(norm):
+                raise ValueError(f"step {done}: the gradient's norm is {norm.item()}: lower lr")
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+            if progress is not None:
+                progress(done, steps, losses[-1])
+        seconds += time.perf_counter() - began
+        records.append({"epoch": epoch, "step": done, "loss": float(np.mean(losses))})
+        if settings.keep == "last":
+            continue
+        figures = task.judge(test, tuned.predict(test))
+        records[-1] |= figures
+        figure = next(iter(figures.values()))  # of every task: more is better
+        if weights is None or figure > highest:
+            best, highest = epoch, figure
+            weights = {name: w.to("cpu", copy=True) for name, w in model.state_dict().items()}
+        elif settings.patience is not None and epoch - best >= settings.patience:
+            break
+    if weights is not None and best != epoch:
+        model.load_state_dict(weights)
+    return records, best, seconds
 
 
 def _shuffled_batches(lengths, budget, rng):
@@ -237,7 +271,7 @@ def _shuffled_batches(lengths, budget, rng):
         yield batch
 
 
-def _save(settings, tuned, figures, test, predictions):
+def _save(settings, tuned, figures, epochs, test, predictions):
     out = Path(settings.out)
     tuned.model.save_pretrained(out)
     tuned.task.save(out)
@@ -248,7 +282,8 @@ def _save(settings, tuned, figures, test, predictions):
     with atomic_path(out / "tokenizer.json") as path:
         tuned.tokenizer.save(str(path))
     with atomic_path(out / "metrics.json") as path:
-        whole = {"figures": figures, "settings": dataclasses.asdict(settings)}
+        settings = dataclasses.asdict(settings)
+        whole = {"figures": figures, "epochs": epochs, "settings": settings}
         Path(path).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     if not can_draw(out / "test.png"):
         return

@@ -149,6 +149,7 @@ def test_every_task(task, checkpoint, tmp_path, capsys):
         task=task, model=str(checkpoint), train=rows, out=str(tmp_path / "out"),
         epochs=60 if task == "multi-label" else 40, lr=1e-3, batch_tokens=400, max_length=24,
         device="cpu", decoder_layers=2, target_vocab=400,
+        keep="last" if task == "translation" else "best",  # 40 searches would take long
     )  # fmt: skip
     tuned, figures = finetune(settings)
     assert next(iter(figures)) == figure
@@ -342,32 +343,6 @@ def test_tags_of_long_texts_come_from_windows(checkpoint):
                     assert task.labels[label] == tags[feature.encoding.word_ids[place]]
 
 
-@pytest.mark.parametrize("scheme", ["BIO", "BIOES", "BILOU"])
-def test_entities_are_seqevals(scheme):
-    """Of drawn tags, which do not all make sense: the F1 of seqeval, where L is E and U is S."""
-    from seqeval.metrics import f1_score
-
-    heads = [head for head in scheme if head != "O"]
-    tags = ["O", *(f"{head}-{kind}" for head in heads for kind in ("x", "y-z"))]
-    truth, guess = ([random.choices(tags, k=12) for _ in range(40)] for _ in range(2))
-    guess = [t if random.random() < 0.5 else g for t, g in zip(truth, guess, strict=True)]
-    task = tasks.Tagging()
-    examples = [tasks.Example(t, None, t) for t in truth]
-    task.fit(examples)
-
-    def named(rows):
-        return [[{"L": "E", "U": "S"}.get(tag[0], tag[0]) + tag[1:] for tag in row] for row in rows]
-
-    wanted = f1_score(named(truth), named(guess), average="micro")
-    assert np.isclose(task.judge(examples, guess)["entity_f1"], wanted)
-
-
-def test_a_scheme_that_is_not_scored_is_refused():
-    with pytest.raises(tasks.DataError, match="the tags have B-x, and 'Q-x': entities are scored"):
-        tasks.Tagging().fit([tasks.Example(["a", "b"], None, ["B-x", "Q-x"])])
-    tasks.Tagging().fit([tasks.Example(["a", "b"], None, ["NN", "Q-x"])])  # parts of speech
-
-
 def test_a_question_longer_than_its_window_is_said(checkpoint):
     task, tokenizer = tasks.QuestionAnswering(), load_tokenizer(checkpoint)
     for words in range(1, 30):
@@ -377,6 +352,62 @@ def test_a_question_longer_than_its_window_is_said(checkpoint):
         else:
             with pytest.raises(tasks.DataError, match=rf"question 'film.*' has {words} tokens; wi"):
                 task.features(tokenizer, [example], 24)
+
+
+@pytest.mark.parametrize("patience", [None, 1, 2])
+def test_the_best_epoch_is_kept(checkpoint, tmp_path, monkeypatch, patience):
+    """Of drawn figures: transformers' callback says when to stop; what is saved are the weights of
+    the first of the best epochs."""
+    epochs, seen = 6, []
+    drawn = [random.choice([0.1, 0.2, 0.3, 0.4]) for _ in range(epochs)]
+    saved = tasks.Classification.judge
+
+    def judge(self, examples, predictions):
+        seen.append(predictions)
+        place = min(len(seen), epochs) - 1
+        return {"drawn": drawn[place], **saved(self, examples, predictions)}
+
+    monkeypatch.setattr(tasks.Classification, "judge", judge)
+    rows = write(tmp_path / "rows.jsonl", classification(random.Random(2))[:30])
+    settings = Settings(
+        "classification", str(checkpoint), rows, str(tmp_path / "out"), epochs=epochs, lr=1e-3,
+        patience=patience, batch_tokens=100, device="cpu",
+    )  # fmt: skip
+    tuned, figures = finetune(settings)
+
+    stop = transformers.EarlyStoppingCallback(patience or epochs + 1)
+    args = transformers.TrainingArguments(
+        str(tmp_path / "theirs"), load_best_model_at_end=True, metric_for_best_model="drawn",
+        greater_is_better=True, eval_strategy="epoch", save_strategy="epoch", use_cpu=True,
+    )  # fmt: skip
+    state, control = transformers.TrainerState(), transformers.TrainerControl()
+    for ran, value in enumerate(drawn, 1):
+        stop.on_evaluate(args, state, control, {"eval_drawn": value})
+        if state.best_metric is None or value > state.best_metric:  # as Trainer does afterwards
+            state.best_metric, state.best_global_step = value, ran
+        if control.should_training_stop:
+            break
+    assert figures["epoch"] == state.best_global_step
+    metrics_of = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert [record["drawn"] for record in metrics_of["epochs"]] == drawn[:ran]
+    assert seen[-1] == seen[figures["epoch"] - 1]  # the scores, to the bit
+    again = Tuned.from_pretrained(tmp_path / "out").model.state_dict()
+    for name, weight in tuned.model.state_dict().items():
+        assert torch.equal(again[name], weight)
+
+
+def test_the_last_epoch_can_be_kept(checkpoint, tmp_path):
+    rows = write(tmp_path / "rows.jsonl", classification(random.Random(2))[:20])
+    settings = Settings(
+        "classification", str(checkpoint), rows, str(tmp_path / "out"), epochs=2, keep="last"
+    )
+    assert finetune(settings)[1]["epoch"] == 2
+    records = json.loads((tmp_path / "out" / "metrics.json").read_text())["epochs"]
+    assert [list(record) for record in records] == [["epoch", "step", "loss"]] * 2
+    with pytest.raises(ValueError, match="patience needs keep best"):
+        dataclasses.replace(settings, patience=1)
+    with pytest.raises(ValueError, match="keep must be best or last, not 'worst'"):
+        dataclasses.replace(settings, keep="worst")
 
 
 def test_a_model_is_not_overwritten_unasked(tmp_path):
