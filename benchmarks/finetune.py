@@ -83,8 +83,8 @@ def measure(name, seeds, scratch):
     for seed in seeds:
         for who, kind in ((OURS, task), (THEIRS, THEIRS)):
             out = scratch / f"{who}-{seed}"
-            finetune(Settings(task=kind, model=str(data.minilm()), out=str(out), seed=seed, keep="last",
-                              device="cpu", **paths, **settings))  # fmt: skip
+            finetune(Settings(task=kind, model=str(data.minilm()), out=str(out), seed=seed,
+                              device="cpu", keep="last", **paths, **settings))  # fmt: skip
             figures = json.loads((out / "metrics.json").read_text(encoding="utf-8"))["figures"]
             runs[who].append(figures)
             print(f"  seed {seed}, {who}: {figures}", flush=True)
