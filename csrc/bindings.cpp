@@ -252,6 +252,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_packed_size", [](int64_t out_features, int64_t in_features) {
     return linear_kernels().packed_size(out_features, in_features);
   });
+  m.def("linear_matches", [](int64_t out_features, int64_t in_features, Address weight,
+                              Address packed) {
+    return linear_kernels().matches(pointer<float>(weight), out_features, in_features,
+                                    pointer(packed));
+  });
   m.def("linear_scratch_size",
         [](int num_threads) { return linear_kernels().scratch_size(num_threads); });
   m.def("linear_pack",

@@ -1,5 +1,7 @@
 """The ``cpu`` backend: csrc/cpu through pybind11, for tensors that ops.py has validated."""
 
+import threading
+
 import torch
 
 from bert_fast import _C
@@ -128,13 +130,16 @@ def min_rows():
     return _C.linear_min_rows()
 
 
+_packing = threading.RLock()  # one thread at a time replaces what others may be reading
+
+
 class PackedWeight:
     """A float32 linear layer's weight, laid out once for csrc/cpu/linear*.cpp. As large as the
     weight itself; 1.5 times on processors with AMX, where it is kept as three bf16 parts."""
 
     def __init__(self, weight):
         self.shape = weight.shape
-        self._pack(weight)
+        self.state = self._pack(weight)  # (packed, of what): replaced as one, for other threads
 
     @staticmethod
     def possible(weight):
@@ -143,33 +148,41 @@ class PackedWeight:
         return plain and not weight.is_inference()
 
     def _pack(self, weight):
-        dense = weight.detach().contiguous()
-        self.packed = _aligned(_C.linear_packed_size(*self.shape))
-        _C.linear_pack(
-            dense.data_ptr(), *self.shape, self.packed.data_ptr(), torch.get_num_threads()
-        )
-        self.source = self._identity(weight)
+        dense, packed = weight.detach().contiguous(), _aligned(_C.linear_packed_size(*self.shape))
+        _C.linear_pack(dense.data_ptr(), *self.shape, packed.data_ptr(), torch.get_num_threads())
+        return packed, self._identity(weight)
 
     @staticmethod
     def _identity(weight):
         return weight.data_ptr(), weight._version, _C.linear_kind()
 
     def current(self, weight):
-        """Packs anew where the weight, or the instruction set asked for, has changed since."""
-        if self.source != self._identity(weight):
-            self._pack(weight)
-        return self
+        """The packed weight; packed anew where it, or the instruction set asked for, has changed.
+        Others may do so meanwhile: keep what is returned for as long as its memory is used."""
+        if not self.holds(weight):
+            with _packing:
+                if not self.holds(weight):
+                    self.state = self._pack(weight)
+        return self.state[0]
+
+    def holds(self, weight):
+        """Whether the weight is what was packed, by its version and by some of its numbers: who
+        writes through ``.data``, as peft's merging does, changes them all and tells nobody."""
+        packed, source = self.state
+        return source == self._identity(weight) and _C.linear_matches(
+            *self.shape, weight.data_ptr(), packed.data_ptr()
+        )
 
     def forward(self, x, weight, bias, approximate, out, workspace):
         """out = GELU(x Wᵀ + bias); ``approximate`` None means no GELU, ``bias`` None no bias. A
         weight that was changed since it was packed is packed anew."""
-        self.current(weight)
+        packed = self.current(weight)
         (rows, width), bias = x.shape, as_float32(bias)
         threads = torch.get_num_threads()
         size = _C.linear_scratch_size(threads)
         scratch = workspace.take("scratch", 1, size // 4, x) if size else None
         _C.linear_forward(
-            rows, width, self.shape[0], *map(address, (x, self.packed, bias, out, scratch)),
+            rows, width, self.shape[0], *map(address, (x, packed, bias, out, scratch)),
             ACTIVATIONS[approximate], threads,
         )  # fmt: skip
         return out
@@ -192,20 +205,25 @@ class Encoder:
     def __init__(self, layers, num_heads, approximate):
         self.layers, self.num_heads, self.approximate = layers, num_heads, approximate
         self.intermediate, self.hidden = layers[0][3].weight.shape
-        self._bind()
+        self.products = [part for layer in layers for part in layer if not hasattr(part, "eps")]
+        self.bound = self._bind()
 
     def _bind(self):
-        """Addresses, which live as long as ``layers`` do; weights packed as is usual now."""
-        self.kind = _C.linear_kind()
-        self.plan = _C.Encoder(
-            [tuple(map(_bound, layer)) for layer in self.layers], self.hidden, self.intermediate,
-            self.num_heads, (self.hidden // self.num_heads) ** -0.5, ACTIVATIONS[self.approximate],
-        )  # fmt: skip
+        """The plan, the memory whose addresses it holds, and the layout of packed weights."""
+        with _packing:
+            kept = []
+            layers = [[_bound(part, kept) for part in layer] for layer in self.layers]
+            plan = _C.Encoder(
+                layers, self.hidden, self.intermediate, self.num_heads,
+                (self.hidden // self.num_heads) ** -0.5, ACTIVATIONS[self.approximate],
+            )  # fmt: skip
+            return plan, kept, _C.linear_kind()
 
     def forward(self, x, cu_seqlens, workspace):
         """x (total_tokens, hidden) becomes the last layer's output, in its own memory."""
-        if self.kind != _C.linear_kind():
-            self._bind()
+        bound = self.bound  # kept here: another thread may bind anew meanwhile
+        if bound[2] != _C.linear_kind() or not all(p.packed.holds(p.weight) for p in self.products):
+            bound = self.bound = self._bind()
         rows, threads = x.shape[0], torch.get_num_threads()
         size = _C.linear_scratch_size(threads)
         buffers = [
@@ -217,13 +235,16 @@ class Encoder:
             workspace.take("scratch", 1, size // 4, x) if size else None,
         ]
         cu_seqlens = cu_seqlens.contiguous()
-        self.plan.forward(
+        bound[0].forward(
             rows, cu_seqlens.numel() - 1, *map(address, (cu_seqlens, x, *buffers)), threads
         )
         return x
 
 
-def _bound(part):
+def _bound(part, kept):
+    """What the plan takes of a part, whose memory is put into ``kept``."""
+    kept += part.weight, part.bias
     if hasattr(part, "eps"):
         return address(part.weight), address(part.bias), part.eps
-    return address(part.packed.current(part.weight).packed), address(part.bias)
+    kept.append(part.packed.current(part.weight))
+    return address(kept[-1]), address(part.bias)

@@ -23,12 +23,20 @@ def load_backbone(directory, dtype=None, device="cpu", kind="AutoModel"):
     return (Bert if model_type == "bert" else Accelerated)(directory, dtype, device, kind, on_cpu)
 
 
+def _is_classifier(directory):
+    values = read_json(directory / "config.json")
+    named = any("Classification" in name for name in values.get("architectures") or [])
+    return named or "id2label" in values
+
+
 class Bert:
     counts_from_padding = False  # whether positions begin after the padding
 
     def __init__(self, directory, dtype, device, kind, on_cpu):
         ours = BertModel if kind == "AutoModel" else BertForSequenceClassification
-        model = ours.from_pretrained(directory, dtype)
+        # Of a bare encoder sentence-transformers makes a scorer, of one label.
+        bare = kind != "AutoModel" and not _is_classifier(directory)
+        model = ours.from_pretrained(directory, dtype, **({"num_labels": 1} if bare else {}))
         # prepack lays weights out for the CPU: on a GPU it would only take memory.
         self.model = model.prepack() if on_cpu else model.to(device)
         self.config = self.model.config
@@ -56,7 +64,9 @@ class Accelerated:
         if dtype is None:
             dtype = torch.float32 if on_cpu and given == "float16" else "auto"
         try:
-            model = getattr(transformers, kind).from_pretrained(directory, dtype=dtype)
+            bare = kind != "AutoModel" and not _is_classifier(directory)
+            options = {"num_labels": 1} if bare else {}
+            model = getattr(transformers, kind).from_pretrained(directory, dtype=dtype, **options)
             self.model = accelerate(model.to(device).eval(), prepack=on_cpu)
         except (ValueError, OSError, KeyError) as error:
             raise CheckpointError(f"{directory}: {error}") from error

@@ -66,6 +66,15 @@ class CrossEncoder(TextModel, Pools):
     def num_labels(self) -> int:
         return self.backbone.config.num_labels
 
+    @property
+    def max_length(self) -> int:
+        """:attr:`max_seq_length`, by sentence-transformers' name."""
+        return self.max_seq_length
+
+    @max_length.setter
+    def max_length(self, value: int) -> None:
+        self.max_seq_length = value
+
     def predict(
         self, sentences: Iterable[Sequence[str]] | Sequence[str], prompt_name: str | None = None,
         prompt: str | None = None, batch_size: int | None = None,
@@ -87,6 +96,8 @@ class CrossEncoder(TextModel, Pools):
             TypeError: something else than pairs of strings.
             ValueError: naming the argument that does not fit.
         """
+        if isinstance(sentences, str):
+            raise TypeError("sentences must be pairs of strings, not one string")
         pairs: list[Any] = list(sentences)
         single = bool(pairs) and isinstance(pairs[0], str)
         pairs = [pairs] if single else pairs

@@ -400,6 +400,8 @@ def _check_encode(batch_size, batch_tokens, output_value, precision):
         raise ValueError(
             f"output_value must be 'sentence_embedding' or 'token_embeddings', not {output_value!r}"
         )
+    if output_value == "token_embeddings" and precision != "float32":
+        raise ValueError("precision is of sentence embeddings; token embeddings are float32")
     if precision not in vectors.PRECISIONS:
         raise ValueError(
             f"precision must be one of {', '.join(vectors.PRECISIONS)}, not {precision!r}"

@@ -77,7 +77,7 @@ def accelerate(model: Model, *, prepack: bool = False) -> Model:
         encoder = getattr(base, family.encoder)
         if "forward" in base.__dict__:
             warn_once(type(base).__name__, "a forward of its own")
-        classes = _transformers_classes(encoder.layer)
+        classes = classes_inside(base, family)
         for layer in encoder.layer:
             _change_class(layer, _Layer)
             layer._bert_fast = _LayerSettings(base.config, family)
@@ -90,17 +90,6 @@ def accelerate(model: Model, *, prepack: bool = False) -> Model:
             if isinstance(module, _Layer):
                 module.prepack()
     return model
-
-
-def _transformers_classes(layers):
-    """{path: class} inside a layer, but where somebody has put something else already."""
-    found = {}
-    for layer in layers:
-        for path, kind in classes_inside(layer).items():
-            theirs = kind.__module__.startswith(("transformers.", "torch.nn.modules."))
-            if theirs and found.setdefault(path, kind) is not kind:
-                found[path] = nn.Module  # of two kinds: no layer's is expected
-    return found
 
 
 def restore(model: Model) -> Model:
@@ -200,7 +189,7 @@ def _forward_model(self, *args, **kwargs):
     options = arguments | {"output_attentions": arguments.get(
         "output_attentions", getattr(self.config, "output_attentions", False)
     )}  # fmt: skip
-    reason = why_not_this_call(mask, options)
+    reason = why_not_this_call(self.config, mask, options)
     if reason is None:
         reason = why_not_this_state(self, *self._bert_fast)
     if reason:
@@ -340,6 +329,12 @@ class _Layer(_Accelerated):
 
     def prepack(self):
         self._bert_fast.prepack(self)
+
+    def _apply(self, *args, **kwargs):
+        module = super()._apply(*args, **kwargs)
+        if self._bert_fast.packed:  # through .data, which nobody could see
+            self.prepack()
+        return module
 
     def forward(self, x, *args, **kwargs):
         if not args or not isinstance(args[0], _Run):

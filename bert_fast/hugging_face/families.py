@@ -1,6 +1,7 @@
 """Which of transformers' models can be accelerated, and where each family keeps the parts of a
 layer; why a model, or a call, is left to transformers."""
 
+import copy
 import functools
 import warnings
 import weakref
@@ -97,13 +98,18 @@ def why_not(base):
     return None
 
 
-def why_not_this_call(mask, arguments):
+def why_not_this_call(config, mask, arguments):
     """Why one call runs as it did before, or None."""
     for name in ("head_mask", "encoder_hidden_states", "past_key_values", "cache"):
         if arguments.get(name) is not None:
             return name
     if arguments.get("output_attentions"):
         return "output_attentions"
+    implementation = getattr(config, "_attn_implementation", None) or "eager"
+    if not implementation.startswith(("eager", "sdpa", "flash", "flex", "bert_fast")):
+        return f"the attention {implementation!r}"
+    if getattr(config, "is_decoder", False):
+        return "is_decoder"
     if mask is not None and (not torch.is_tensor(mask) or mask.ndim != 2):
         return "an attention_mask that is not (batch, seqlen)"
     return None
@@ -172,21 +178,30 @@ def _why_not(base, family, classes):
         return reason
     linears = family.linears()
     for number, layer in enumerate(encoder.layer):
+        if getattr(type(layer), "inherited", None) is not classes[""]:
+            return f"layer {number}, which is a {type(layer).__name__} that was not accelerated"
         for path, module in _inside(layer, ""):
             if reason := _watched(module, f"layer {number} {path}".rstrip()):
                 return reason
-            wanted = classes.get(path)
             if path in linears:
-                if not is_linear(module):
-                    return f"layer {number}'s {path}, which is a {type(module).__name__}"
-            elif wanted is not None and type(module) is not wanted:
+                known = is_linear(module)
+            elif path == "" or path.startswith(tuple(f"{linear}." for linear in linears)):
+                known = True  # a layer was looked at; what is in a linear layer's place is its own
+            else:
+                known = type(module) is classes.get(path)
+                if path in family.norms():
+                    known = known and module.weight is not None and module.bias is not None
+            if not known:
                 return f"layer {number}'s {path}, which is a {type(module).__name__}"
     return None
 
 
-def classes_inside(layer):
-    """{path: class} of a layer's modules as transformers made them."""
-    return {path: type(module) for path, module in _inside(layer, "") if path}
+def classes_inside(base, family):
+    """{path: class} of a layer and its modules, as transformers makes them of the config."""
+    with torch.device("meta"):
+        fresh = type(base)(copy.deepcopy(base.config))
+    layer = getattr(fresh, family.encoder).layer[0]
+    return {path: type(module) for path, module in _inside(layer, "")}
 
 
 def _inside(module, path):

@@ -39,6 +39,12 @@ class Product:
 
 
 class Linear(Product, nn.Linear):
+    def _apply(self, *args, **kwargs):
+        module = super()._apply(*args, **kwargs)
+        if self.packed is not None:  # through .data, which nobody could see
+            self.prepack()
+        return module
+
     def forward(self, x):
         """x Wᵀ + bias, for those that do not read the product next by a kernel of ours."""
         if x.ndim == 2 and can_reuse_memory(x) and self._use_packed(x):

@@ -207,10 +207,20 @@ def load(make, name, dtype=None, config_class=None, *, revision=None, cache_dir=
         config = _labelled(config, state, head, changes, source, ignore_mismatched_sizes)
     model = make(config, state)
     weights = from_hugging_face(state, model, source)
+    dtype = _declared(config_path, dtype)
     model.load_state_dict({name: _cast(w, dtype) for name, w in weights.items()}, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return model.eval()
+
+
+def _declared(config_path, dtype):
+    """``dtype``, or where it is None or "auto" what config.json says that is computed in."""
+    values = json.loads(config_path.read_text(encoding="utf-8"))
+    said = str(values.get("dtype") or values.get("torch_dtype")).removeprefix("torch.")
+    if dtype not in (None, "auto") or said not in DTYPES:
+        return dtype
+    return torch.float32 if dtype is None and said == "float16" else DTYPES[said]
 
 
 def _cast(weight, dtype):

@@ -12,7 +12,7 @@ class OneCall:
 
     def __init__(self, *kinds):
         self.kinds = kinds  # the classes of a layer, its attention and its feed-forward
-        self.state = self.encoder = None
+        self.bound = None, None  # (state, encoder): replaced as one, for other threads
 
     def __reduce__(self):  # copies and pickles have other weights: they bind their own
         return OneCall, self.kinds
@@ -22,9 +22,12 @@ class OneCall:
         they are hooked, not prepacked, in training with dropout, or asked for another backend."""
         if not ops.runs_in_one_call(x) or _hooked(layers):
             return None
-        if self.state != (state := _state(layers)):
-            self.encoder, self.state = self._bind(layers), state
-        return self.encoder and self.encoder.forward(x, packing.cu_seqlens, workspace)
+        if (state := _state(layers)) is None:
+            return None
+        bound, encoder = self.bound
+        if bound != state:
+            _, encoder = self.bound = state, self._bind(layers)
+        return encoder and encoder.forward(x, packing.cu_seqlens, workspace)
 
     def _bind(self, layers):
         first = next(iter(layers), None)
@@ -36,12 +39,14 @@ class OneCall:
         )  # fmt: skip
 
     def _is_plain(self, layer, first):
-        attention, feed_forward = layer.attention, layer.feed_forward
+        children = layer._modules.get("attention"), layer._modules.get("feed_forward")
+        if (type(layer), *map(type, children)) != self.kinds:
+            return False
+        attention, feed_forward = children
         dropout = (attention.dropout_p, attention.hidden_dropout_p, feed_forward.hidden_dropout_p)
         parts = zip(_products_and_norms(layer), _PARTS, strict=True)
         return (
-            tuple(map(type, _modules(layer))) == self.kinds
-            and all(type(part) is kind for part, kind in parts)
+            all(type(part) is kind for part, kind in parts)
             and not attention.causal
             and not (layer.training and any(dropout))
             and attention.num_heads == first.attention.num_heads
@@ -77,7 +82,7 @@ def _hooked(layers):
 # Runs in every call, so by the dictionaries: a module's attributes take five times as long.
 def _state(layers):
     """Changes whenever what was bound does: another module or parameter, other memory, a write
-    that PyTorch has seen; training, dropout."""
+    that PyTorch has seen; training, dropout. None where writes are not seen: inference tensors."""
     state = []
     for layer in layers._modules.values():
         state += type(layer), layer.training
@@ -88,10 +93,14 @@ def _state(layers):
                 own.get("dropout_p"),
                 own.get("hidden_dropout_p"),
                 own.get("approximate"),
+                own.get("num_heads"),
+                getattr(block, "causal", None),
             )
             for part in block._modules.values():
-                state += part, type(part), part.__dict__.get("packed")
+                state += part, type(part), part.__dict__.get("packed"), part.__dict__.get("eps")
                 for parameter in part._parameters.values():
                     if parameter is not None:
+                        if parameter.is_inference():
+                            return None
                         state += parameter.data_ptr(), parameter._version
     return state

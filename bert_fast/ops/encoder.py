@@ -14,6 +14,13 @@ def bind_encoder(layers, num_heads, approximate):
     parts = [part for layer in layers for part in layer]
     if not parts or not all(map(_can_be_bound, parts)):
         return None
+    wide, hidden = layers[0][3].weight.shape
+    shapes = [(3 * hidden, hidden), (hidden, hidden), (hidden,), (wide, hidden), (hidden, wide),
+              (hidden,)]  # fmt: skip
+    for layer in layers:
+        for part, shape in zip(layer, shapes, strict=True):
+            if tuple(part.weight.shape) != shape or tuple(part.bias.shape) != shape[:1]:
+                return None
     return backends.module("cpu").Encoder(layers, num_heads, approximate)
 
 

@@ -19,11 +19,13 @@ inline int64_t no_scratch(int) { return 0; }
   int64_t linear_packed_size(int64_t, int64_t);                      \
   void linear_pack(const float*, int64_t, int64_t, void*, int);      \
   void linear_forward(const LinearForward&);                         \
+  bool linear_matches(const float*, int64_t, int64_t, const void*);  \
   constexpr CpuKernels kernels = {                                   \
       attention_forward,  attention_backward,                        \
       layer_norm_forward, layer_norm_backward,                       \
       gelu_forward,       gelu_backward,                             \
-      {#isa, 1, linear_packed_size, no_scratch, linear_pack, linear_forward}}; \
+      {#isa, 1, linear_packed_size, no_scratch, linear_pack, linear_forward, \
+       linear_matches}}; \
   }
 
 BERT_FAST_DECLARE(generic)

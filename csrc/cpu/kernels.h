@@ -110,6 +110,9 @@ struct LinearKernels {
   void (*pack)(const float* weight, int64_t out_features, int64_t in_features, void* packed,
                int num_threads);
   void (*forward)(const LinearForward&);
+  // Whether a few elements of the weight are what was packed; true where that cannot be told.
+  bool (*matches)(const float* weight, int64_t out_features, int64_t in_features,
+                  const void* packed);
 };
 
 const LinearKernels& linear_kernels();      // AMX's, or those of the chosen instruction set

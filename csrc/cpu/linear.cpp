@@ -173,6 +173,18 @@ void linear_pack(const float* weight, int64_t out_features, int64_t in_features,
   });
 }
 
+bool linear_matches(const float* weight, int64_t out_features, int64_t in_features,
+                    const void* packed) {
+  constexpr int64_t kSamples = 16;
+  for (int64_t i = 0; i < kSamples; ++i) {
+    const int64_t row = i * (out_features - 1) / (kSamples - 1), k = i * 7919 % in_features;
+    const float* at = static_cast<const float*>(packed) + row / kPanel * kPanel * in_features +
+                      k * kPanel + row % kPanel;
+    if (std::memcmp(at, weight + row * in_features + k, sizeof(float)) != 0) return false;
+  }
+  return true;
+}
+
 void linear_forward(const LinearForward& a) {
   const int64_t panels = ceil_div(a.out_features, kPanel), blocks = ceil_div(a.rows, kBlockRows);
   const int threads = threads_for(a.rows * a.out_features * a.in_features / 64, a.num_threads);

@@ -301,11 +301,15 @@ void forward(const LinearForward& a) {
 }  // namespace
 }  // namespace BERT_FAST_ISA
 
+namespace {
+bool cannot_tell(const float*, int64_t, int64_t, const void*) { return true; }
+}  // namespace
+
 const LinearKernels* amx_linear_kernels() {
   // Below 16 rows sgemm's own order of summation has half the error.
   static const LinearKernels kernels = {"amx", 16, BERT_FAST_ISA::packed_size,
                                         BERT_FAST_ISA::scratch_bytes, BERT_FAST_ISA::pack,
-                                        BERT_FAST_ISA::forward};
+                                        BERT_FAST_ISA::forward, cannot_tell};
   return BERT_FAST_ISA::available() ? &kernels : nullptr;
 }
 

@@ -28,7 +28,8 @@ class Work {
   const int64_t count_, grain_;
 };
 
-using Job = void (*)(void* data);
+// A job may not throw: others of its threads are still in it.
+using Job = void (*)(void* data) noexcept;
 
 // Calls job(data) in the calling thread and in up to num_threads - 1 others; returns when all have
 // returned. Each thread that calls this has helpers of its own.
@@ -54,7 +55,7 @@ void parallel(int num_threads, int64_t count, int64_t grain, const Body& body) {
   if (count <= grain || num_threads <= 1) return body(call.work);
   const int64_t runs = (count + grain - 1) / grain;
   run_parallel(num_threads < runs ? num_threads : static_cast<int>(runs),
-               [](void* data) {
+               [](void* data) noexcept {
                  Call& c = *static_cast<Call*>(data);
                  c.body(c.work);
                },

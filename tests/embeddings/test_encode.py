@@ -163,6 +163,10 @@ def test_cross_encoder(tmp_path, num_labels):
         )
     with pytest.raises(TypeError, match=r"sentences\[1\] must be a pair"):
         ours.predict([("a", "b"), ("a", "b", "c")])
+    with pytest.raises(TypeError, match="not one string"):
+        ours.predict("ab")
+    ours.max_length = theirs.max_length = 6
+    check(ours.predict(pairs), theirs.predict(pairs))
 
 
 @pytest.mark.parametrize("activation", [torch.nn.Identity(), torch.nn.Tanh(), None])
@@ -217,3 +221,15 @@ def test_rerank_on_the_command_line(tmp_path, capsys):
     assert out.read_text(encoding="utf-8").count("\n") == 2
     assert main([*words, "--out", str(out)]) == 1
     assert "--overwrite replaces it" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*newly initialised.*:UserWarning")
+def test_a_bare_encoder_becomes_a_scorer(tmp_path):
+    from checkpoints import bert
+
+    ours = bert_fast.CrossEncoder(bert(tmp_path / "base"))
+    assert ours.num_labels == CrossEncoder(str(tmp_path / "base"), device="cpu").num_labels == 1
+    with pytest.raises(ValueError, match="precision is of sentence embeddings"):
+        bert_fast.SentenceEncoder(tmp_path / "base").encode(
+            TEXTS, output_value="token_embeddings", precision="int8"
+        )

@@ -442,3 +442,86 @@ def test_a_part_that_is_not_compiled():
         same(compiled(**inputs)[0], theirs(**inputs)[0], inputs["attention_mask"])
         same(ours(**inputs)[0], theirs(**inputs)[0], inputs["attention_mask"])
     torch._dynamo.reset()
+
+
+def relu(model):
+    for layer in model.encoder.layer:
+        layer.intermediate.intermediate_act_fn = nn.ReLU()
+
+
+def own_norms(model):
+    class Norm(nn.LayerNorm):
+        def forward(self, x):
+            return 2.0 * super().forward(x)
+
+    for layer in model.encoder.layer:
+        layer.output.LayerNorm.__class__ = Norm
+
+
+def own_layers(model):
+    class Mine(transformers.models.bert.modeling_bert.BertLayer):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            return (2.0 * out[0], *out[1:]) if isinstance(out, tuple) else 2.0 * out
+
+    for layer in model.encoder.layer:
+        layer.__class__ = Mine
+
+
+def norms_without_weights(model):
+    model.encoder.layer[0].output.LayerNorm = nn.LayerNorm(32, elementwise_affine=False)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("change", [relu, own_norms, own_layers, norms_without_weights])
+def test_modules_of_other_kinds_in_all_layers(attention, change, when):
+    theirs = bert()
+    ours = copy.deepcopy(theirs)
+    change(theirs)
+    if when == "after":
+        bert_fast.accelerate(ours)
+        if change is own_layers:  # a swap of layers between models
+            ours.encoder.layer = copy.deepcopy(theirs.encoder.layer)
+        else:
+            change(ours)
+    else:
+        change(ours)
+        bert_fast.accelerate(ours)
+    check(theirs, ours)
+    assert not attention
+
+
+def test_a_decoder_or_an_attention_of_ones_own(attention):
+    def mine(module, q, k, v, mask, **options):
+        return (2.0 * v).transpose(1, 2).contiguous(), None
+
+    transformers.AttentionInterface.register("mine", mine)
+    theirs = bert()
+    for when in ("before", "after"):
+        ours = copy.deepcopy(theirs)
+        given = copy.deepcopy(theirs)
+        if when == "after":
+            bert_fast.accelerate(ours)
+        for model in (ours, given):
+            model.set_attn_implementation("mine")
+        if when == "before":
+            bert_fast.accelerate(ours)
+        inputs = batch()
+        with torch.no_grad():
+            same(ours(**inputs)[0], given(**inputs)[0], inputs["attention_mask"])
+    assert not attention
+
+
+def test_merged_into_packed_weights(attention):
+    """peft merges through .data, which no version counter sees."""
+    ours = bert_fast.accelerate(bert(), prepack=True)
+    inputs = batch()
+    with torch.no_grad():
+        ours(**inputs)
+        adapted = lora(ours)
+        wanted = copy.deepcopy(adapted)(**inputs)[0]
+        merged = adapted.merge_and_unload()
+        same(merged(**inputs)[0], wanted, inputs["attention_mask"])
+        merged.half().float()
+        plain = bert_fast.restore(copy.deepcopy(merged))
+        same(merged(**inputs)[0], plain(**inputs)[0], inputs["attention_mask"])

@@ -363,3 +363,19 @@ def test_labels_of_every_kind(tmp_path):
     assert model.classifier.weight.shape[0] == model.config.num_labels == 4
     with pytest.raises(ValueError, match="num_labels is 3; id2label names 2"):
         ours.from_pretrained(tmp_path, num_labels=3, id2label={0: "a", 1: "b"})
+
+
+def test_the_dtype_that_the_config_says(tmp_path, theirs):
+    """It decides what is computed in, whatever the weights are kept in."""
+    path = tmp_path / "config.json"
+    for kept, said, options, wanted in (
+        (torch.bfloat16, "float32", {}, torch.float32),
+        (torch.float32, "bfloat16", {}, torch.bfloat16),
+        (torch.float32, "float16", {}, torch.float32),
+        (torch.float32, "float16", {"dtype": "auto"}, torch.float16),
+        (torch.float32, "bfloat16", {"dtype": torch.float64}, torch.float64),
+    ):
+        rename(tmp_path, lambda state, k=kept: {n: v.to(k) for n, v in state.items()})
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": said}))
+        model = bert_fast.BertModel.from_pretrained(tmp_path, **options)
+        assert {p.dtype for p in model.parameters()} == {wanted}

@@ -3,6 +3,7 @@ longer what was bound."""
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -163,9 +164,30 @@ def new_eps(model):
     model.layers[0].attention.norm = nn.LayerNorm(60, eps=0.5)
 
 
+def eps_set(model):
+    model.layers[0].feed_forward.norm.eps = 0.5
+
+
+def made_causal(model):
+    model.layers[1].attention.causal = True
+
+
+def more_heads(model):
+    model.layers[0].attention.num_heads, model.layers[0].attention.head_dim = 6, 10
+
+
+def data_written(model):
+    model.layers[1].feed_forward.up.weight.data.mul_(1.5)
+
+
+def halved_and_back(model):
+    model.half().float()
+
+
 CHANGES = [
-    changed_weight, changed_bias, changed_norm, new_parameter, data_moved, loaded, new_layer,
-    fewer_layers, new_linear, new_eps,
+    eps_set, made_causal, more_heads, data_written, halved_and_back, changed_weight,
+    changed_bias, changed_norm, new_parameter, data_moved, loaded, new_layer, fewer_layers,
+    new_linear, new_eps,
 ]  # fmt: skip
 
 
@@ -274,3 +296,61 @@ def test_other_types_of_numbers(calls):
     with torch.autocast("cpu", torch.bfloat16):
         run(drawn_model(), ids)
     assert not calls
+
+
+def test_layers_of_unlike_widths():
+    """Run one by one: one buffer's width does not fit."""
+    model, ids = drawn_model(), torch.randint(1, VOCABULARY, (2, 20))
+    run(model, ids)
+    for width in (64, 300):
+        block = model.layers[1].feed_forward
+        block.up, block.down = type(block.up)(60, width), type(block.down)(width, 60)
+        model.prepack()
+        assert torch.equal(run(model, ids), one_by_one(model, ids))
+
+
+def test_wrapped_layers_run_one_by_one(calls):
+    class Wrapped(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args):
+            return self.inner(*args)
+
+    model, ids = drawn_model(), torch.randint(1, VOCABULARY, (2, 20))
+    before = run(model, ids)
+    calls.clear()
+    for number in (1, 0):
+        model.layers[number] = Wrapped(model.layers[number])
+        assert torch.equal(run(model, ids), before)
+    assert not calls
+
+
+def test_a_model_of_inference_tensors(calls):
+    with torch.inference_mode():
+        model = drawn_model()
+        found = model(torch.ones(1, 20, dtype=torch.int64)).last_hidden_state
+    assert found.isfinite().all()
+    assert not calls
+
+
+def test_threads_that_meet_changed_weights():
+    """Whoever packs anew frees nothing that another still reads."""
+    model, ids = drawn_model(heads=4, head_dim=32, wide=400), torch.randint(1, 50, (2, 20))
+    for _ in range(3):
+        model.load_state_dict(drawn_model(heads=4, head_dim=32, wide=400).state_dict())
+        found, start = [], threading.Barrier(4)
+
+        def work(found=found, start=start):
+            start.wait()
+            found.extend(run(model, ids) for _ in range(3))
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        wanted = one_by_one(model, ids)
+        assert len(found) == 12
+        assert all(torch.equal(one, wanted) for one in found)
