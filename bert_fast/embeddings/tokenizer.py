@@ -100,7 +100,7 @@ def _own(directory, whole, vocabulary, settings):
         raise CheckpointError(f"{directory}: its added tokens need transformers; {_without()}")
     return BertWordPieceTokenizer(
         str(vocabulary), lowercase=lower, strip_accents=accents, handle_chinese_chars=chinese
-    )
+    )._tokenizer  # the library's own class, which takes a side to cut
 
 
 def _without():

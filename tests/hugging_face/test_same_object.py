@@ -2,80 +2,14 @@
 code runs, and a warning says so. The right values are a copy's that was never accelerated."""
 
 import copy
-import io
-import warnings
 
 import pytest
 import torch
 import transformers
+from small_models import batch, bert, check, other_norm, said, same
 from torch import nn
 
 import bert_fast
-from bert_fast import ops
-from bert_fast.hugging_face import families
-
-SIZES = dict(
-    vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-    intermediate_size=64, max_position_embeddings=40, initializer_range=0.2,
-)  # fmt: skip
-
-
-def bert(kind=transformers.BertModel, **config):
-    return kind(transformers.BertConfig(**SIZES, **config)).eval()
-
-
-def batch(lengths=(11, 4, 7)):
-    ids = torch.randint(1, 60, (len(lengths), max(lengths)))
-    mask = (torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]).long()
-    return {"input_ids": ids * mask, "attention_mask": mask}
-
-
-@pytest.fixture
-def attention(monkeypatch):
-    """How often our attention ran; and warnings are said anew."""
-    families.warn_once.cache_clear()
-    calls, real = [], ops.attention
-
-    def count(*args, **kwargs):
-        calls.append(1)
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(ops, "attention", count)
-    return calls
-
-
-def same(found, wanted, mask=None, atol=2e-5):
-    if mask is not None:
-        found, wanted = found * mask[..., None], wanted * mask[..., None]
-    scale = wanted.abs().max().clamp(min=1.0).item()
-    torch.testing.assert_close(found, wanted, rtol=0, atol=atol * scale)
-
-
-def check(theirs, ours, inputs=None):
-    """Outputs, and gradients of every parameter that learns, in float64: what is computed is tested
-    here, not how exactly."""
-    inputs = inputs or batch()
-    theirs.double(), ours.double()
-    found, wanted = ours(**inputs)[0], theirs(**inputs)[0]
-    mask = inputs["attention_mask"] if found.ndim == 3 else None
-    same(found, wanted, mask, atol=1e-10)
-    weight = torch.randn_like(wanted) * (1 if mask is None else mask[..., None])
-    for model, out in ((ours, found), (theirs, wanted)):
-        model.zero_grad()
-        (out * weight).sum().backward()
-    grads = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
-    for name, parameter in ours.named_parameters():
-        if parameter.requires_grad and grads[name] is not None:
-            same(parameter.grad, grads[name], atol=1e-9)
-    theirs.float(), ours.float()
-
-
-def said(call):
-    """The warnings of ours that a call gives."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        call()
-    return [str(w.message) for w in caught if "bert_fast leaves" in str(w.message)]
 
 
 def lora(model, **options):
@@ -194,10 +128,6 @@ class Doubled(nn.Module):
         return 2.0 * x
 
 
-def other_norm(model):
-    model.encoder.layer[0].output.LayerNorm = nn.Identity()
-
-
 def other_linear(model):
     model.encoder.layer[1].output.dense = nn.Sequential(
         model.encoder.layer[1].output.dense, Doubled()
@@ -285,163 +215,6 @@ def test_sharding_hooks_are_none_of_our_business(attention):
     ours.encoder.layer[0].register_forward_pre_hook(gather)
     ours(**batch())
     assert attention
-
-
-def test_tuples(attention):
-    theirs = bert()
-    ours = bert_fast.accelerate(copy.deepcopy(theirs))
-    inputs = batch()
-    for options in ({"return_dict": False}, {"return_dict": False, "output_hidden_states": True}):
-        with torch.no_grad():
-            found, wanted = ours(**inputs, **options), theirs(**inputs, **options)
-        assert type(found) is tuple
-        assert len(found) == len(wanted)
-        for one, other in zip(found, wanted, strict=True):
-            if isinstance(other, tuple):
-                for a, b in zip(one, other, strict=True):
-                    same(a, b, inputs["attention_mask"])
-            else:
-                same(one, other, inputs["attention_mask"] if one.ndim == 3 else None)
-    theirs.config.return_dict = ours.config.return_dict = False
-    with torch.no_grad():
-        assert type(ours(**inputs)) is type(theirs(**inputs))
-    assert attention
-
-
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-def test_jit_trace():
-    """A traced program holds for other lengths and masks, so it is transformers'."""
-    theirs = bert(attn_implementation="eager", return_dict=False)
-    ours = bert_fast.accelerate(copy.deepcopy(theirs))
-    first, other = batch(), batch((6, 11, 2))
-    with torch.no_grad():
-        traced = torch.jit.trace(ours, tuple(first.values()))
-        same(traced(*other.values())[0], theirs(**other)[0], other["attention_mask"])
-    buffer = io.BytesIO()
-    torch.jit.save(traced, buffer)
-
-
-@pytest.mark.parametrize("masked", [True, False])
-def test_compile_makes_one_graph(masked):
-    theirs = bert()
-    ours = bert_fast.accelerate(copy.deepcopy(theirs))
-    compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend="aot_eager")
-    for lengths in ((11, 4, 7), (9, 3), (5, 5, 5, 2)):
-        inputs = batch(lengths)
-        if not masked:
-            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        given = inputs if masked else {"input_ids": inputs["input_ids"]}
-        with torch.no_grad():
-            same(compiled(**given)[0], theirs(**given)[0], inputs["attention_mask"])
-    torch._dynamo.reset()
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.full
-def test_onnx_export(tmp_path):
-    pytest.importorskip("onnxscript", reason="the package onnxscript is not installed")
-    runtime = pytest.importorskip("onnxruntime", reason="the package onnxruntime is not installed")
-    theirs = bert()
-    ours = bert_fast.accelerate(copy.deepcopy(theirs))
-    first, other = batch(), batch((6, 11, 2))
-    path = str(tmp_path / "model.onnx")
-    torch.onnx.export(
-        ours, tuple(first.values()), path, dynamo=True, verbose=False,
-        input_names=["input_ids", "attention_mask"], output_names=["hidden", "pooled"],
-    )  # fmt: skip
-    session = runtime.InferenceSession(path)
-    found = session.run(None, {name: value.numpy() for name, value in other.items()})[0]
-    with torch.no_grad():
-        wanted = theirs(**other)[0]
-    same(torch.from_numpy(found), wanted, other["attention_mask"])
-
-
-def test_offloaded_by_accelerate(attention, tmp_path):
-    hf = pytest.importorskip("accelerate", reason="the package accelerate is not installed")
-    theirs, inputs = bert(), batch()
-    for when in ("before", "after"):
-        ours = copy.deepcopy(theirs)
-        if when == "before":
-            hf.cpu_offload(ours, execution_device="cpu")
-        messages = said(lambda model=ours: bert_fast.accelerate(model))
-        if when == "after":
-            hf.cpu_offload(ours, execution_device="cpu")
-        messages += said(lambda model=ours: model(**inputs))
-        with torch.no_grad():
-            same(ours(**inputs)[0], theirs(**inputs)[0], inputs["attention_mask"])
-        assert len(messages) == 1, when
-        families.warn_once.cache_clear()
-    assert not attention
-
-
-def test_other_dtypes_and_saving_afterwards(attention, tmp_path):
-    theirs = bert()
-    ours = bert_fast.accelerate(copy.deepcopy(theirs), prepack=True)
-    inputs = batch()
-    with torch.no_grad():
-        for dtype in (torch.float64, torch.bfloat16, torch.float32):
-            ours.to(dtype), theirs.to(dtype)
-            found = ours(**inputs)[0]
-            assert found.dtype == dtype
-            same(found.float(), theirs(**inputs)[0].float(), inputs["attention_mask"],
-                 atol=0.1 if dtype == torch.bfloat16 else 2e-5)  # fmt: skip
-    ours.save_pretrained(tmp_path)
-    again = transformers.AutoModel.from_pretrained(tmp_path).eval()
-    assert type(again) is transformers.BertModel
-    with torch.no_grad():
-        same(ours(**inputs)[0], again(**inputs)[0], inputs["attention_mask"])
-    assert attention
-
-
-def test_compiled_with_another_module_inside():
-    """What is left to transformers is so in a compiled program, too."""
-    theirs = bert()
-    ours = bert_fast.accelerate(copy.deepcopy(theirs))
-    for model in (theirs, ours):
-        other_norm(model)
-    compiled = torch.compile(ours, backend="eager")
-    inputs = batch()
-    with torch.no_grad():
-        same(compiled(**inputs)[0], theirs(**inputs)[0], inputs["attention_mask"])
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("where", ["embeddings", "encoder", "encoder.layer.1"])
-def test_a_break_of_the_graph(where):
-    """The padding is not attended to, whichever parts are compiled."""
-    theirs = bert()
-    ours = bert_fast.accelerate(copy.deepcopy(theirs))
-    module = ours.get_submodule(where)
-    kind = type(module)
-
-    class Broken(kind):
-        def forward(self, *args, **kwargs):
-            torch._dynamo.graph_break()
-            return super().forward(*args, **kwargs)
-
-    module.__class__ = Broken
-    compiled = torch.compile(ours, backend="eager")
-    for lengths in ((11, 4, 7), (9, 3)):
-        inputs = batch(lengths)
-        with torch.no_grad():
-            same(compiled(**inputs)[0], theirs(**inputs)[0], inputs["attention_mask"])
-            same(ours(**inputs)[0], theirs(**inputs)[0], inputs["attention_mask"])
-    torch._dynamo.reset()
-
-
-def test_a_part_that_is_not_compiled():
-    theirs = bert()
-    ours = bert_fast.accelerate(copy.deepcopy(theirs))
-    encoder = ours.encoder
-    encoder.__class__ = type(
-        "Plain", (type(encoder),), {"forward": torch._dynamo.disable(type(encoder).forward)}
-    )
-    compiled = torch.compile(ours, backend="eager")
-    inputs = batch()
-    with torch.no_grad():
-        same(compiled(**inputs)[0], theirs(**inputs)[0], inputs["attention_mask"])
-        same(ours(**inputs)[0], theirs(**inputs)[0], inputs["attention_mask"])
-    torch._dynamo.reset()
 
 
 def relu(model):
