@@ -164,3 +164,20 @@ def same_bits_at_any_thread_count(run):
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.fixture
+def attention(monkeypatch):
+    """How often our attention ran; and warnings are said anew."""
+    from bert_fast import ops
+    from bert_fast.hugging_face import families
+
+    families.warn_once.cache_clear()
+    calls, real = [], ops.attention
+
+    def count(*args, **kwargs):
+        calls.append(1)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(ops, "attention", count)
+    return calls
