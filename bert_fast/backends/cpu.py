@@ -198,8 +198,8 @@ class Encoder:
     """Post-norm encoder layers bound to csrc/cpu/encoder.cpp: inference in one call.
 
     ``layers``: for each the products qkv, out, up, down (``weight``, ``bias``, ``packed``) and the
-    norms after out and down (``weight``, ``bias``, ``eps``); fp32, contiguous. They may not change
-    while this is in use: :meth:`identity` tells.
+    norms after out and down (``weight``, ``bias``, ``eps``); fp32, contiguous. Products may
+    change their numbers; who uses this sees to it that nothing else of them is replaced.
     """
 
     def __init__(self, layers, num_heads, approximate):

@@ -16,31 +16,42 @@ def load_backbone(directory, dtype=None, device="cpu", kind="AutoModel"):
 
     dtype None: the checkpoint's own, but float32 for one of float16 on a CPU.
     """
-    model_type = read_json(directory / "config.json").get("model_type", "bert")
+    values = read_json(directory / "config.json")
     on_cpu = torch.device(device).type == "cpu"
     if dtype is None and not on_cpu:
         dtype = "auto"
-    return (Bert if model_type == "bert" else Accelerated)(directory, dtype, device, kind, on_cpu)
+    # Of a bare encoder sentence-transformers makes a scorer, of one label.
+    bare = kind != "AutoModel" and not _is_classifier(values)
+    options = {"num_labels": 1} if bare else {}
+    ours = values.get("model_type", "bert") == "bert"
+    return (Bert if ours else Accelerated)(directory, values, dtype, device, kind, options)
 
 
-def _is_classifier(directory):
-    values = read_json(directory / "config.json")
+def _is_classifier(values):
     named = any("Classification" in name for name in values.get("architectures") or [])
     return named or "id2label" in values
+
+
+def positions(model):
+    """The longest input of a model of any family, in tokens."""
+    longest, pad = model.config.max_position_embeddings, model.config.pad_token_id
+    embeddings = getattr(getattr(model, "base_model", None), "embeddings", None)
+    # RoBERTa's first position is the one after the padding's.
+    counts_from_padding = getattr(embeddings, "padding_idx", None) == pad and pad is not None
+    return longest - (pad + 1 if counts_from_padding else 0)
 
 
 class Bert:
     counts_from_padding = False  # whether positions begin after the padding
 
-    def __init__(self, directory, dtype, device, kind, on_cpu):
+    def __init__(self, directory, values, dtype, device, kind, options):
         ours = BertModel if kind == "AutoModel" else BertForSequenceClassification
-        # Of a bare encoder sentence-transformers makes a scorer, of one label.
-        bare = kind != "AutoModel" and not _is_classifier(directory)
-        model = ours.from_pretrained(directory, dtype, **({"num_labels": 1} if bare else {}))
+        model = ours.from_pretrained(directory, dtype, **options)
         # prepack lays weights out for the CPU: on a GPU it would only take memory.
+        on_cpu = torch.device(device).type == "cpu"
         self.model = model.prepack() if on_cpu else model.to(device)
         self.config = self.model.config
-        self.positions = self.config.max_position_embeddings
+        self.positions = positions(self.model)
 
     def __call__(self, tokens, types, cu_seqlens, max_seqlen):
         """(total_tokens, hidden); of a classifier (batch, num_labels)."""
@@ -52,31 +63,26 @@ class Bert:
 
 
 class Accelerated:
-    def __init__(self, directory, dtype, device, kind, on_cpu):
+    def __init__(self, directory, values, dtype, device, kind, options):
         if (reason := missing("transformers")) is not None:
             raise CheckpointError(f"{directory} is no BERT: it needs transformers; {reason}")
         import transformers
 
         from bert_fast.hugging_face import accelerate
 
-        low = read_json(directory / "config.json")
-        given = str(low.get("dtype") or low.get("torch_dtype") or "").removeprefix("torch.")
+        given = str(values.get("dtype") or values.get("torch_dtype") or "").removeprefix("torch.")
         if dtype is None:
-            dtype = torch.float32 if on_cpu and given == "float16" else "auto"
+            dtype = torch.float32 if given == "float16" else "auto"
+        on_cpu = torch.device(device).type == "cpu"
         try:
-            bare = kind != "AutoModel" and not _is_classifier(directory)
-            options = {"num_labels": 1} if bare else {}
             model = getattr(transformers, kind).from_pretrained(directory, dtype=dtype, **options)
             self.model = accelerate(model.to(device).eval(), prepack=on_cpu)
         except (ValueError, OSError, KeyError) as error:
             raise CheckpointError(f"{directory}: {error}") from error
         self.config = model.config
         self.pad = getattr(self.config, "pad_token_id", None) or 0
-        # RoBERTa's first position is the one after the padding's.
-        first = getattr(getattr(model.base_model, "embeddings", None), "padding_idx", None)
-        offset = first + 1 if first is not None and self.pad == first else 0
-        self.positions = self.config.max_position_embeddings - offset
-        self.counts_from_padding = offset > 0
+        self.positions = positions(model)
+        self.counts_from_padding = self.positions < self.config.max_position_embeddings
         self.takes_types = getattr(self.config, "type_vocab_size", 0) > 1
 
     def __call__(self, tokens, types, cu_seqlens, max_seqlen):

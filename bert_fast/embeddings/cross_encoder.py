@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from bert_fast.embeddings.encoder import TextModel, check_batches, progress_bar
+from bert_fast.embeddings.encoder import TextModel, check_batches, converted
 from bert_fast.embeddings.modules import read_activation
-from bert_fast.embeddings.pools import Pools, encode_in_pool
 from bert_fast.embeddings.settings import read_json
 from bert_fast.files import CheckpointError
 
 
-class CrossEncoder(TextModel, Pools):
+class CrossEncoder(TextModel):
     """Scores pairs of texts: a classifier, most often of one label, the higher the more relevant.
 
     Args:
@@ -111,17 +110,9 @@ class CrossEncoder(TextModel, Pools):
             apply_softmax=apply_softmax,
         )  # fmt: skip
         pairs = [tuple(map(str, pair)) for pair in pairs]
-        if pool is not None or isinstance(device, (list, tuple)):
-            found = encode_in_pool(self, pairs, pool, device, chunk_size, options)
-        else:
-            if device is not None:
-                self.to(device)
-            with progress_bar(len(pairs), show_progress_bar) as advance:
-                found = self._encode(pairs, advance=advance, **options)
-        result: Any = torch.stack(found) if found else torch.empty(0)
-        if not convert_to_tensor:
-            result = result.cpu().numpy() if convert_to_numpy else list(result)
-        return result[0] if single else result
+        found = self._compute(pairs, options, pool, device, chunk_size, show_progress_bar)
+        result = torch.stack(found) if found else torch.empty(0)
+        return converted(result, single, convert_to_numpy, convert_to_tensor)
 
     def rank(
         self, query: str, documents: Sequence[str], top_k: int | None = None,

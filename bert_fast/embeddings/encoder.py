@@ -32,7 +32,7 @@ Similarity = Literal["cosine", "dot", "euclidean", "manhattan"]
 Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
 
 
-class TextModel:
+class TextModel(Pools):
     """What :class:`SentenceEncoder` and :class:`CrossEncoder` have in common: a directory, its
     tokenizer, its encoder, and the prompts."""
 
@@ -145,6 +145,15 @@ class TextModel:
             )
         return encodings
 
+    def _compute(self, texts, options, pool, device, chunk_size, show_progress_bar):
+        """A result a text, by ``self._encode(texts, **options)``: here, or in several processes."""
+        if pool is not None or isinstance(device, (list, tuple)):
+            return encode_in_pool(self, texts, pool, device, chunk_size, options)
+        if device is not None:
+            self.to(device)
+        with _progress_bar(len(texts), show_progress_bar) as advance:
+            return self._encode(texts, advance=advance, **options)
+
     @torch.inference_mode()
     def _run(self, encodings, batch_size, batch_tokens, advance, finish):
         """``finish(backbone's result, cu_seqlens)`` gives a result a text; in the texts' order."""
@@ -169,7 +178,7 @@ class TextModel:
         return out
 
 
-class SentenceEncoder(TextModel, Pools):
+class SentenceEncoder(TextModel):
     """Embeds texts as sentence-transformers would: the same files, arguments and numbers.
 
     Args:
@@ -294,21 +303,13 @@ class SentenceEncoder(TextModel, Pools):
             normalize_embeddings=normalize_embeddings,
         )  # fmt: skip
         show = progress if show_progress_bar is None else show_progress_bar
-        if pool is not None or isinstance(device, (list, tuple)):
-            found = encode_in_pool(self, texts, pool, device, chunk_size, options)
-        else:
-            if device is not None:
-                self.to(device)
-            with progress_bar(len(texts), show) as advance:
-                found = self._encode(texts, advance=advance, **options)
+        found = self._compute(texts, options, pool, device, chunk_size, show)
         if output_value == "token_embeddings":
             return found[0] if single else found
         result: Any = torch.stack(found) if found else torch.empty(0, self.embedding_dimension)
         if precision != "float32":
             result = torch.from_numpy(vectors.quantize(result.cpu().numpy(), precision))
-        if not convert_to_tensor:
-            result = result.cpu().numpy() if convert_to_numpy else list(result)
-        return result[0] if single else result
+        return converted(result, single, convert_to_numpy, convert_to_tensor)
 
     def encode_query(self, sentences: str | Iterable[str], **options: Any) -> Any:
         """:meth:`encode` with the prompt "query", where no other is given."""
@@ -388,6 +389,13 @@ def _strings(sentences):
     return [str(text) for text in texts]
 
 
+def converted(result, single, convert_to_numpy, convert_to_tensor):
+    """A tensor of results as it was asked for; of one text its result alone."""
+    if not convert_to_tensor:
+        result = result.cpu().numpy() if convert_to_numpy else list(result)
+    return result[0] if single else result
+
+
 def check_batches(batch_size, batch_tokens):
     for name, value in (("batch_size", batch_size), ("batch_tokens", batch_tokens)):
         if value is not None and value < 1:
@@ -409,7 +417,7 @@ def _check_encode(batch_size, batch_tokens, output_value, precision):
 
 
 @contextlib.contextmanager
-def progress_bar(total, wanted):
+def _progress_bar(total, wanted):
     """Gives ``advance(count)`` for a bar on stderr; one that does nothing where none is wanted."""
     if wanted is None:
         wanted = total > 1000 and sys.stderr.isatty()

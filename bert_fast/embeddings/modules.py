@@ -68,16 +68,11 @@ class Dense(nn.Module):
 
     @classmethod
     def load(cls, directory, width):
-        path = directory / "config.json"
-        values = read_settings(path, cls.rules)
-        if values.get("in_features") != width:
-            raise CheckpointError(
-                f"{path}: in_features is {values.get('in_features')}, but vectors have {width}"
-            )
+        values = _settings_for(directory, cls.rules, "in_features", width)
+        name = values.get("activation_function", "torch.nn.Tanh")
         module = cls(
             width, values["out_features"], values.get("bias", True),
-            read_activation(path, values.get("activation_function", "torch.nn.Tanh")),
-            values.get("use_residual", False),
+            read_activation(directory / "config.json", name), values.get("use_residual", False),
         )  # fmt: skip
         return _with_weights(module, directory)
 
@@ -100,12 +95,7 @@ class LayerNorm(nn.Module):
 
     @classmethod
     def load(cls, directory, width):
-        path = directory / "config.json"
-        values = read_settings(path, cls.rules)
-        if values.get("dimension") != width:
-            raise CheckpointError(
-                f"{path}: dimension is {values.get('dimension')}, but vectors have {width}"
-            )
+        _settings_for(directory, cls.rules, "dimension", width)
         return _with_weights(cls(width), directory)
 
     def width(self, width):
@@ -196,6 +186,15 @@ def read_activation(path, name):
         return found()
     except TypeError as error:
         raise CheckpointError(f"{path}: the activation {name!r} needs arguments") from error
+
+
+def _settings_for(directory, rules, key, width):
+    """A module's settings, of which ``key`` must be the width of the vectors it is given."""
+    path = directory / "config.json"
+    values = read_settings(path, rules)
+    if values.get(key) != width:
+        raise CheckpointError(f"{path}: {key} is {values.get(key)}, but vectors have {width}")
+    return values
 
 
 def _with_weights(module, directory):

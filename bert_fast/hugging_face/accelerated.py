@@ -49,8 +49,8 @@ def accelerate(model: Model, *, prepack: bool = False) -> Model:
             without a head, a SentenceTransformer. Its parameters, ``state_dict`` and files stay
             what they are; it can be trained and saved.
         prepack: lay the linear weights out once for inference in float32 on the CPU, as
-            :meth:`bert_fast.BertModel.prepack` does and with its one condition: a weight changed
-            through ``.data`` is not seen to change.
+            :meth:`bert_fast.BertModel.prepack` does and with its one condition: a few numbers
+            written through ``.data`` are not seen to change.
 
     Returns:
         ``model``. At padding it gives zeros where Hugging Face computes what nobody reads.
@@ -189,22 +189,22 @@ def _forward_model(self, *args, **kwargs):
     options = arguments | {"output_attentions": arguments.get(
         "output_attentions", getattr(self.config, "output_attentions", False)
     )}  # fmt: skip
-    reason = why_not_this_call(self.config, mask, options)
-    if reason is None:
-        reason = why_not_this_state(self, *self._bert_fast)
-    if reason:
+
+    def leave(reason):
         if not torch.compiler.is_compiling():
             warn_once(type(self).__name__, reason)
         return original(self, *args, **kwargs)
+
+    reason = why_not_this_call(self.config, mask, options)
+    if reason := reason or why_not_this_state(self, *self._bert_fast):
+        return leave(reason)
     ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
     if (ids is None) == (embeds is None):
         return original(self, *args, **kwargs)  # which says what is wrong
     like = ids if embeds is None else embeds
     packing = packing_of(mask, like.shape[:2], like.device)
     if self._bert_fast[0].position_bias and (reason := _why_no_distances(packing)):
-        if not torch.compiler.is_compiling():
-            warn_once(type(self).__name__, reason)
-        return original(self, *args, **kwargs)
+        return leave(reason)
     as_dict = arguments.pop("return_dict", None)
     as_dict = getattr(self.config, "return_dict", True) if as_dict is None else as_dict
     token = _hand_over(packing)

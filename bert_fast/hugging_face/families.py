@@ -37,11 +37,6 @@ class Family:
     def norms(self):
         return self.attention_norm, self.norm
 
-    def dropouts(self):
-        return tuple(
-            path for path in (self.attention_dropout, self.out_dropout, self.down_dropout) if path
-        )
-
 
 BERT = Family()
 FAMILIES = {
@@ -131,19 +126,24 @@ def why_not_this_state(base, family, classes):
     """Why a model that was accelerated must run on transformers' own code as it is now, or None:
     somebody looks at what passes between its modules, or has put another module in. ``classes``: of
     the modules inside a layer when it was accelerated. Asked in every call: where nothing has
-    changed since the last it takes some 4 microseconds a layer."""
+    changed since the last it takes some microseconds a layer."""
+    every = nn.modules.module
+    if every._global_forward_hooks or every._global_forward_pre_hooks:
+        return "hooks on all modules"
+    encoder = getattr(base, family.encoder)
     if torch.compiler.is_compiling():
-        return _why_not(base, family, classes)
-    if all(map(_is_as_seen, _seen.get(base, _NEVER))):
+        return _why_not(encoder, family, classes)
+    seen = _seen.get(base)
+    if seen is not None and all(map(_is_as_seen, seen)):
         return None
-    if (reason := _why_not(base, family, classes)) is None:
-        _seen[base] = _look(getattr(base, family.encoder))
+    if (reason := _why_not(encoder, family, classes)) is None:
+        _seen[base] = _look(encoder)
     return reason
 
 
 def _look(encoder):
     """(module, its class, its own dictionary, its children, its hooks) of an encoder's modules."""
-    found = [(nn.modules.module, None, None, (), ())]
+    found = []
     for module in encoder.modules():
         own = module.__dict__
         hooks = tuple(dict(own[kind]) for kind in _HOOKS)
@@ -153,8 +153,6 @@ def _look(encoder):
 
 def _is_as_seen(seen):
     module, kind, own, children, hooks = seen
-    if kind is None:
-        return not (module._global_forward_hooks or module._global_forward_pre_hooks)
     return (
         type(module) is kind
         and "forward" not in own
@@ -166,14 +164,7 @@ def _is_as_seen(seen):
     )
 
 
-_NEVER = ((nn, type, {"forward": None}, (), ()),)
-
-
-def _why_not(base, family, classes):
-    every = nn.modules.module
-    if every._global_forward_hooks or every._global_forward_pre_hooks:
-        return "hooks on all modules"
-    encoder = getattr(base, family.encoder)
+def _why_not(encoder, family, classes):
     if reason := _watched(encoder, family.encoder):
         return reason
     linears = family.linears()

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from bert_fast.files import CheckpointError, atomic_path
-from bert_fast.models.config import BertConfig
+from bert_fast.models.config import BertConfig, read_json
 from bert_fast.models.hub import resolve
 
 # Ours -> Hugging Face's; "N" is the layer. The fused qkv stands for its three parts, in order.
@@ -62,13 +62,12 @@ def hugging_face_names(name):
 
 
 def from_hugging_face(state, model, source):
-    """Hugging Face's state dict as ours, for ``model``'s parameters.
+    """Hugging Face's state dict, its keys by :func:`_modern`, as ours, for ``model``'s parameters.
 
     Raises:
         CheckpointError: naming missing and misshapen keys. Unexpected ones are warned about, and
             those of a head, which keeps its initialisation.
     """
-    state = _modern(state, source)
     ours, missing, misshapen, fresh = {}, [], [], []
     for name, parameter in model.state_dict().items():
         theirs = [key.removeprefix("bert.") for key in hugging_face_names(name)]
@@ -216,7 +215,7 @@ def load(make, name, dtype=None, config_class=None, *, revision=None, cache_dir=
 
 def _declared(config_path, dtype):
     """``dtype``, or where it is None or "auto" what config.json says that is computed in."""
-    values = json.loads(config_path.read_text(encoding="utf-8"))
+    values = read_json(config_path)
     said = str(values.get("dtype") or values.get("torch_dtype")).removeprefix("torch.")
     if dtype not in (None, "auto") or said not in DTYPES:
         return dtype

@@ -65,10 +65,6 @@ def _products_and_norms(layer):
     )  # fmt: skip
 
 
-def _modules(layer):
-    return layer, layer.attention, layer.feed_forward
-
-
 def _hooked(layers):
     if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
         return True

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 
 from bert_fast.backends import resolve_device
+from bert_fast.embeddings.backbone import positions
 from bert_fast.embeddings.tokenizer import batches_by_tokens, load_tokenizer
 from bert_fast.extras import can_draw
 from bert_fast.files import CheckpointError, atomic_path
 from bert_fast.text import read_texts
 from bert_fast.training import tasks
-from bert_fast.training.models import load_model, positions, takes_types
+from bert_fast.training.models import load_model, takes_types
 from bert_fast.training.optim import parameter_groups, warmup_then_linear_decay
 from bert_fast.training.options import add_options, option
 

@@ -44,15 +44,6 @@ def load_model(kind, directory, prepack=False, **changes):
         raise CheckpointError(f"{directory}: {error}") from error
 
 
-def positions(model):
-    """The longest input, in tokens."""
-    longest, pad = model.config.max_position_embeddings, model.config.pad_token_id
-    embeddings = getattr(getattr(model, "base_model", None), "embeddings", None)
-    # RoBERTa's first position is the one after the padding's.
-    counts_from_pad = getattr(embeddings, "padding_idx", None) == pad and pad is not None
-    return longest - (pad + 1 if counts_from_pad else 0)
-
-
 def takes_types(model):
     """Whether a model has more than one type of token."""
     known = inspect.signature(model.forward).parameters

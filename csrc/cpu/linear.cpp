@@ -24,8 +24,6 @@ constexpr int64_t kSumDepth = 64;  // summed on their own: short sums round less
 constexpr int64_t kPanelsFor2 = kVectorRegisters == 32 ? 4 : 2, kPanelsFor4 = kPanelsFor2 / 2;
 constexpr int64_t kAhead = 32;  // rows of the panel that are fetched ahead
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 struct Block {
   const float *x, *panel;          // at the first row, the first of depth
   float* y;

@@ -35,8 +35,6 @@ constexpr int64_t kLine = 32;                           // bf16 in a cache line
 constexpr int64_t kNextLines = kStep / kLine / 8;       // lines of the next panel fetched a step
 constexpr int64_t kBlockGroups = 8, kBlockSteps = 24;  // 256 rows by 768 of depth
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 struct Parts {
   vf part[kParts];
 };

@@ -13,7 +13,6 @@ constexpr int kPauseSoft = 1;
 
 #include <pthread.h>
 #include <sched.h>
-#include <unistd.h>
 
 #include <chrono>
 #include <condition_variable>

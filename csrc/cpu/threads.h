@@ -28,6 +28,8 @@ class Work {
   const int64_t count_, grain_;
 };
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // A job may not throw: others of its threads are still in it.
 using Job = void (*)(void* data) noexcept;
 
@@ -53,7 +55,7 @@ void parallel(int num_threads, int64_t count, int64_t grain, const Body& body) {
     Work work;
   } call = {body, {count, grain}};
   if (count <= grain || num_threads <= 1) return body(call.work);
-  const int64_t runs = (count + grain - 1) / grain;
+  const int64_t runs = ceil_div(count, grain);
   run_parallel(num_threads < runs ? num_threads : static_cast<int>(runs),
                [](void* data) noexcept {
                  Call& c = *static_cast<Call*>(data);
@@ -79,7 +81,7 @@ void parallel_for(int num_threads, int64_t count, int64_t grain, const Body& bod
 // Runs of equal items: four a thread, so that one that comes late finds some left for it.
 inline int64_t grain_for(int64_t count, int threads) {
   const int64_t runs = 4 * static_cast<int64_t>(threads);
-  return count > runs ? (count + runs - 1) / runs : 1;
+  return count > runs ? ceil_div(count, runs) : 1;
 }
 
 }  // namespace bert_fast
