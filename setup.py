@@ -22,7 +22,7 @@ ALL_CUDA_ARCHS = ["75", "80", "86", "89", "90a", "100", "120"]
 CXX_FLAGS = (
     "-std=c++17 -O3 -fPIC -fvisibility=hidden"
     " -fno-math-errno -fno-trapping-math -ffp-contract=fast"
-    " -Wall -Wno-psabi -Wno-ignored-attributes -Wno-maybe-uninitialized"
+    " -Wall -Wno-psabi -Wno-ignored-attributes -Wno-maybe-uninitialized -Wno-uninitialized"
 )
 AMX_FLAGS = "-mamx-tile -mamx-bf16"
 # One compilation of each CPU kernel an instruction set; csrc/cpu/dispatch.cpp chooses at run time.

@@ -181,7 +181,7 @@ void bind_cpu(py::module_& m, const char* name, Args (*arguments)(P...),
 // Layers whose memory the caller keeps alive, and where it is.
 class Encoder {
  public:
-  using Linear = std::pair<Address, Address>;         // packed weight, bias
+  using Linear = std::tuple<Address, Address, int>;        // packed weight, bias, precision
   using LayerNorm = std::tuple<Address, Address, double>;  // weight, bias, eps
   using Layer = std::tuple<Linear, Linear, LayerNorm, Linear, Linear, LayerNorm>;
 
@@ -207,7 +207,10 @@ class Encoder {
   }
 
  private:
-  static PackedLinear linear(const Linear& l) { return {pointer(l.first), pointer<float>(l.second)}; }
+  static PackedLinear linear(const Linear& l) {
+    return {pointer(std::get<0>(l)), pointer<float>(std::get<1>(l)),
+            static_cast<Precision>(std::get<2>(l))};
+  }
   static Norm norm(const LayerNorm& n) {
     return {pointer<float>(std::get<0>(n)), pointer<float>(std::get<1>(n)), std::get<2>(n)};
   }
@@ -218,10 +221,64 @@ class Encoder {
   Activation activation_;
 };
 
+using release_gil = py::call_guard<py::gil_scoped_release>;
+
+const LinearKernels& linear_kernels_of(int precision) {
+  return linear_kernels(static_cast<Precision>(precision));
+}
+
+void bind_linear(py::module_& m) {
+  m.def("linear_kind", [](int precision) { return linear_kernels_of(precision).name; });
+  m.def("linear_is_fast", [](int precision) { return linear_kernels_of(precision).fast; });
+  m.def("linear_min_rows", [](int precision) { return linear_kernels_of(precision).min_rows; });
+  m.def("linear_packed_size", [](int precision, int64_t out_features, int64_t in_features) {
+    return linear_kernels_of(precision).packed_size(out_features, in_features);
+  });
+  m.def("linear_scratch_size",
+        [](int precision, int64_t rows, int64_t in_features, int num_threads) {
+          return linear_kernels_of(precision).scratch_size(rows, in_features, num_threads);
+        });
+  m.def("linear_matches", [](int precision, int64_t out_features, int64_t in_features,
+                             Address elements, Address packed) {
+    return linear_kernels_of(precision).matches(
+        {out_features, in_features, pointer(elements), nullptr, nullptr}, pointer(packed));
+  });
+  m.def("linear_pack",
+        [](int precision, int64_t out_features, int64_t in_features, Address elements,
+           Address scale, Address x_factor, Address packed, int num_threads) {
+          linear_kernels_of(precision).pack(
+              {out_features, in_features, pointer(elements), pointer<float>(scale),
+               pointer<float>(x_factor)},
+              pointer(packed), num_threads);
+        },
+        release_gil());
+  m.def("linear_unpack",
+        [](int precision, int64_t out_features, int64_t in_features, Address elements,
+           Address packed) {
+          const auto unpack = linear_kernels_of(precision).unpack;
+          if (unpack) {
+            unpack(pointer(packed),
+                   {out_features, in_features, pointer(elements), nullptr, nullptr});
+          }
+          return unpack != nullptr;
+        },
+        release_gil());
+  m.def("linear_forward",
+        [](int precision, int64_t rows, int64_t in_features, int64_t out_features, Address x,
+           Address packed, Address bias, Address out, Address scratch, int activation,
+           int num_threads) {
+          linear_kernels_of(precision).forward(
+              {rows, in_features, out_features, pointer<float>(x), pointer(packed),
+               pointer<float>(bias), pointer<float>(out), pointer(scratch),
+               static_cast<Activation>(activation), num_threads});
+        },
+        release_gil());
+}
+
 void bind_encoder(py::module_& m) {
   py::class_<Encoder>(m, "Encoder", py::module_local())
       .def(py::init<const std::vector<Encoder::Layer>&, int64_t, int64_t, int64_t, double, int>())
-      .def("forward", &Encoder::forward, py::call_guard<py::gil_scoped_release>());
+      .def("forward", &Encoder::forward, release_gil());
 }
 
 }  // namespace
@@ -229,7 +286,6 @@ void bind_encoder(py::module_& m) {
 // Without py::mod_gil_not_used: nobody has shown that this module needs no GIL.
 PYBIND11_MODULE(_C, m) {
   m.doc() = "bert_fast's compiled kernels. Private: bert_fast's ops validate, this does not.";
-  using release_gil = py::call_guard<py::gil_scoped_release>;
 
   m.def("forked", &forked);
   m.def("cpu_isa", &cpu_isa);
@@ -247,35 +303,7 @@ PYBIND11_MODULE(_C, m) {
   bind_cpu(m, "gelu_forward", gelu_forward, &CpuKernels::gelu_forward);
   bind_cpu(m, "gelu_backward", gelu_backward, &CpuKernels::gelu_backward);
 
-  m.def("linear_kind", [] { return linear_kernels().name; });
-  m.def("linear_min_rows", [] { return linear_kernels().min_rows; });
-  m.def("linear_packed_size", [](int64_t out_features, int64_t in_features) {
-    return linear_kernels().packed_size(out_features, in_features);
-  });
-  m.def("linear_matches", [](int64_t out_features, int64_t in_features, Address weight,
-                              Address packed) {
-    return linear_kernels().matches(pointer<float>(weight), out_features, in_features,
-                                    pointer(packed));
-  });
-  m.def("linear_scratch_size",
-        [](int num_threads) { return linear_kernels().scratch_size(num_threads); });
-  m.def("linear_pack",
-        [](Address weight, int64_t out_features, int64_t in_features, Address packed,
-           int num_threads) {
-          linear_kernels().pack(pointer<float>(weight), out_features, in_features, pointer(packed),
-                                num_threads);
-        },
-        release_gil());
-  m.def("linear_forward",
-        [](int64_t rows, int64_t in_features, int64_t out_features, Address x, Address packed,
-           Address bias, Address out, Address scratch, int activation, int num_threads) {
-          linear_kernels().forward({rows, in_features, out_features, pointer<float>(x),
-                                    pointer(packed), pointer<float>(bias), pointer<float>(out),
-                                    pointer(scratch), static_cast<Activation>(activation),
-                                    num_threads});
-        },
-        release_gil());
-
+  bind_linear(m);
   bind_encoder(m);
 
 #ifdef BERT_FAST_WITH_CUDA

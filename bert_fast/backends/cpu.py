@@ -125,21 +125,49 @@ def gelu_backward(dout, x, bias, approximate):
     return dx, dbias
 
 
-def min_rows():
-    """Fewer rows are better left to torch's product than to packed weights."""
-    return _C.linear_min_rows()
-
-
+PRECISIONS = {"float32": 0, "bfloat16": 1, "int8": 2}
 _packing = threading.RLock()  # one thread at a time replaces what others may be reading
 
 
-class PackedWeight:
-    """A float32 linear layer's weight, laid out once for csrc/cpu/linear*.cpp. As large as the
-    weight itself; 1.5 times on processors with AMX, where it is kept as three bf16 parts."""
+def is_fast(precision):
+    """Whether this processor has an instruction for products of this precision."""
+    return _C.linear_is_fast(PRECISIONS[precision])
 
-    def __init__(self, weight):
-        self.shape = weight.shape
+
+def quantise(weight):
+    """(int8 elements, float32 scales by row): symmetric, -127 to 127, a row's greatest at the end."""
+    scale = weight.abs().amax(1) / 127
+    scale = torch.where(scale > 0, scale, 1.0)
+    return (weight / scale[:, None]).round().to(torch.int8), scale
+
+
+class PackedWeight:
+    """A float32 linear layer's weight, laid out once for csrc/cpu/linear*.cpp, rounded to
+    ``precision``. In fp32 it is as large as the weight itself, 1.5 times as large on processors
+    with AMX, where it is kept as three bf16 parts; in bf16 half, in int8 a quarter.
+
+    ``x_factor`` (in_features,), int8 alone: x is multiplied by it before it is rounded and the
+    weight divided by it, which moves what is hard to round from the one to the other
+    (:mod:`bert_fast.models.inference`).
+    """
+
+    released = False  # whether the weight itself is gone
+
+    def __init__(self, weight, precision="float32", x_factor=None):
+        self.shape, self.precision, self.x_factor = weight.shape, precision, x_factor
+        self.code = PRECISIONS[precision]
         self.state = self._pack(weight)  # (packed, of what): replaced as one, for other threads
+
+    @classmethod
+    def of_elements(cls, elements, scale=None, x_factor=None):
+        """From what :meth:`elements` gave: the weight itself is not there."""
+        self = cls.__new__(cls)
+        names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
+        self.shape, self.precision, self.x_factor = elements.shape, names[elements.dtype], x_factor
+        self.code, self.released = PRECISIONS[self.precision], True
+        self.state = self._laid_out(elements, scale), (None, None, _C.linear_kind(self.code))
+        self.scale = scale
+        return self
 
     @staticmethod
     def possible(weight):
@@ -147,19 +175,59 @@ class PackedWeight:
         plain = weight.dtype == torch.float32 and weight.device.type == "cpu"
         return plain and not weight.is_inference()
 
-    def _pack(self, weight):
-        dense, packed = weight.detach().contiguous(), _aligned(_C.linear_packed_size(*self.shape))
-        _C.linear_pack(dense.data_ptr(), *self.shape, packed.data_ptr(), torch.get_num_threads())
-        return packed, self._identity(weight)
+    def min_rows(self):
+        """Fewer rows are better left to torch's product."""
+        return _C.linear_min_rows(self.code)
 
-    @staticmethod
-    def _identity(weight):
-        return weight.data_ptr(), weight._version, _C.linear_kind()
+    def release(self):
+        """The weight will not be there any more."""
+        self.released = True
+
+    def elements(self):
+        """(elements, scale, x_factor) as they were packed: of the precision's own dtype."""
+        dtype = {0: torch.float32, 1: torch.bfloat16, 2: torch.int8}[self.code]
+        elements, packed = torch.empty(self.shape, dtype=dtype), self.state[0]
+        if not _C.linear_unpack(self.code, *self.shape, elements.data_ptr(), packed.data_ptr()):
+            raise RuntimeError("float32 weights packed for AMX cannot be unpacked")
+        return elements, self.scale, self.x_factor
+
+    def _pack(self, weight):
+        dense, self.scale = weight.detach(), None
+        if self.precision == "bfloat16":
+            dense = dense.bfloat16()
+        elif self.precision == "int8":
+            factor = 1.0 if self.x_factor is None else self.x_factor
+            dense, self.scale = quantise(dense / factor)
+        self.sample = self._sample(weight)
+        return self._laid_out(dense.contiguous(), self.scale), self._identity(weight)
+
+    def _laid_out(self, elements, scale):
+        packed = _aligned(_C.linear_packed_size(self.code, *self.shape))
+        _C.linear_pack(
+            self.code, *self.shape, *map(address, (elements, scale, self.x_factor, packed)),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return packed
+
+    def _identity(self, weight):
+        return weight.data_ptr(), weight._version, _C.linear_kind(self.code)
+
+    def _sample(self, weight):
+        """A few of the weight's own numbers, where the packed ones are others."""
+        if self.precision == "float32":
+            return None
+        flat = weight.detach().reshape(-1)
+        return flat[:: max(1, flat.numel() // 16)].tolist()
 
     def current(self, weight):
         """The packed weight; packed anew where it, or the instruction set asked for, has changed.
         Others may do so meanwhile: keep what is returned for as long as its memory is used."""
         if not self.holds(weight):
+            if self.released:
+                raise RuntimeError(
+                    "the instruction set has changed since the model was packed by "
+                    "for_inference(), and its weights are gone: load it anew"
+                )
             with _packing:
                 if not self.holds(weight):
                     self.state = self._pack(weight)
@@ -169,9 +237,17 @@ class PackedWeight:
         """Whether the weight is what was packed, by its version and by some of its numbers: who
         writes through ``.data``, as peft's merging does, changes them all and tells nobody."""
         packed, source = self.state
-        return source == self._identity(weight) and _C.linear_matches(
-            *self.shape, weight.data_ptr(), packed.data_ptr()
-        )
+        if self.released:
+            return source[2] == _C.linear_kind(self.code)
+        if source != self._identity(weight):
+            return False
+        if self.sample is not None:
+            return self.sample == self._sample(weight)
+        return _C.linear_matches(self.code, *self.shape, weight.data_ptr(), packed.data_ptr())
+
+    def scratch(self, rows, threads):
+        """Bytes that a product of so many rows needs."""
+        return _C.linear_scratch_size(self.code, rows, self.shape[1], threads)
 
     def forward(self, x, weight, bias, approximate, out, workspace):
         """out = GELU(x Wᵀ + bias); ``approximate`` None means no GELU, ``bias`` None no bias. A
@@ -179,13 +255,16 @@ class PackedWeight:
         packed = self.current(weight)
         (rows, width), bias = x.shape, as_float32(bias)
         threads = torch.get_num_threads()
-        size = _C.linear_scratch_size(threads)
-        scratch = workspace.take("scratch", 1, size // 4, x) if size else None
+        scratch = _scratch(self.scratch(rows, threads), x, workspace)
         _C.linear_forward(
-            rows, width, self.shape[0], *map(address, (x, packed, bias, out, scratch)),
-            ACTIVATIONS[approximate], threads,
+            self.code, rows, width, self.shape[0],
+            *map(address, (x, packed, bias, out, scratch)), ACTIVATIONS[approximate], threads,
         )  # fmt: skip
         return out
+
+
+def _scratch(size, x, workspace):
+    return workspace.take("scratch", 1, (size + 3) // 4, x) if size else None
 
 
 def _aligned(size):
@@ -199,13 +278,17 @@ class Encoder:
 
     ``layers``: for each the products qkv, out, up, down (``weight``, ``bias``, ``packed``) and the
     norms after out and down (``weight``, ``bias``, ``eps``); fp32, contiguous. Products may
-    change their numbers; who uses this sees to it that nothing else of them is replaced.
+    change their numbers (and their precision not); who uses this sees to it that nothing else of them is replaced.
     """
 
     def __init__(self, layers, num_heads, approximate):
         self.layers, self.num_heads, self.approximate = layers, num_heads, approximate
         self.intermediate, self.hidden = layers[0][3].weight.shape
         self.products = [part for layer in layers for part in layer if not hasattr(part, "eps")]
+        self.codes = sorted({part.packed.code for part in self.products})
+        # Scratch is for one product at a time: for the widest input of each precision.
+        inputs = {(part.packed.code, part.weight.shape[1]): part.packed for part in self.products}
+        self.scratches = list(inputs.values())
         self.bound = self._bind()
 
     def _bind(self):
@@ -217,22 +300,30 @@ class Encoder:
                 layers, self.hidden, self.intermediate, self.num_heads,
                 (self.hidden // self.num_heads) ** -0.5, ACTIVATIONS[self.approximate],
             )  # fmt: skip
-            return plan, kept, _C.linear_kind()
+            return plan, kept, self._kinds()
+
+    def min_rows(self):
+        """Fewer are better left to torch's products."""
+        return max(map(_C.linear_min_rows, self.codes))
+
+    def _kinds(self):
+        return [_C.linear_kind(code) for code in self.codes]
 
     def forward(self, x, cu_seqlens, workspace):
-        """x (total_tokens, hidden) becomes the last layer's output, in its own memory."""
+        """x (total_tokens, hidden), of at least :meth:`min_rows` rows, becomes the last layer's
+        output, in its own memory."""
         bound = self.bound  # kept here: another thread may bind anew meanwhile
-        if bound[2] != _C.linear_kind() or not all(p.packed.holds(p.weight) for p in self.products):
+        if bound[2] != self._kinds() or not all(p.packed.holds(p.weight) for p in self.products):
             bound = self.bound = self._bind()
         rows, threads = x.shape[0], torch.get_num_threads()
-        size = _C.linear_scratch_size(threads)
+        size = max(packed.scratch(rows, threads) for packed in self.scratches)
         buffers = [
             workspace.take("qkv", rows, 3 * self.hidden, x),
             workspace.take("hidden", rows, self.hidden, x),
             workspace.take("projected", rows, self.hidden, x),
             workspace.take("intermediate", rows, self.intermediate, x),
             workspace.take("lse", rows, self.num_heads, x),
-            workspace.take("scratch", 1, size // 4, x) if size else None,
+            _scratch(size, x, workspace),
         ]
         cu_seqlens = cu_seqlens.contiguous()
         bound[0].forward(
@@ -247,4 +338,4 @@ def _bound(part, kept):
     if hasattr(part, "eps"):
         return address(part.weight), address(part.bias), part.eps
     kept.append(part.packed.current(part.weight))
-    return address(kept[-1]), address(part.bias)
+    return address(kept[-1]), address(part.bias), part.packed.code

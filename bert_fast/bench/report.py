@@ -25,7 +25,7 @@ def environment(device="cpu"):
     with contextlib.suppress(ImportError):
         from bert_fast import _C
 
-        facts["cpu kernels"] = _C.cpu_isa() + (" + AMX" if _C.linear_kind() == "amx" else "")
+        facts["cpu kernels"] = _C.cpu_isa() + (" + AMX" if _C.linear_kind(0) == "amx" else "")
     if device == "cuda":
         facts |= {
             "device": torch.cuda.get_device_name(),

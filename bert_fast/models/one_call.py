@@ -27,7 +27,9 @@ class OneCall:
         bound, encoder = self.bound
         if bound != state:
             _, encoder = self.bound = state, self._bind(layers)
-        return encoder and encoder.forward(x, packing.cu_seqlens, workspace)
+        if encoder is None or x.shape[0] < encoder.min_rows():
+            return None
+        return encoder.forward(x, packing.cu_seqlens, workspace)
 
     def _bind(self, layers):
         first = next(iter(layers), None)

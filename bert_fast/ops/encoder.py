@@ -25,21 +25,19 @@ def bind_encoder(layers, num_heads, approximate):
 
 
 def runs_in_one_call(x):
-    """Whether each op of a layer would choose the ``cpu`` backend for ``x``, and its rows are
-    enough for packed weights."""
+    """Whether each op of a layer would choose the ``cpu`` backend for ``x``."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or not x.is_contiguous():
         return False
     chosen = (backends.choose(op, "cpu", x.dtype, needs_grad=False) for op in OPS)
-    return all(name == "cpu" for name in chosen) and x.shape[0] >= backends.module("cpu").min_rows()
+    return all(name == "cpu" for name in chosen)
 
 
 def _can_be_bound(part):
     for parameter in (part.weight, part.bias):
         if parameter is None or parameter.dtype != torch.float32 or not parameter.is_contiguous():
             return False
-        if parameter.device.type != "cpu":
-            return False
     if hasattr(part, "eps"):
-        return True
+        return part.weight.device.type == part.bias.device.type == "cpu"
     packed = part.packed
-    return packed is not None and can_use_packed(packed, part.weight)
+    plain = isinstance(packed, backends.module("cpu").PackedWeight)
+    return plain and part.bias.device.type == "cpu" and can_use_packed(packed, part.weight)

@@ -75,21 +75,26 @@ def linear_gelu(
     )
 
 
-def pack_weight(weight):
+def pack_weight(weight, precision="float32", x_factor=None):
     """A linear layer's weight prepared for repeated inference, or None where nothing is won by it:
     see :class:`bert_fast.backends.cpu.PackedWeight`."""
     if backends.why_unavailable("cpu") is not None:
         return None
     packed = backends.module("cpu").PackedWeight
-    return packed(weight) if packed.possible(weight) else None
+    return packed(weight, precision, x_factor) if packed.possible(weight) else None
+
+
+def unpacked_weight(elements, scale=None, x_factor=None):
+    """A packed weight made of what one was made of: its float weight is not needed."""
+    return backends.module("cpu").PackedWeight.of_elements(elements, scale, x_factor)
 
 
 def can_use_packed(packed, weight, rows=None):
     """Whether ``rows`` rows go through a packed weight: enough of them, a weight that is still of
     the right kind, and no other backend asked for."""
-    if not packed.possible(weight) or (
-        rows is not None and rows < backends.module("cpu").min_rows()
-    ):
+    if not packed.released and not packed.possible(weight):
+        return False
+    if rows is not None and rows < packed.min_rows():
         return False
     return backends.choose("gelu", "cpu", weight.dtype, needs_grad=False) == "cpu"
 

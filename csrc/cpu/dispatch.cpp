@@ -6,8 +6,6 @@
 
 namespace bert_fast {
 
-inline int64_t no_scratch(int) { return 0; }
-
 #define BERT_FAST_DECLARE(isa)                                       \
   namespace isa {                                                    \
   void attention_forward(const AttentionForward&);                   \
@@ -16,16 +14,12 @@ inline int64_t no_scratch(int) { return 0; }
   void layer_norm_backward(const LayerNormBackward&);                \
   void gelu_forward(const GeluForward&);                             \
   void gelu_backward(const GeluBackward&);                           \
-  int64_t linear_packed_size(int64_t, int64_t);                      \
-  void linear_pack(const float*, int64_t, int64_t, void*, int);      \
-  void linear_forward(const LinearForward&);                         \
-  bool linear_matches(const float*, int64_t, int64_t, const void*);  \
+  const LinearKernels& linear(Precision);                            \
   constexpr CpuKernels kernels = {                                   \
       attention_forward,  attention_backward,                        \
       layer_norm_forward, layer_norm_backward,                       \
       gelu_forward,       gelu_backward,                             \
-      {#isa, 1, linear_packed_size, no_scratch, linear_pack, linear_forward, \
-       linear_matches}}; \
+      linear};                                                       \
   }
 
 BERT_FAST_DECLARE(generic)
@@ -80,9 +74,10 @@ const CpuKernels& cpu_kernels() { return *chosen()->kernels; }
 const char* cpu_isa() { return chosen()->name; }
 
 // Whoever asks for a lesser instruction set than AVX-512 gets no AMX either.
-const LinearKernels& linear_kernels() {
-  const LinearKernels* amx = std::strcmp(cpu_isa(), "avx512") == 0 ? amx_linear_kernels() : nullptr;
-  return amx ? *amx : cpu_kernels().linear;
+const LinearKernels& linear_kernels(Precision precision) {
+  const bool amx = precision == Precision::kFloat32 && std::strcmp(cpu_isa(), "avx512") == 0;
+  const LinearKernels* kernels = amx ? amx_linear_kernels() : nullptr;
+  return kernels ? *kernels : cpu_kernels().linear(precision);
 }
 
 bool set_cpu_isa(const char* name) {

@@ -9,12 +9,12 @@ namespace bert_fast {
 void encoder_forward(const EncoderForward& e) {
   const OnTeam team;
   const CpuKernels& kernels = cpu_kernels();
-  const LinearKernels& linear = linear_kernels();
   const int64_t head_dim = e.hidden / e.num_heads, rows = e.rows;
 
   const auto multiply = [&](const float* x, int64_t in, const PackedLinear& by, int64_t out,
                             float* y, const float* bias, Activation activation) {
-    linear.forward({rows, in, out, x, by.packed, bias, y, e.scratch, activation, e.num_threads});
+    linear_kernels(by.precision)
+        .forward({rows, in, out, x, by.packed, bias, y, e.scratch, activation, e.num_threads});
   };
   const auto add_and_norm = [&](const float* linear_bias, const Norm& norm) {
     LayerNormForward a = {};

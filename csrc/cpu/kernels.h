@@ -88,8 +88,10 @@ struct GeluBackward {
 };
 
 enum class Activation : int { kNone = 0, kGelu = 1, kGeluTanh = 2 };
+// What a product's factors are rounded to. Sums are fp32, of int8 factors exact.
+enum class Precision : int { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
 
-// out = activation(x weight^T + bias) in fp32.
+// out = activation(x weight^T + bias); x and out are fp32.
 struct LinearForward {
   int64_t rows, in_features, out_features;
   const float* x;               // (rows, in_features)
@@ -101,22 +103,30 @@ struct LinearForward {
   int num_threads;
 };
 
-// A layout of packed weights and the product that reads it.
-struct LinearKernels {
-  const char* name;             // the instruction set, or "amx"
-  int64_t min_rows;             // fewer are left to the BLAS
-  int64_t (*packed_size)(int64_t out_features, int64_t in_features);  // bytes
-  int64_t (*scratch_size)(int num_threads);                           // bytes
-  void (*pack)(const float* weight, int64_t out_features, int64_t in_features, void* packed,
-               int num_threads);
-  void (*forward)(const LinearForward&);
-  // Whether a few elements of the weight are what was packed; true where that cannot be told.
-  bool (*matches)(const float* weight, int64_t out_features, int64_t in_features,
-                  const void* packed);
+// A weight to pack: float, bf16 or int8_t elements by the precision.
+struct LinearWeight {
+  int64_t out_features, in_features;
+  const void* elements;         // (out_features, in_features)
+  const float* scale;           // int8: (out_features), what an element stands for
+  const float* x_factor;        // int8: (in_features), what x is multiplied by first; or null
 };
 
-const LinearKernels& linear_kernels();      // AMX's, or those of the chosen instruction set
-const LinearKernels* amx_linear_kernels();  // null where there is no AMX
+// A layout of packed weights and the product that reads it.
+struct LinearKernels {
+  const char* name;             // the instruction set that its products are of
+  bool fast;                    // whether the processor has an instruction for them
+  int64_t min_rows;             // fewer are left to the BLAS
+  int64_t (*packed_size)(int64_t out_features, int64_t in_features);                 // bytes
+  int64_t (*scratch_size)(int64_t rows, int64_t in_features, int num_threads);       // bytes
+  void (*pack)(const LinearWeight&, void* packed, int num_threads);
+  void (*unpack)(const void* packed, const LinearWeight& to);  // elements back; null where lost
+  void (*forward)(const LinearForward&);
+  // Whether a few elements of the weight are what was packed; true where that cannot be told.
+  bool (*matches)(const LinearWeight&, const void* packed);
+};
+
+const LinearKernels& linear_kernels(Precision);  // the best here of the chosen instruction set
+const LinearKernels* amx_linear_kernels();       // fp32; null where there is no AMX
 
 // One set of kernels an instruction set; each .cpp beside this file is compiled once for each.
 struct CpuKernels {
@@ -126,13 +136,14 @@ struct CpuKernels {
   void (*layer_norm_backward)(const LayerNormBackward&);
   void (*gelu_forward)(const GeluForward&);
   void (*gelu_backward)(const GeluBackward&);
-  LinearKernels linear;
+  const LinearKernels& (*linear)(Precision);
 };
 
-// A post-norm encoder (Vaswani et al. 2017; BERT) in inference, fp32, packed rows.
+// A post-norm encoder (Vaswani et al. 2017; BERT) in inference, packed rows in fp32.
 struct PackedLinear {
   const void* packed;
   const float* bias;
+  Precision precision;
 };
 struct Norm {
   const float *weight, *bias;

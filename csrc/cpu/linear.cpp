@@ -1,13 +1,20 @@
-// y = x W^T (+ bias, GELU) in fp32, W packed once, ahead of time: a library's sgemm packs it in
-// every call, which for a single query costs more than the product (4 times as much at 16 rows).
+// y = x W^T (+ bias, GELU), W packed once, ahead of time: a library's sgemm packs it in every
+// call, which for a single query costs more than the product (4 times as much at 16 rows).
 //
-// A panel is 2 vectors of W's columns over the whole depth, [depth][columns]: it is read as a
-// stream, once for every tile of up to 8 rows of x, whose products are accumulated in registers.
-// Blocks: 144 rows of x over 384 of depth stay in a core's L2 while all panels pass. Each block of
-// depth is summed on its own, in order, and added to y: the bits of a row of y depend on that row
-// of x alone, on no other row, on no number of rows or threads. (Goto & van de Geijn 2008,
-// "Anatomy of high-performance matrix multiplication"; few rows need none of its copies of x.)
-#include <algorithm>
+// A panel is 2 vectors of W's columns over the whole depth, [step][column], a step as in linear.h:
+// it is read as a stream, once for every tile of up to 8 or 12 rows of x, whose products are
+// accumulated in registers. Blocks: 144 rows of x over 384 steps of depth stay in a core's L2 while
+// all panels pass. Each block of depth is summed on its own, in order, and added to y: the bits of
+// a row of y depend on that row of x alone, on no other row, on no number of rows or threads. (Goto
+// & van de Geijn 2008, "Anatomy of high-performance matrix multiplication"; few rows need none of
+// its copies of x.)
+//
+// In bf16 and int8 the rows of x are converted first. int8 (Bhandare et al. 2019, "Efficient 8-bit
+// quantization of Transformer"; Dettmers et al. 2022, LLM.int8(): a scale for each row of x and
+// each column of y): x = s (q - z) with q in 0..255, W = t p with p in -127..127, so y = s t (q p -
+// z sum(p)), whose sums are exact.
+#include "linear.h"
+
 #include <utility>
 
 #include "gelu.h"
@@ -16,103 +23,143 @@ namespace bert_fast {
 namespace BERT_FAST_ISA {
 namespace {
 
-constexpr int64_t kPanel = 2 * kWidth;
-constexpr int64_t kTileRows = kVectorRegisters == 32 ? 8 : 6;
-constexpr int64_t kBlockRows = 144, kBlockDepth = 384;
-constexpr int64_t kSumDepth = 64;  // summed on their own: short sums round less than sgemm's
+constexpr int64_t kBlockRows = 144;
 // Few rows take several panels at once, so that enough sums are under way to hide an FMA's latency.
-constexpr int64_t kPanelsFor2 = kVectorRegisters == 32 ? 4 : 2, kPanelsFor4 = kPanelsFor2 / 2;
-constexpr int64_t kAhead = 32;  // rows of the panel that are fetched ahead
+constexpr int64_t kPanelsFor2 = k512 ? 4 : 2, kPanelsFor4 = kPanelsFor2 / 2;
+constexpr int64_t kAhead = 32;  // steps of the panel that are fetched ahead
+
+template <class P>
+constexpr int64_t kPerStep = 4 / sizeof(typename P::Element);
+template <class P>
+constexpr bool kIsInt8 = P::kPrecision == Precision::kInt8;
+template <class P>
+constexpr bool kConverts = P::kPrecision != Precision::kFloat32;
+
+template <class P>
+int64_t steps_of(int64_t in_features) { return ceil_div(in_features, kPerStep<P>); }
+int64_t padded(int64_t out_features) { return ceil_div(out_features, kPanel) * kPanel; }
+
+template <class P>
+int64_t packed_size(int64_t out_features, int64_t in_features) {
+  const int64_t panels = padded(out_features) * steps_of<P>(in_features);
+  return 4 * (panels + (kIsInt8<P> ? 2 * padded(out_features) + in_features + 1 : 0));
+}
+
+// After the panels: each column's scale and sum, and if there are any, x's factors.
+template <class P>
+Factors factors(const void* packed, int64_t out_features, int64_t in_features) {
+  if (!kIsInt8<P>) return {};
+  const float* scale =
+      static_cast<const float*>(packed) + padded(out_features) * steps_of<P>(in_features);
+  const float* x_factor = scale + 2 * padded(out_features);
+  return {scale, *x_factor != 0.0f ? x_factor + 1 : nullptr,
+          reinterpret_cast<const int32_t*>(scale + padded(out_features))};
+}
 
 struct Block {
-  const float *x, *panel;          // at the first row, the first of depth
-  float* y;
-  int64_t x_stride, panel_stride, y_stride, depth;
+  const uint32_t *x, *panel;       // at the first row, the first step
+  float* y;                        // sums, of whatever type
+  int64_t x_stride, panel_stride, y_stride, steps;
   bool first;                      // of the blocks of depth: sets y, the others add
 };
 
 // y (kRows x kPanels panels) from kRows rows of x.
-template <int kRows, int kPanels>
+template <class P, int kRows, int kPanels>
 void tile(const Block& b) {
-  vf total[kRows][2 * kPanels];
-  for (int64_t begin = 0; begin < b.depth; begin += kSumDepth) {
-    const int64_t end = std::min(b.depth, begin + kSumDepth);
-    vf acc[kRows][2 * kPanels];
-    for (auto& row : acc) {
-      for (vf& sum : row) sum = vf{};
+  using Sum = typename P::Sum;
+  Sum total[kRows][2 * kPanels];
+  for (int64_t begin = 0; begin < b.steps; begin += P::kSumSteps) {
+    const int64_t end = std::min(b.steps, begin + P::kSumSteps);
+    Sum sums[kRows][2 * kPanels];
+    for (auto& row : sums) {
+      for (Sum& sum : row) sum = Sum{};
     }
     for (int64_t k = begin; k < end; ++k) {
-      vf w[2 * kPanels];
+      vu w[2 * kPanels];
       for (int p = 0; p < kPanels; ++p) {
-        const float* row = b.panel + p * b.panel_stride + k * kPanel;
-        w[2 * p] = load(row);
-        w[2 * p + 1] = load(row + kWidth);
+        const uint32_t* row = b.panel + p * b.panel_stride + k * kPanel;
+        std::memcpy(w + 2 * p, row, 2 * sizeof(vu));
         __builtin_prefetch(row + kAhead * kPanel);
         if (kPanel * sizeof(float) > 64) __builtin_prefetch(row + kAhead * kPanel + kWidth);
       }
       for (int i = 0; i < kRows; ++i) {
-        const float x = b.x[i * b.x_stride + k];
-        for (int j = 0; j < 2 * kPanels; ++j) acc[i][j] += w[j] * x;
+        uint32_t x;
+        std::memcpy(&x, b.x + i * b.x_stride + k, sizeof(x));
+        P::add(sums[i], w, 2 * kPanels, x);
       }
     }
     for (int i = 0; i < kRows; ++i) {
       for (int j = 0; j < 2 * kPanels; ++j) {
-        total[i][j] = begin == 0 ? acc[i][j] : total[i][j] + acc[i][j];
+        total[i][j] = begin == 0 ? sums[i][j] : total[i][j] + sums[i][j];
       }
     }
   }
   for (int i = 0; i < kRows; ++i) {
     for (int j = 0; j < 2 * kPanels; ++j) {
       float* y = b.y + i * b.y_stride + j * kWidth;
-      store(y, b.first ? total[i][j] : load(y) + total[i][j]);
+      store(y, bit_cast<vf>(b.first ? total[i][j] : bit_cast<Sum>(load(y)) + total[i][j]));
     }
   }
 }
 
-template <int kPanels, int... kRows>
+template <class P, int kPanels, int... kRows>
 void tile_of(int64_t rows, const Block& block, std::integer_sequence<int, kRows...>) {
-  static constexpr void (*kTiles[])(const Block&) = {tile<kRows + 1, kPanels>...};
+  static constexpr void (*kTiles[])(const Block&) = {tile<P, kRows + 1, kPanels>...};
   kTiles[rows - 1](block);
 }
 
-template <class Finish>
-BERT_FAST_INLINE void for_each(float* y, int64_t stride, int64_t rows, int64_t columns,
-                               const float* bias, Finish finish) {
-  for_columns(columns, [&](int64_t column, auto lanes) {
-    const vf b = bias ? load_row(bias + column, lanes) : vf{};
-    for (int64_t row = 0; row < rows; ++row) {
-      float* at = y + row * stride + column;
-      store_row(at, finish(load_row(at, lanes) + b), lanes);
+// A product under way: what its rows are converted to, and what the weight was packed with.
+struct Call : LinearForward {
+  const uint32_t* steps;      // (rows, depth): x, or what it was converted to
+  int64_t depth;
+  const Quantised* quantised;  // (rows), int8
+  Factors by;
+};
+
+template <class P, class Activate>
+BERT_FAST_INLINE void for_each(const Call& a, float* y, int64_t row, int64_t rows, int64_t column,
+                               int64_t columns, Activate activate) {
+  for_columns(columns, [&](int64_t at, auto lanes) {
+    const vf bias = a.bias ? load_row(a.bias + column + at, lanes) : vf{};
+    const vf scale = kIsInt8<P> ? load(a.by.scale + column + at) : vf{};
+    const vi sum = kIsInt8<P> ? bit_cast<vi>(load(a.by.scale + padded(a.out_features) + column + at)) : vi{};
+    for (int64_t i = 0; i < rows; ++i) {
+      float* to = y + i * a.out_features + at;
+      vf value = load_row(to, lanes);
+      if constexpr (kIsInt8<P>) {
+        const Quantised& x = a.quantised[row + i];
+        value = __builtin_convertvector(bit_cast<vi>(value) - sum * x.zero, vf) * (scale * x.scale);
+      }
+      store_row(to, activate(value + bias), lanes);
     }
   });
 }
 
-// Bias and activation, while the sums are still in the L1 cache.
-void finish(const LinearForward& a, float* y, int64_t rows, int64_t column, int64_t columns) {
-  const float* bias = a.bias ? a.bias + column : nullptr;
-  const int64_t stride = a.out_features;
+// Scales, bias and activation, while the sums are still in the L1 cache.
+template <class P>
+void finish(const Call& a, float* y, int64_t row, int64_t rows, int64_t column, int64_t columns) {
   if (a.activation == Activation::kGelu) {
-    for_each(y, stride, rows, columns, bias, [](vf v) { return gelu<Gelu::kErf>(v); });
+    for_each<P>(a, y, row, rows, column, columns, [](vf v) { return gelu<Gelu::kErf>(v); });
   } else if (a.activation == Activation::kGeluTanh) {
-    for_each(y, stride, rows, columns, bias, [](vf v) { return gelu<Gelu::kTanh>(v); });
-  } else if (bias) {
-    for_each(y, stride, rows, columns, bias, [](vf v) { return v; });
+    for_each<P>(a, y, row, rows, column, columns, [](vf v) { return gelu<Gelu::kTanh>(v); });
+  } else if (a.bias || kIsInt8<P>) {
+    for_each<P>(a, y, row, rows, column, columns, [](vf v) { return v; });
   }
 }
 
 // One tile at the panels from `panel` on, over one block of depth. W's last columns are packed
 // with zeros after them, y has no room for these: they pass through a buffer.
-template <int kPanels, int64_t kMostRows>
-void add_tile(const LinearForward& a, int64_t row, int64_t rows, int64_t panel, int64_t k) {
-  const int64_t column = panel * kPanel, depth = std::min(kBlockDepth, a.in_features - k);
+template <class P, int kPanels, int64_t kMostRows>
+void add_tile(const Call& a, int64_t row, int64_t rows, int64_t panel, int64_t k) {
+  const int64_t column = panel * kPanel, steps = std::min(kBlockSteps, a.depth - k);
   const int64_t columns = std::min(kPanels * kPanel, a.out_features - column);
   float* y = a.out + row * a.out_features + column;
-  Block block = {a.x + row * a.in_features + k,
-                 static_cast<const float*>(a.packed) + column * a.in_features + k * kPanel,
-                 y, a.in_features, kPanel * a.in_features, a.out_features, depth, k == 0};
+  Block block = {a.steps + row * a.depth + k,
+                 static_cast<const uint32_t*>(a.packed) + column * a.depth + k * kPanel,
+                 y, a.depth, kPanel * a.depth, a.out_features, steps, k == 0};
   constexpr auto kRows = std::make_integer_sequence<int, kMostRows>{};
   if (columns == kPanels * kPanel) {
-    tile_of<kPanels>(rows, block, kRows);
+    tile_of<P, kPanels>(rows, block, kRows);
   } else {
     alignas(64) float whole[kMostRows * kPanels * kPanel];
     block.y = whole;
@@ -120,83 +167,165 @@ void add_tile(const LinearForward& a, int64_t row, int64_t rows, int64_t panel, 
     for (int64_t i = 0; !block.first && i < rows; ++i) {
       std::memcpy(whole + i * block.y_stride, y + i * a.out_features, columns * sizeof(float));
     }
-    tile_of<kPanels>(rows, block, kRows);
+    tile_of<P, kPanels>(rows, block, kRows);
     for (int64_t i = 0; i < rows; ++i) {
       std::memcpy(y + i * a.out_features, whole + i * block.y_stride, columns * sizeof(float));
     }
   }
-  if (k + depth == a.in_features) finish(a, y, rows, column, columns);
+  if (k + steps == a.depth) finish<P>(a, y, row, rows, column, columns);
 }
 
 // Rows [begin, end), at most kBlockRows, times panels [first, last).
-void multiply(const LinearForward& a, int64_t begin, int64_t end, int64_t first, int64_t last) {
-  const int64_t rows = end - begin, tiles = ceil_div(rows, kTileRows);
-  for (int64_t k = 0; k < a.in_features; k += kBlockDepth) {
+template <class P>
+void multiply(const Call& a, int64_t begin, int64_t end, int64_t first, int64_t last) {
+  const int64_t rows = end - begin, tiles = ceil_div(rows, P::kTileRows);
+  for (int64_t k = 0; k < a.depth; k += kBlockSteps) {
     int64_t panel = first;
     if (rows <= 2) {
       for (; panel + kPanelsFor2 <= last; panel += kPanelsFor2) {
-        add_tile<kPanelsFor2, 2>(a, begin, rows, panel, k);
+        add_tile<P, kPanelsFor2, 2>(a, begin, rows, panel, k);
       }
     }
     if (rows <= 4) {
       for (; panel + kPanelsFor4 <= last; panel += kPanelsFor4) {
-        add_tile<kPanelsFor4, 4>(a, begin, rows, panel, k);
+        add_tile<P, kPanelsFor4, 4>(a, begin, rows, panel, k);
       }
     }
     for (; panel < last; ++panel) {
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t row = begin + rows * t / tiles, next = begin + rows * (t + 1) / tiles;
-        add_tile<1, kTileRows>(a, row, next - row, panel, k);
+        add_tile<P, 1, P::kTileRows>(a, row, next - row, panel, k);
       }
     }
   }
 }
 
-}  // namespace
-
-int64_t linear_packed_size(int64_t out_features, int64_t in_features) {
-  return ceil_div(out_features, kPanel) * kPanel * in_features * sizeof(float);
+// Scratch: all rows' steps, then what they were scaled by.
+template <class P>
+int64_t scratch_size(int64_t rows, int64_t in_features, int) {
+  if (!kConverts<P>) return 0;
+  return rows * (4 * steps_of<P>(in_features) + static_cast<int64_t>(sizeof(Quantised)));
 }
 
-void linear_pack(const float* weight, int64_t out_features, int64_t in_features, void* packed,
-                 int num_threads) {
-  parallel_for(num_threads, ceil_div(out_features, kPanel), 1, [&](int64_t panel) {
-    float* to = static_cast<float*>(packed) + panel * kPanel * in_features;
-    const int64_t first = panel * kPanel, columns = std::min(kPanel, out_features - first);
-    for (int64_t k = 0; k < in_features; ++k) {
-      for (int64_t i = 0; i < kPanel; ++i) {
-        to[k * kPanel + i] = i < columns ? weight[(first + i) * in_features + k] : 0.0f;
-      }
-    }
-  });
-}
-
-bool linear_matches(const float* weight, int64_t out_features, int64_t in_features,
-                    const void* packed) {
-  constexpr int64_t kSamples = 16;
-  for (int64_t i = 0; i < kSamples; ++i) {
-    const int64_t row = i * (out_features - 1) / (kSamples - 1), k = i * 7919 % in_features;
-    const float* at = static_cast<const float*>(packed) + row / kPanel * kPanel * in_features +
-                      k * kPanel + row % kPanel;
-    if (std::memcmp(at, weight + row * in_features + k, sizeof(float)) != 0) return false;
+template <class P>
+void forward(const LinearForward& a) {
+  Call call = {a, reinterpret_cast<const uint32_t*>(a.x), steps_of<P>(a.in_features), nullptr,
+               factors<P>(a.packed, a.out_features, a.in_features)};
+  if constexpr (kConverts<P>) {
+    uint32_t* steps = static_cast<uint32_t*>(a.scratch);
+    Quantised* rows = reinterpret_cast<Quantised*>(steps + a.rows * call.depth);
+    const int threads = threads_for(a.rows * a.in_features / 4, a.num_threads);
+    parallel_for(threads, a.rows, grain_for(a.rows, threads), [&](int64_t row) {
+      using Steps = std::conditional_t<kIsInt8<P>, uint8_t, uint16_t>;
+      convert(P{}, a.x + row * a.in_features, a.in_features, call.by,
+              reinterpret_cast<Steps*>(steps + row * call.depth), rows + row);
+    });
+    call.steps = steps;
+    call.quantised = rows;
   }
-  return true;
-}
-
-void linear_forward(const LinearForward& a) {
   const int64_t panels = ceil_div(a.out_features, kPanel), blocks = ceil_div(a.rows, kBlockRows);
-  const int threads = threads_for(a.rows * a.out_features * a.in_features / 64, a.num_threads);
+  const int threads = threads_for(a.rows * a.out_features * call.depth / 64, a.num_threads);
   // Items are pairs of a row block and a panel, row blocks outermost.
   parallel(threads, blocks * panels, grain_for(blocks * panels, threads), [&](Work& work) {
     for (int64_t item, end; work.take(item, end);) {
       while (item < end) {
         const int64_t block = item / panels, first = item % panels;
         const int64_t last = std::min(panels, first + end - item);
-        multiply(a, a.rows * block / blocks, a.rows * (block + 1) / blocks, first, last);
+        multiply<P>(call, a.rows * block / blocks, a.rows * (block + 1) / blocks, first, last);
         item += last - first;
       }
     }
   });
+}
+
+// Where an element of W is among the packed ones.
+template <class P>
+int64_t place(int64_t row, int64_t k, int64_t in_features) {
+  const int64_t step = row / kPanel * steps_of<P>(in_features) + k / kPerStep<P>;
+  return (step * kPanel + row % kPanel) * kPerStep<P> + k % kPerStep<P>;
+}
+
+template <class P>
+void pack(const LinearWeight& w, void* packed, int num_threads) {
+  using Element = typename P::Element;
+  const Element* from = static_cast<const Element*>(w.elements);
+  Element* to = static_cast<Element*>(packed);
+  float* scale = static_cast<float*>(packed) + padded(w.out_features) * steps_of<P>(w.in_features);
+  parallel_for(num_threads, ceil_div(w.out_features, kPanel), 1, [&](int64_t panel) {
+    for (int64_t row = panel * kPanel; row < (panel + 1) * kPanel; ++row) {
+      int32_t sum = 0;
+      for (int64_t k = 0; k < steps_of<P>(w.in_features) * kPerStep<P>; ++k) {
+        const bool inside = row < w.out_features && k < w.in_features;
+        const Element element = inside ? from[row * w.in_features + k] : Element{};
+        to[place<P>(row, k, w.in_features)] = element;
+        if (kIsInt8<P>) sum += static_cast<int32_t>(element);
+      }
+      if (kIsInt8<P>) {
+        scale[row] = row < w.out_features ? w.scale[row] : 0.0f;
+        std::memcpy(scale + padded(w.out_features) + row, &sum, sizeof(sum));
+      }
+    }
+  });
+  if (kIsInt8<P>) {
+    float* x_factor = scale + 2 * padded(w.out_features);
+    *x_factor = w.x_factor ? 1.0f : 0.0f;
+    for (int64_t k = 0; w.x_factor && k < w.in_features; ++k) x_factor[k + 1] = w.x_factor[k];
+  }
+}
+
+template <class P>
+void unpack(const void* packed, const LinearWeight& w) {
+  using Element = typename P::Element;
+  Element* to = static_cast<Element*>(const_cast<void*>(w.elements));
+  for (int64_t row = 0; row < w.out_features; ++row) {
+    for (int64_t k = 0; k < w.in_features; ++k) {
+      to[row * w.in_features + k] =
+          static_cast<const Element*>(packed)[place<P>(row, k, w.in_features)];
+    }
+  }
+}
+
+template <class P>
+bool matches(const LinearWeight& w, const void* packed) {
+  using Element = typename P::Element;
+  constexpr int64_t kSamples = 16;
+  for (int64_t i = 0; i < kSamples; ++i) {
+    const int64_t row = i * (w.out_features - 1) / (kSamples - 1), k = i * 7919 % w.in_features;
+    const Element* at = static_cast<const Element*>(packed) + place<P>(row, k, w.in_features);
+    const Element* from = static_cast<const Element*>(w.elements) + row * w.in_features + k;
+    if (std::memcmp(at, from, sizeof(Element)) != 0) return false;
+  }
+  return true;
+}
+
+template <class P>
+constexpr LinearKernels kernels_of(const char* name, bool fast) {
+  return {name,    fast,      1,          packed_size<P>, scratch_size<P>,
+          pack<P>, unpack<P>, forward<P>, matches<P>};
+}
+
+constexpr const char* kIsa = k512 ? "avx512" : kWidth == 8 ? "avx2" : "generic";
+
+}  // namespace
+
+const LinearKernels& linear(Precision precision) {
+  static const LinearKernels float32 = kernels_of<Float32>(kIsa, true);
+  static const LinearKernels bfloat16 = [] {
+#if defined(__AVX512F__)
+    if (has_avx512_bf16()) return kernels_of<BFloat16Dot>("avx512_bf16", true);
+#endif
+    return kernels_of<BFloat16>(kIsa, false);
+  }();
+  static const LinearKernels int8 = [] {
+#if defined(__AVX512F__)
+    if (has_avx512_vnni()) return kernels_of<Int8Dot>("avx512_vnni", true);
+#elif defined(BERT_FAST_AVX_VNNI)
+    if (has_avx_vnni()) return kernels_of<Int8Dot>("avx_vnni", true);
+#endif
+    return kernels_of<Int8>(kIsa, false);
+  }();
+  if (precision == Precision::kBFloat16) return bfloat16;
+  return precision == Precision::kInt8 ? int8 : float32;
 }
 
 }  // namespace BERT_FAST_ISA

@@ -229,13 +229,12 @@ int64_t packed_size(int64_t out_features, int64_t in_features) {
          static_cast<int64_t>(sizeof(uint16_t));
 }
 
-void pack(const float* weight, int64_t out_features, int64_t in_features, void* to,
-          int num_threads) {
+void pack(const LinearWeight& w, void* to, int num_threads) {
   uint16_t* packed = static_cast<uint16_t*>(to);
-  const int64_t panel_size = ceil_div(in_features, kTileDepth) * kStep;
-  parallel_for(num_threads, ceil_div(out_features, kGroup), 1, [&](int64_t panel) {
-    pack_panel(weight + panel * kGroup * in_features,
-               std::min(kGroup, out_features - panel * kGroup), in_features, in_features,
+  const int64_t panel_size = ceil_div(w.in_features, kTileDepth) * kStep;
+  parallel_for(num_threads, ceil_div(w.out_features, kGroup), 1, [&](int64_t panel) {
+    pack_panel(static_cast<const float*>(w.elements) + panel * kGroup * w.in_features,
+               std::min(kGroup, w.out_features - panel * kGroup), w.in_features, w.in_features,
                packed + panel * panel_size);
   });
 }
@@ -267,7 +266,7 @@ void multiply_block(const LinearForward& a, int64_t first_group, int64_t last_gr
 }
 
 int64_t scratch_size() { return kBlockGroups * kBlockSteps * kStep; }
-int64_t scratch_bytes(int threads) {
+int64_t scratch_bytes(int64_t, int64_t, int threads) {
   return threads * scratch_size() * static_cast<int64_t>(sizeof(uint16_t));
 }
 
@@ -300,13 +299,13 @@ void forward(const LinearForward& a) {
 }  // namespace BERT_FAST_ISA
 
 namespace {
-bool cannot_tell(const float*, int64_t, int64_t, const void*) { return true; }
+bool cannot_tell(const LinearWeight&, const void*) { return true; }
 }  // namespace
 
 const LinearKernels* amx_linear_kernels() {
   // Below 16 rows sgemm's own order of summation has half the error.
-  static const LinearKernels kernels = {"amx", 16, BERT_FAST_ISA::packed_size,
-                                        BERT_FAST_ISA::scratch_bytes, BERT_FAST_ISA::pack,
+  static const LinearKernels kernels = {"amx", true, 16, BERT_FAST_ISA::packed_size,
+                                        BERT_FAST_ISA::scratch_bytes, BERT_FAST_ISA::pack, nullptr,
                                         BERT_FAST_ISA::forward, cannot_tell};
   return BERT_FAST_ISA::available() ? &kernels : nullptr;
 }

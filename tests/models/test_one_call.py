@@ -67,7 +67,7 @@ def one_by_one(model, ids, mask=None, **options):
 
 
 def enough(tokens):
-    return tokens >= _C.linear_min_rows()
+    return tokens >= _C.linear_min_rows(0)
 
 
 @settings(

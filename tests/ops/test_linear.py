@@ -27,9 +27,9 @@ def kind(request, monkeypatch):
         _C.set_cpu_isa("avx512" if request.param == "amx" else request.param)
     except ValueError:
         pytest.skip(f"this processor has no {request.param}")
-    if _C.linear_kind() != request.param:
+    if _C.linear_kind(0) != request.param:
         _C.set_cpu_isa(best)
-        pytest.skip(f"this processor, kernel or compiler gives {_C.linear_kind()} instead")
+        pytest.skip(f"this processor, kernel or compiler gives {_C.linear_kind(0)} instead")
     yield request.param
     _C.set_cpu_isa(best)
 
@@ -81,7 +81,7 @@ def test_kernel(kind, rows, in_features, out_features, approximate, with_bias):
 
 @pytest.mark.parametrize("rows", range(1, 16))
 def test_few_rows(kind, rows):
-    if rows < _C.linear_min_rows():
+    if rows < _C.linear_min_rows(0):
         pytest.skip("so few rows are left to torch")
     check(rows, 500, 300, "none", True)
 
@@ -156,7 +156,7 @@ def test_bitwise_a_row_depends_on_itself_alone(kind, approximate):
 
     together = product(x)
     for first, count in [(0, 1), (7, 2), (31, 3), (100, 4), (100, 5), (3, 13), (150, 145)]:
-        if count >= _C.linear_min_rows():
+        if count >= _C.linear_min_rows(0):
             assert torch.equal(product(x[first : first + count]), together[first : first + count])
 
 

@@ -1,0 +1,182 @@
+// The products that linear.cpp's one skeleton is made of. All read four bytes of a row of x at a
+// time, a step: a float, two bf16 or four int8, and as many of each column of the weight, whose
+// products are added to one sum a column.
+#pragma once
+#include <algorithm>
+
+#include "simd.h"
+
+#ifdef BERT_FAST_X86
+#include <cpuid.h>
+#endif
+
+namespace bert_fast {
+namespace BERT_FAST_ISA {
+namespace {
+
+constexpr bool k512 = kVectorRegisters == 32;
+constexpr int64_t kPanel = 2 * kWidth;
+constexpr int64_t kBlockSteps = 384;
+
+// Columns [begin, end) of a packed weight's factors, which follow its panels: see linear_pack.
+struct Factors {
+  const float *scale, *x_factor;
+  const int32_t* sum;
+};
+
+// A row of x in int8: x = scale (q - zero).
+struct Quantised {
+  float scale;
+  int32_t zero;
+};
+
+struct Float32 {
+  using Element = float;
+  using Sum = vf;
+  static constexpr Precision kPrecision = Precision::kFloat32;
+  static constexpr int64_t kTileRows = k512 ? 8 : 6;
+  static constexpr int64_t kSumSteps = 64;  // summed on their own: short sums round less than sgemm's
+
+  static BERT_FAST_INLINE void add(Sum* sums, const vu* w, int vectors, uint32_t x) {
+    for (int j = 0; j < vectors; ++j) sums[j] += bit_cast<vf>(w[j]) * bit_cast<float>(x);
+  }
+};
+
+struct BFloat16 {
+  using Element = uint16_t;
+  using Sum = vf;
+  static constexpr Precision kPrecision = Precision::kBFloat16;
+  static constexpr int64_t kTileRows = k512 ? 8 : 4;
+  static constexpr int64_t kSumSteps = kBlockSteps;
+
+  static BERT_FAST_INLINE void add(Sum* sums, const vu* w, int vectors, uint32_t x) {
+    const float low = bit_cast<float>(x << 16), high = bit_cast<float>(x & 0xFFFF0000u);
+    for (int j = 0; j < vectors; ++j) {
+      sums[j] += bit_cast<vf>(w[j] << 16) * low;
+      sums[j] += bit_cast<vf>(w[j] & 0xFFFF0000u) * high;
+    }
+  }
+};
+
+// Without an instruction for four: two by two in 16 bits, where vpmaddubsw would saturate.
+struct Int8 {
+  using Element = int8_t;
+  using Sum = vi;
+  static constexpr Precision kPrecision = Precision::kInt8;
+  static constexpr int64_t kTileRows = k512 ? 8 : 4;
+  static constexpr int64_t kSumSteps = kBlockSteps;
+
+  static BERT_FAST_INLINE vi multiply_pairs(vu a, vu b) {
+#if defined(__AVX512F__)
+    return (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+    const vi x = bit_cast<vi>(a), y = bit_cast<vi>(b);
+    return ((x << 16) >> 16) * ((y << 16) >> 16) + (x >> 16) * (y >> 16);
+#endif
+  }
+  static BERT_FAST_INLINE vu sign_extend(vu bytes) {  // the low byte of each 16 bits
+    typedef int16_t vi16 __attribute__((vector_size(4 * kWidth)));
+    return bit_cast<vu>((bit_cast<vi16>(bytes) << 8) >> 8);
+  }
+  static BERT_FAST_INLINE void add(Sum* sums, const vu* w, int vectors, uint32_t x) {
+    const vu even = vu{} + (x & 0x00FF00FFu), odd = vu{} + (x >> 8 & 0x00FF00FFu);
+    for (int j = 0; j < vectors; ++j) {
+      sums[j] += multiply_pairs(sign_extend(w[j]), even);
+      sums[j] += multiply_pairs(sign_extend(w[j] >> 8), odd);
+    }
+  }
+};
+
+// The instructions, by name: compiling files once more for each would take three more sets of
+// flags, and compilers that know them.
+#if defined(__AVX512F__)
+struct BFloat16Dot : BFloat16 {
+  static constexpr int64_t kTileRows = 12;
+  static BERT_FAST_INLINE void add(Sum* sums, const vu* w, int vectors, uint32_t x) {
+    const vu all = vu{} + x;
+    for (int j = 0; j < vectors; ++j) {
+      asm("vdpbf16ps %2, %1, %0" : "+v"(sums[j]) : "v"(all), "v"(w[j]));
+    }
+  }
+};
+struct Int8Dot : Int8 {
+  static constexpr int64_t kTileRows = 12;
+  static BERT_FAST_INLINE void add(Sum* sums, const vu* w, int vectors, uint32_t x) {
+    const vu all = vu{} + x;
+    for (int j = 0; j < vectors; ++j) {
+      asm("vpdpbusd %2, %1, %0" : "+v"(sums[j]) : "v"(all), "v"(w[j]));
+    }
+  }
+};
+#elif defined(__AVX2__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
+#define BERT_FAST_AVX_VNNI
+struct Int8Dot : Int8 {
+  static constexpr int64_t kTileRows = 6;
+  static BERT_FAST_INLINE void add(Sum* sums, const vu* w, int vectors, uint32_t x) {
+    const vu all = vu{} + x;
+    for (int j = 0; j < vectors; ++j) {
+      asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums[j]) : "x"(all), "x"(w[j]));
+    }
+  }
+};
+#endif
+
+#ifdef BERT_FAST_X86
+enum class Register { kEax, kEcx };
+// A bit of what the processor says of itself in leaf 7 (Intel's manual, volume 2, CPUID).
+inline bool processor_has(unsigned subleaf, Register in, unsigned bit) {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || subleaf > eax) return false;
+  if (!__get_cpuid_count(7, subleaf, &eax, &ebx, &ecx, &edx)) return false;
+  return ((in == Register::kEax ? eax : ecx) >> bit & 1) != 0;
+}
+inline bool has_avx512_vnni() { return processor_has(0, Register::kEcx, 11); }
+inline bool has_avx512_bf16() { return processor_has(1, Register::kEax, 5); }
+inline bool has_avx_vnni() { return processor_has(1, Register::kEax, 4); }
+#endif
+
+// ---- a row of x, converted ----
+
+inline void convert(BFloat16, const float* x, int64_t depth, const Factors&, uint16_t* to,
+                    Quantised*) {
+  for_columns(depth, [&](int64_t k, auto lanes) {
+    store_row(reinterpret_cast<bf16*>(to) + k, load_row(x + k, lanes), lanes);
+  });
+  if (depth % 2) to[depth] = 0;
+}
+
+// By token, asymmetric: from the row's least to its greatest number, zero among them. A row with an
+// infinity or a NaN gives NaN in all columns.
+inline void convert(Int8, const float* x, int64_t depth, const Factors& by, uint8_t* to,
+                    Quantised* row) {
+  const auto value = [&](int64_t k, auto lanes) {
+    const vf v = load_row(x + k, lanes);
+    return by.x_factor ? v * load_row(by.x_factor + k, lanes) : v;
+  };
+  vf low = {}, high = {}, odd = {};  // odd: 0, but NaN after infinities and NaN
+  for_columns(depth, [&](int64_t k, auto lanes) {
+    const vf v = value(k, lanes);
+    low = vmin(v, low);
+    high = vmax(v, high);
+    odd += v * 0.0f;
+  });
+  const float least = -max(-low), range = max(high) - least;
+  const float inverse = range > 0x1p-100f ? 255.0f / range : 0.0f;
+  const float zero = std::min(255.0f, std::max(0.0f, -least * inverse)) + 0x1.8p23f;
+  row->scale = (range > 0x1p-100f ? range / 255.0f : 0.0f) + sum(odd);
+  row->zero = bit_cast<int32_t>(zero) & 0xFF;
+  const float shift = zero - 0x1.8p23f;  // -least / scale, rounded
+  typedef uint8_t Bytes __attribute__((vector_size(kWidth)));
+  for_columns(depth, [&](int64_t k, auto lanes) {
+    const vf q = vmin(vmax(value(k, lanes) * inverse + shift, vf{}), splat(255.0f)) + 0x1.8p23f;
+    const Bytes bytes = __builtin_convertvector(bit_cast<vu>(q) & 0xFF, Bytes);
+    std::memcpy(to + k, &bytes, static_cast<int>(lanes));
+  });
+  while (depth % 4) to[depth++] = 0;
+}
+
+}  // namespace
+}  // namespace BERT_FAST_ISA
+}  // namespace bert_fast
