@@ -75,7 +75,7 @@ def embed(args):
     if out.exists() and not args.overwrite:
         raise ValueError(f"{out} exists; --overwrite replaces it")
     texts = read_texts(args.text, keep_blank=True)
-    encoder = SentenceEncoder(args.model, device=resolve_device(args.device))
+    encoder = SentenceEncoder(args.model, args.dtype, resolve_device(args.device))
     embeddings = encoder.encode(texts, batch_tokens=args.batch_tokens)
     with atomic_path(out) as path:
         if out.suffix == ".npy":
@@ -99,7 +99,7 @@ def rerank(args):
     if out is not None and out.exists() and not args.overwrite:
         raise ValueError(f"{out} exists; --overwrite replaces it")
     texts = read_texts(args.text, keep_blank=True)
-    model = CrossEncoder(args.model, device=resolve_device(args.device))
+    model = CrossEncoder(args.model, args.dtype, resolve_device(args.device))
     ranked = model.rank(
         args.query, texts, top_k=args.top_k, return_documents=True, batch_tokens=args.batch_tokens
     )
@@ -160,15 +160,23 @@ def _embed_options(commands):
         "--out", required=True, help=".npy, or .jsonl with each text beside its vector"
     )
     sub.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    _dtype(sub)
     sub.add_argument(
         "--batch-tokens", type=int, default=4096, help="tokens per batch (default 4096)"
     )
+
+
+def _dtype(sub):
+    sub.add_argument("--dtype", choices=("float32", "bfloat16", "int8"),
+                     help="of the encoder's products; int8 on a CPU alone (default: the "
+                          "checkpoint's)")  # fmt: skip
 
 
 def _rerank_options(commands):
     sub = _command(commands, rerank)
     _model_and_text(sub)
     sub.add_argument("--query", required=True, help="what the texts are ranked for")
+    _dtype(sub)
     sub.add_argument("--top-k", type=int, help="how many of the best to give (default all)")
     sub.add_argument(
         "--out", help="the .jsonl file to write to (default: standard output)"

@@ -135,7 +135,7 @@ def is_fast(precision):
 
 
 def quantise(weight):
-    """(int8 elements, float32 scales by row): symmetric, -127 to 127, a row's greatest at the end."""
+    """(int8 elements, float32 scales by row): symmetric, a row's greatest becomes 127 or -127."""
     scale = weight.abs().amax(1) / 127
     scale = torch.where(scale > 0, scale, 1.0)
     return (weight / scale[:, None]).round().to(torch.int8), scale
@@ -278,7 +278,7 @@ class Encoder:
 
     ``layers``: for each the products qkv, out, up, down (``weight``, ``bias``, ``packed``) and the
     norms after out and down (``weight``, ``bias``, ``eps``); fp32, contiguous. Products may
-    change their numbers (and their precision not); who uses this sees to it that nothing else of them is replaced.
+    change their numbers; who uses this sees to it that nothing else of them is replaced.
     """
 
     def __init__(self, layers, num_heads, approximate):

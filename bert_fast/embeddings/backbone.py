@@ -1,13 +1,17 @@
 """The encoder under the pooling: our BertModel, or another family's model of transformers under
 :func:`bert_fast.accelerate`. Packed ids in, packed vectors out."""
 
+from typing import get_args
+
 import torch
 
+from bert_fast import ops
 from bert_fast.embeddings.settings import read_json
 from bert_fast.extras import missing
 from bert_fast.files import CheckpointError
 from bert_fast.models.bert import BertModel
 from bert_fast.models.heads import BertForSequenceClassification
+from bert_fast.models.inference import Precision
 
 
 def load_backbone(directory, dtype=None, device="cpu", kind="AutoModel"):
@@ -25,6 +29,34 @@ def load_backbone(directory, dtype=None, device="cpu", kind="AutoModel"):
     options = {"num_labels": 1} if bare else {}
     ours = values.get("model_type", "bert") == "bert"
     return (Bert if ours else Accelerated)(directory, values, dtype, device, kind, options)
+
+
+def split_dtype(dtype, device):
+    """(dtype to load in, precision to pack in or None) of a ``dtype`` argument: on a CPU weights
+    are rounded when they are packed, not before."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in get_args(Precision):
+        return dtype, None
+    if torch.device(device).type == "cpu":
+        packed = name != "float32" or ops.why_not_packed() is None
+        return torch.float32, name if packed else None
+    if name == "int8":
+        raise ValueError(f"dtype 'int8' is for the CPU, not for {device}")
+    return dtype, None
+
+
+def padded_batches(encodings, size=32):
+    """A tokenizer's encodings as the keyword arguments of a model's calls."""
+    for i in range(0, len(encodings), size):
+        batch = encodings[i : i + size]
+        parts = {"input_ids": "ids", "token_type_ids": "type_ids", "attention_mask": None}
+        yield {
+            name: torch.nn.utils.rnn.pad_sequence(
+                [torch.tensor(getattr(e, part) if part else [1] * len(e.ids)) for e in batch],
+                batch_first=True,
+            ).long()
+            for name, part in parts.items()
+        }
 
 
 def _is_classifier(values):
@@ -53,6 +85,14 @@ class Bert:
         self.config = self.model.config
         self.positions = positions(self.model)
 
+    @property
+    def served_in(self):
+        """The precision that the model was packed in, or None."""
+        return getattr(self.model, "bert", self.model).served_in
+
+    def for_inference(self, precision, calibration):
+        self.model.for_inference(precision, calibration)
+
     def __call__(self, tokens, types, cu_seqlens, max_seqlen):
         """(total_tokens, hidden); of a classifier (batch, num_labels)."""
         options = dict(token_type_ids=types, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
@@ -63,6 +103,8 @@ class Bert:
 
 
 class Accelerated:
+    served_in = None
+
     def __init__(self, directory, values, dtype, device, kind, options):
         if (reason := missing("transformers")) is not None:
             raise CheckpointError(f"{directory} is no BERT: it needs transformers; {reason}")
@@ -84,6 +126,16 @@ class Accelerated:
         self.positions = positions(model)
         self.counts_from_padding = self.positions < self.config.max_position_embeddings
         self.takes_types = getattr(self.config, "type_vocab_size", 0) > 1
+
+    def for_inference(self, precision, calibration):
+        from bert_fast.hugging_face import accelerate
+
+        if calibration is not None and not self.takes_types:
+            calibration = [
+                {name: value for name, value in inputs.items() if name != "token_type_ids"}
+                for inputs in calibration
+            ]
+        accelerate(self.model, dtype=precision, calibration=calibration)
 
     def __call__(self, tokens, types, cu_seqlens, max_seqlen):
         lengths = cu_seqlens.diff()

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bert_fast.embeddings import settings, vectors
-from bert_fast.embeddings.backbone import load_backbone
+from bert_fast.embeddings.backbone import load_backbone, padded_batches, split_dtype
 from bert_fast.embeddings.modules import list_modules, load_modules
 from bert_fast.embeddings.pools import Pools, encode_in_pool
 from bert_fast.embeddings.settings import read_settings
@@ -39,12 +39,13 @@ class TextModel(Pools):
     kind, task, model_type = "AutoModel", "feature-extraction", "SentenceTransformer"
 
     def _load(self, name, dtype, device, hub, max_seq_length=None):
+        dtype, precision = split_dtype(dtype, device)
         self.directory = resolve(name, **hub)
         self.settings = read_settings(
             self.directory / "config_sentence_transformers.json", settings.MODEL
         )
         self._check_kind()
-        inner = self._inner(dtype, device)
+        self.encoder_directory = inner = self._inner(dtype, device)
         paths = [inner / name for name in settings.TRANSFORMER_FILES]
         path = next((path for path in paths if path.is_file()), paths[0])
         own = read_settings(path, settings.TRANSFORMER)
@@ -60,6 +61,8 @@ class TextModel(Pools):
         self.tokenizer.no_padding()
         wanted = max_seq_length or own.get("max_seq_length") or self.tokenizer_settings.limit
         self.max_seqlen = min(int(wanted), self.backbone.positions)
+        if precision is not None and self.backbone.served_in is None:
+            self.backbone.for_inference(precision, None)
         self.prompts = {"query": "", "document": ""} if self.kind == "AutoModel" else {}
         self.prompts |= self.settings.get("prompts") or {}
         self.default_prompt_name = self.settings.get("default_prompt_name")
@@ -73,6 +76,17 @@ class TextModel(Pools):
         """Loads the encoder; returns the directory of the Transformer module."""
         self.backbone = load_backbone(self.directory, dtype, device, self.kind)
         return self.directory
+
+    def calibrate(self, texts: Iterable[str]) -> None:
+        """Packs the model in int8 anew, by what these texts (some hundred, of the kind that will
+        come) show of its activations.
+
+        Raises:
+            ValueError: there are no texts.
+        """
+        encodings = self._tokenize(list(texts))
+        self.backbone = load_backbone(self.encoder_directory, torch.float32, "cpu", self.kind)
+        self.backbone.for_inference("int8", list(padded_batches(encodings)))
 
     def _check_kind(self):
         kind = self.settings.get("model_type", self.model_type)
@@ -189,8 +203,10 @@ class SentenceEncoder(TextModel):
             config_sentence_transformers.json), they decide pooling, further modules, the longest
             text, prompts and the similarity; else mean pooling, no normalisation, and the model's
             positions.
-        dtype: of the weights, or "auto": the checkpoint's. Default: the checkpoint's, but float32
-            for a float16 checkpoint on a CPU.
+        dtype: on a CPU "float32", "bfloat16" or "int8": the precision of the encoder's products,
+            by :meth:`bert_fast.BertModel.for_inference` (other families: ``accelerate``), all else
+            being float32. On a GPU, or "auto": of the weights. Default: the checkpoint's, but
+            float32 for a float16 checkpoint on a CPU.
         device: where the model runs: "cpu" (default), "cuda", or a torch.device.
         revision, cache_dir, local_files_only: see :func:`bert_fast.models.hub.resolve`.
         prompts, default_prompt_name, similarity_fn_name, truncate_dim: in place of the files'.

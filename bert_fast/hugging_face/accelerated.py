@@ -12,6 +12,7 @@ the code that was inherited.
 import contextvars
 import functools
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ from bert_fast.hugging_face.families import (
     why_not_this_call,
     why_not_this_state,
 )
+from bert_fast.hugging_face.precision import is_plain, pack_layers
 from bert_fast.models.blocks import (
     GELU_APPROXIMATE,
     Called,
@@ -35,13 +37,17 @@ from bert_fast.models.blocks import (
     feed_forward,
     project_add_norm,
 )
+from bert_fast.models.inference import Precision
 from bert_fast.models.packing import Packing
 from bert_fast.models.workspace import NoWorkspace, Workspace, can_reuse_memory
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def accelerate(model: Model, *, prepack: bool = False) -> Model:
+def accelerate(
+    model: Model, *, prepack: bool = False, dtype: Precision | torch.dtype | None = None,
+    calibration: Iterable[dict[str, torch.Tensor]] | None = None,
+) -> Model:  # fmt: skip
     """Makes a Hugging Face model compute its encoder with bert_fast, in place.
 
     Args:
@@ -51,6 +57,10 @@ def accelerate(model: Model, *, prepack: bool = False) -> Model:
         prepack: lay the linear weights out once for inference in float32 on the CPU, as
             :meth:`bert_fast.BertModel.prepack` does and with its one condition: a few numbers
             written through ``.data`` are not seen to change.
+        dtype: "float32", "bfloat16" or "int8": as ``prepack``, with the encoder's products in that
+            precision in inference, as :meth:`bert_fast.BertModel.for_inference` has them; but the
+            model keeps its weights, and computes with them where gradients are wanted.
+        calibration: for int8: keyword arguments of calls of the encoder; as there.
 
     Returns:
         ``model``. At padding it gives zeros where Hugging Face computes what nobody reads.
@@ -61,7 +71,8 @@ def accelerate(model: Model, *, prepack: bool = False) -> Model:
     trace. Adapters of peft, quantised and parametrised linear layers are computed.
 
     Raises:
-        ValueError: there is no encoder that can be accelerated, or one that cannot, and why.
+        ValueError: there is no encoder that can be accelerated, or one that cannot, and why;
+            ``dtype`` for a model in training, not in float32 or not on the CPU.
     """
     # An encoder's own class tells its family; an accelerated one has been here before.
     found = [m for m in model.modules() if family_of(m) and not isinstance(m, _Accelerated)]
@@ -85,10 +96,13 @@ def accelerate(model: Model, *, prepack: bool = False) -> Model:
         encoder._bert_fast = family.output, Workspace(), family.position_bias
         _change_class(base, _Model)
         base._bert_fast = family, classes  # type: ignore[assignment]
-    if prepack:
-        for module in model.modules():
-            if isinstance(module, _Layer):
-                module.prepack()
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, _Layer)]
+    if dtype is not None:
+        bases = [module for module in model.modules() if isinstance(module, _Model)]
+        pack_layers(layers, bases, dtype, calibration)
+    elif prepack:
+        for _, layer in layers:
+            layer.prepack()
     return model
 
 
@@ -299,12 +313,14 @@ class _LayerSettings:
     def prepack(self, layer):
         for path in self.family.linears():
             linear = layer.get_submodule(path)
-            if _is_plain(linear):
-                self.packed[path] = ops.pack_weight(linear.weight)
+            if is_plain(linear):
+                was = self.packed.get(path)
+                how = () if was is None else (was.precision, was.x_factor)
+                self.packed[path] = ops.pack_weight(linear.weight, *how)
 
     def view(self, layer, path):
         linear = layer.get_submodule(path)
-        if not _is_plain(linear):
+        if not is_plain(linear):
             return Called(linear)
         return View(linear.weight, linear.bias, self.packed.get(path))
 
@@ -312,16 +328,6 @@ class _LayerSettings:
     def dropout_p(layer, path):
         module = layer.get_submodule(path) if path else None
         return module.p if module is not None and module.training else 0.0
-
-
-def _is_plain(linear):
-    """Whether a product with its weight is all that it does."""
-    return (
-        type(linear) is nn.Linear
-        and linear.bias is not None
-        and type(linear.weight) in (nn.Parameter, torch.Tensor)
-        and linear.weight.is_floating_point()
-    )
 
 
 class _Layer(_Accelerated):

@@ -6,6 +6,7 @@ alone, and ``cu_seqlens`` to tell the sequences apart.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from bert_fast import ops
 from bert_fast.models.blocks import GELU_APPROXIMATE, Linear, feed_forward, project_add_norm
 from bert_fast.models.checkpoint import load, save
 from bert_fast.models.config import BertConfig
+from bert_fast.models.inference import Precision, for_inference
 from bert_fast.models.one_call import OneCall
 from bert_fast.models.packing import Packing
 from bert_fast.models.workspace import NoWorkspace, Workspace, can_reuse_memory
@@ -130,6 +132,7 @@ class BertModel(nn.Module):
         self.pooler = Linear(config.hidden_size, config.hidden_size) if add_pooling_layer else None
         self.workspace = Workspace()
         self.one_call = OneCall(Layer, Attention, FeedForward)
+        self.served_in: str | None = None  # the precision that for_inference gave it
         self.apply(initialiser(config))
 
     @classmethod
@@ -177,6 +180,39 @@ class BertModel(nn.Module):
                 module.prepack()
         return self
 
+    def for_inference(
+        self, dtype: Precision | torch.dtype = "float32",
+        calibration: Iterable[dict[str, Tensor]] | None = None,
+    ) -> BertModel:  # fmt: skip
+        """Replaces the layers' weights by ones laid out for inference on the CPU; returns the
+        model, which can then neither be trained nor moved.
+
+        What is not a product of an encoder layer stays in float32, and so do inputs and outputs.
+        The layers' weights take as much memory as they did in float32, half in bfloat16 and a
+        quarter in int8; the embeddings are as they were.
+
+        Args:
+            dtype: "float32"; "bfloat16" products; or "int8" ones, by token and channel, without
+                those that lose too much: they are left in bfloat16.
+            calibration: for int8: inputs, as keyword arguments of :meth:`encode`. Default: 32
+                sequences of 32 drawn tokens.
+
+        Raises:
+            ValueError: the model is not in float32 on the CPU, or has weights that are not finite;
+                calibration has no tokens.
+        """
+        return for_inference(self, self, dtype, calibration)
+
+    def _apply(self, fn, *args, **kwargs):
+        if self.served_in is not None:  # before anything of it has changed
+            changed = fn(torch.empty(0))
+            if changed.device.type != "cpu" or changed.dtype != torch.float32:
+                raise RuntimeError(
+                    f"for_inference() has packed this model for the CPU: it cannot become "
+                    f"{changed.dtype} on {changed.device}; load it anew"
+                )
+        return super()._apply(fn, *args, **kwargs)
+
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, *,
@@ -220,6 +256,21 @@ class BertModel(nn.Module):
     ) -> tuple[list[Tensor], Packing]:  # fmt: skip
         """:meth:`forward` before the padding is put back: hidden states, (total_tokens, hidden), a
         list of the last alone or of all; and their :class:`~bert_fast.models.packing.Packing`."""
+        run = self._encode if self.served_in is None else self._encode_served
+        return run(
+            input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen,
+            capacity, output_hidden_states,
+        )  # fmt: skip
+
+    @torch.compiler.disable
+    def _encode_served(self, *args):
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return self._encode(*args)
+
+    def _encode(
+        self, input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen,
+        capacity, output_hidden_states,
+    ):  # fmt: skip
         check_ids("input_ids", input_ids, self.config.vocab_size)
         check_ids("token_type_ids", token_type_ids, self.config.type_vocab_size, input_ids)
         check_ids("position_ids", position_ids, self.config.max_position_embeddings, input_ids)

@@ -19,23 +19,41 @@ class Product:
 
     def matmul(self, x, out, workspace):
         """x Wᵀ"""
+        if out is not None and self._use_packed(x):
+            return self.packed.forward(x, self.weight, None, None, out, workspace)
+        self._check_weight()
         if out is None:
             return F.linear(x, self.weight)
-        if self._use_packed(x):
-            return self.packed.forward(x, self.weight, None, None, out, workspace)
         return torch.mm(x, self.weight.t(), out=out)
 
     def gelu(self, x, approximate, out, workspace):
         """GELU(x Wᵀ + bias)"""
         if out is not None and self._use_packed(x):
             return self.packed.forward(x, self.weight, self.bias, approximate, out, workspace)
+        self._check_weight()
         return ops.linear_gelu(x, self.weight, self.bias, approximate=approximate, out=out)
 
     def prepack(self):
-        self.packed = ops.pack_weight(self.weight)
+        """Packs the weight, anew as it was."""
+        was = self.packed
+        if was is not None and was.released:
+            return
+        how = () if was is None else (was.precision, was.x_factor)
+        self.packed = ops.pack_weight(self.weight, *how)
+
+    def _check_weight(self):
+        if self.packed is not None and self.packed.released:
+            raise RuntimeError(
+                "for_inference() has replaced this model's weights by packed ones, for backend "
+                "'cpu' and no other: load it anew"
+            )
 
     def _use_packed(self, x):
         return self.packed is not None and ops.can_use_packed(self.packed, self.weight, x.shape[0])
+
+
+# What a packed weight is in a state dict: see bert_fast.backends.cpu.PackedWeight.elements.
+PACKED_KEYS = ("weight", "weight_scale", "weight_x_factor")
 
 
 class Linear(Product, nn.Linear):
@@ -45,6 +63,25 @@ class Linear(Product, nn.Linear):
             self.prepack()
         return module
 
+    def release(self):
+        """Lets go of the weight where the packed one serves for any number of rows."""
+        if self.packed.released or self.packed.min_rows() == 1:
+            self.packed.release()
+            gone = torch.empty_like(self.weight, device="meta")
+            self.weight = nn.Parameter(gone, requires_grad=False)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.packed is not None and self.packed.released:
+            for name, value in zip(PACKED_KEYS, self.packed.elements(), strict=True):
+                if value is not None:
+                    destination[prefix + name] = value
+
+    def _load_from_state_dict(self, *args):
+        if self.packed is not None and self.packed.released:
+            args[-1].append("for_inference() has replaced this model's weights: load it anew")
+        super()._load_from_state_dict(*args)
+
     def forward(self, x):
         """x Wᵀ + bias, for those that do not read the product next by a kernel of ours."""
         if x.ndim == 2 and can_reuse_memory(x) and self._use_packed(x):
@@ -52,6 +89,7 @@ class Linear(Product, nn.Linear):
             return self.packed.forward(
                 x.contiguous(), self.weight, self.bias, None, out, Workspace()
             )
+        self._check_weight()
         return super().forward(x)
 
 

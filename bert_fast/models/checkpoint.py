@@ -12,6 +12,7 @@ import torch
 from bert_fast.files import CheckpointError, atomic_path
 from bert_fast.models.config import BertConfig, read_json
 from bert_fast.models.hub import resolve
+from bert_fast.models.packed_file import PACKED_FILE, fill_packed, read_packed, save_packed
 
 # Ours -> Hugging Face's; "N" is the layer. The fused qkv stands for its three parts, in order.
 NAMES = {
@@ -199,6 +200,8 @@ def load(make, name, dtype=None, config_class=None, *, revision=None, cache_dir=
         config = replace((config_class or BertConfig).from_json(config_path), **changes)
     except (TypeError, ValueError) as error:
         raise CheckpointError(str(error)) from error
+    if (packed := directory / PACKED_FILE).is_file() and not has_weights(directory):
+        return _load_packed(make, config, packed, dtype)
     state, source = read_weights(directory)
     state = _modern(state, source)
     config = _with_decoder(config, state, source)
@@ -211,6 +214,15 @@ def load(make, name, dtype=None, config_class=None, *, revision=None, cache_dir=
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return model.eval()
+
+
+def _load_packed(make, config, path, dtype):
+    state, about = read_packed(path)
+    if dtype not in (None, "auto", DTYPES.get(about["dtype"])):
+        raise CheckpointError(f"{path} is packed in {about['dtype']}: it cannot be had in {dtype}")
+    with torch.device("meta"):
+        model = make(config, state)
+    return fill_packed(model, getattr(model, "bert", model), state, about, path)
 
 
 def _declared(config_path, dtype):
@@ -270,17 +282,20 @@ def _labelled(config, state, head, changes, source, ignore_mismatched_sizes=Fals
     return config
 
 
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+           "pytorch_model.bin.index.json")  # fmt: skip
+
+
+def has_weights(directory):
+    """Whether a directory has weights of its own, and not packed ones alone."""
+    return any((directory / name).is_file() for name in WEIGHTS)
+
+
 def read_weights(directory):
     """(state dict, the file) of a directory's weights: safetensors, whole or in shards, or
     PyTorch's, read without unpickling code."""
-    for name in (
-        "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-        "pytorch_model.bin.index.json",
-    ):  # fmt: skip
-        path = directory / name
-        if path.is_file():
-            break
-    else:
+    path = next((directory / name for name in WEIGHTS if (directory / name).is_file()), None)
+    if path is None:
         raise CheckpointError(f"{directory} has neither model.safetensors nor pytorch_model.bin")
     if path.suffix == ".json":
         try:
@@ -328,6 +343,9 @@ def save(model, directory):
     """See :meth:`bert_fast.BertModel.save_pretrained`. Files appear whole or not at all."""
     from safetensors.torch import save_file
 
+    encoder = getattr(model, "bert", model)
+    if getattr(encoder, "served_in", None) is not None:
+        return save_packed(model, encoder, directory)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     state = {k: v.contiguous().clone() for k, v in to_hugging_face(model.state_dict()).items()}

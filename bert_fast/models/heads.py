@@ -7,6 +7,7 @@ in the place of its own number of labels. Results are named tuples with Hugging 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +20,7 @@ from bert_fast.models import checkpoint
 from bert_fast.models.bert import BertModel, exportable, initialiser
 from bert_fast.models.blocks import GELU_APPROXIMATE
 from bert_fast.models.config import BertConfig
+from bert_fast.models.inference import Precision, for_inference
 from bert_fast.ops.cross_entropy import IGNORED, linear_cross_entropy
 
 if TYPE_CHECKING:
@@ -126,6 +128,13 @@ class _BertWithHead(nn.Module):
         """As :meth:`bert_fast.BertModel.prepack`."""
         self.bert.prepack()
         return self
+
+    def for_inference(
+        self, dtype: Precision | torch.dtype = "float32",
+        calibration: Iterable[dict[str, torch.Tensor]] | None = None,
+    ) -> Self:  # fmt: skip
+        """As :meth:`bert_fast.BertModel.for_inference`."""
+        return for_inference(self, self.bert, dtype, calibration)
 
 
 class _Dropout(nn.Dropout):

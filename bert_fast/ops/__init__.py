@@ -7,7 +7,14 @@ from bert_fast.ops.embedding import embedding_layer_norm
 from bert_fast.ops.encoder import bind_encoder, runs_in_one_call
 from bert_fast.ops.gelu import gelu
 from bert_fast.ops.layer_norm import layer_norm
-from bert_fast.ops.linear import can_use_packed, linear_gelu, pack_weight
+from bert_fast.ops.linear import (
+    can_use_packed,
+    is_fast,
+    linear_gelu,
+    pack_weight,
+    unpacked_weight,
+    why_not_packed,
+)
 
 __all__ = [
     "attention",
@@ -18,9 +25,12 @@ __all__ = [
     "embedding_layer_norm",
     "gelu",
     "is_concrete",
+    "is_fast",
     "layer_norm",
     "linear_gelu",
     "pack_weight",
     "reference",
     "runs_in_one_call",
+    "unpacked_weight",
+    "why_not_packed",
 ]

@@ -89,12 +89,21 @@ def unpacked_weight(elements, scale=None, x_factor=None):
     return backends.module("cpu").PackedWeight.of_elements(elements, scale, x_factor)
 
 
+def why_not_packed():
+    """Why no weights can be packed here, or None."""
+    return backends.why_unavailable("cpu")
+
+
+def is_fast(precision):
+    """Whether this processor has an instruction for products of this precision."""
+    return backends.why_unavailable("cpu") is None and backends.module("cpu").is_fast(precision)
+
+
 def can_use_packed(packed, weight, rows=None):
     """Whether ``rows`` rows go through a packed weight: enough of them, a weight that is still of
     the right kind, and no other backend asked for."""
-    if not packed.released and not packed.possible(weight):
-        return False
-    if rows is not None and rows < packed.min_rows():
+    enough = rows is None or rows >= packed.min_rows()
+    if not packed.released and not (enough and packed.possible(weight)):
         return False
     return backends.choose("gelu", "cpu", weight.dtype, needs_grad=False) == "cpu"
 

@@ -7,6 +7,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from bert_fast.embeddings.backbone import positions
 from bert_fast.embeddings.tokenizer import batches_by_tokens, load_tokenizer
 from bert_fast.extras import can_draw
 from bert_fast.files import CheckpointError, atomic_path
+from bert_fast.models.inference import Precision
 from bert_fast.text import read_texts
 from bert_fast.training import tasks
 from bert_fast.training.models import load_model, takes_types
@@ -97,7 +99,7 @@ class Tuned:
         self.max_length = max_length
 
     @classmethod
-    def from_pretrained(cls, directory, max_length=None, device="cpu"):
+    def from_pretrained(cls, directory, max_length=None, device="cpu", dtype=None):
         """A directory of ``finetune``'s, or of Hugging Face's with a head for one of the tasks."""
         directory = Path(directory)
         try:
@@ -108,7 +110,10 @@ class Tuned:
         kinds = [kind for kind in tasks.TASKS.values() if _does(kind, architecture)]
         if not kinds:
             raise CheckpointError(f"{directory} holds a {architecture}, which is no task's model")
-        model = load_model(kinds[0].model, directory, prepack=torch.device(device).type == "cpu")
+        on_cpu = torch.device(device).type == "cpu"
+        if dtype is not None and not on_cpu:
+            raise ValueError(f"--dtype {dtype} is for the CPU: give --device cpu")
+        model = load_model(kinds[0].model, directory, prepack=on_cpu, dtype=dtype)
         # A single logit is a score, whatever it was trained for: alone it has no rival.
         single = "regression" if getattr(model.config, "num_labels", 2) == 1 else tasks.SINGLE
         problem = values.get("problem_type") or single
@@ -319,7 +324,9 @@ def command_predict(args):
     out = Path(args.out)
     if out.exists() and not args.overwrite:
         raise ValueError(f"{out} exists; --overwrite replaces it")
-    tuned = Tuned.from_pretrained(args.model, args.max_length, resolve_device(args.device))
+    tuned = Tuned.from_pretrained(
+        args.model, args.max_length, resolve_device(args.device), args.dtype
+    )
     translates = isinstance(tuned.task, tasks.Translation)
     if args.beams is not None:
         if not translates or args.beams < 1:
@@ -354,5 +361,7 @@ def add_parsers(commands):
     sub.add_argument("--beams", type=int, help="translation: beams of the search (default 4)")
     sub.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
                      help="default: the GPU where there is one")  # fmt: skip
+    sub.add_argument("--dtype", choices=get_args(Precision),
+                     help="of the encoder's products, on a CPU (default float32)")  # fmt: skip
     sub.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     sub.set_defaults(function=command_predict)

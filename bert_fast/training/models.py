@@ -11,9 +11,9 @@ from bert_fast.hugging_face import accelerate
 from bert_fast.models.config import read_json
 
 
-def load_model(kind, directory, prepack=False, **changes):
+def load_model(kind, directory, prepack=False, dtype=None, **changes):
     """``kind``: a class of bert_fast.models.heads, whose counterpart other families get.
-    ``changes``: to the config. Computed in float32.
+    ``dtype``: the precision of its products in inference. ``changes``: to the config.
 
     Raises:
         CheckpointError: naming the file, and what is wrong or not supported.
@@ -24,6 +24,10 @@ def load_model(kind, directory, prepack=False, **changes):
         raise CheckpointError(f"{directory}: config.json cannot be read: {error}") from error
     if model_type in ("bert", "encoder-decoder"):
         model = kind.from_pretrained(directory, torch.float32, **changes)
+        if dtype is not None and not hasattr(model, "for_inference"):
+            raise ValueError(f"--dtype is for encoders; {directory} holds a {kind.__name__}")
+        if dtype is not None:
+            return model.for_inference(dtype)
         return model.prepack() if prepack else model
     require("transformers", f"a model of the kind {model_type!r}")
     import transformers
@@ -39,7 +43,7 @@ def load_model(kind, directory, prepack=False, **changes):
         model = auto.from_pretrained(
             directory, dtype=torch.float32, ignore_mismatched_sizes="id2label" in changes, **changes
         )
-        return accelerate(model.eval(), prepack=prepack)
+        return accelerate(model.eval(), prepack=prepack, dtype=dtype)
     except (ValueError, OSError, KeyError) as error:
         raise CheckpointError(f"{directory}: {error}") from error
 

@@ -252,18 +252,23 @@ void pack(const LinearWeight& w, void* packed, int num_threads) {
   Element* to = static_cast<Element*>(packed);
   float* scale = static_cast<float*>(packed) + padded(w.out_features) * steps_of<P>(w.in_features);
   parallel_for(num_threads, ceil_div(w.out_features, kPanel), 1, [&](int64_t panel) {
-    for (int64_t row = panel * kPanel; row < (panel + 1) * kPanel; ++row) {
-      int32_t sum = 0;
-      for (int64_t k = 0; k < steps_of<P>(w.in_features) * kPerStep<P>; ++k) {
-        const bool inside = row < w.out_features && k < w.in_features;
-        const Element element = inside ? from[row * w.in_features + k] : Element{};
-        to[place<P>(row, k, w.in_features)] = element;
-        if (kIsInt8<P>) sum += static_cast<int32_t>(element);
+    const int64_t first = panel * kPanel;
+    const Element* rows = from + first * w.in_features;
+    Element* at = to + place<P>(first, 0, w.in_features);
+    int32_t sums[kPanel] = {};
+    for (int64_t step = 0; step < steps_of<P>(w.in_features); ++step) {
+      for (int64_t i = 0; i < kPanel; ++i) {
+        for (int64_t k = step * kPerStep<P>; k < (step + 1) * kPerStep<P>; ++k) {
+          const bool inside = first + i < w.out_features && k < w.in_features;
+          const Element element = inside ? rows[i * w.in_features + k] : Element{};
+          *at++ = element;
+          if (kIsInt8<P>) sums[i] += static_cast<int32_t>(element);
+        }
       }
-      if (kIsInt8<P>) {
-        scale[row] = row < w.out_features ? w.scale[row] : 0.0f;
-        std::memcpy(scale + padded(w.out_features) + row, &sum, sizeof(sum));
-      }
+    }
+    for (int64_t i = 0; kIsInt8<P> && i < kPanel; ++i) {
+      scale[first + i] = first + i < w.out_features ? w.scale[first + i] : 0.0f;
+      std::memcpy(scale + padded(w.out_features) + first + i, &sums[i], sizeof(sums[i]));
     }
   });
   if (kIsInt8<P>) {

@@ -1,0 +1,174 @@
+"""A model laid out for inference on the CPU: its products in fp32, bf16 or int8, all else in fp32.
+
+int8 follows LLM.int8()'s scales by row and column (Dettmers et al. 2022) and SmoothQuant (Xiao et
+al. 2023): a channel of the input that is large in all texts takes the scale from the others, so it
+is divided by a factor that its column of the weight is multiplied by. The factors come from
+calibration inputs, and so does the choice of the products that stay in bf16.
+"""
+
+import warnings
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+
+from bert_fast import ops
+from bert_fast.models.blocks import Linear
+from bert_fast.models.workspace import Workspace
+
+Precision = Literal["float32", "bfloat16", "int8"]
+
+SMOOTHING = 0.5  # SmoothQuant's alpha: how much of a channel's size goes into the weight
+ROWS = 512  # of a product's input that are kept to judge by
+LIMIT = 0.02  # the relative error from which a product stays in bf16
+_said: set[str] = set()
+
+
+def check_precision(precision):
+    """The name of a precision, given as one or as a torch.dtype."""
+    name = str(precision).removeprefix("torch.")
+    if name not in get_args(Precision):
+        raise ValueError(
+            f"dtype must be one of {', '.join(get_args(Precision))}, not {precision!r}"
+        )
+    return name
+
+
+def pack(products, precision, calibrate):
+    """Lays products out for inference.
+
+    Args:
+        products: (name, product) pairs; a product has ``weight`` and takes ``packed``.
+        precision: "float32", "bfloat16" or "int8".
+        calibrate: runs the model on calibration inputs; called for int8 alone.
+
+    Raises:
+        ValueError: a weight is not finite, or calibration ran no tokens.
+    """
+    _say_where_slow(precision)
+    for name, product in products:
+        if precision != "float32" and not torch.isfinite(product.weight).all():
+            raise ValueError(
+                f"{name} is not finite: its rounding to {precision} would mean nothing"
+            )
+    if precision != "int8":
+        for _, product in products:
+            product.packed = ops.pack_weight(product.weight, precision)
+        return
+    before = [product.packed for _, product in products]
+    try:
+        for _, product in products:
+            product.packed = Observer(product.weight)
+        calibrate()
+        chosen = [product.packed.choose(name) for name, product in products]
+    except BaseException:
+        chosen = before
+        raise
+    finally:
+        for (_, product), packed in zip(products, chosen, strict=True):
+            product.packed = packed
+
+
+def for_inference(model, encoder, precision, calibration):
+    """See :meth:`bert_fast.BertModel.for_inference`; ``encoder`` is the BertModel in ``model``."""
+    precision = check_precision(precision)
+    weight = encoder.embeddings.word.weight
+    if weight.dtype != torch.float32 or weight.device.type != "cpu":
+        raise ValueError(
+            f"for_inference is for float32 models on the CPU, not {weight.dtype} on {weight.device}"
+        )
+    if encoder.served_in is not None:
+        raise ValueError(
+            f"for_inference was called before: the model is packed in {encoder.served_in}"
+        )
+    if (reason := ops.why_not_packed()) is not None:
+        raise ValueError(f"for_inference needs the cpu backend: {reason}")
+    model.eval().requires_grad_(False)
+    model.prepack()
+    products = [
+        (f"layers.{name}.weight", module)
+        for name, module in encoder.layers.named_modules()
+        if isinstance(module, Linear)
+    ]
+
+    def calibrate():
+        with torch.inference_mode():
+            for inputs in drawn_inputs(encoder.config) if calibration is None else calibration:
+                encoder.encode(**inputs)
+
+    pack(products, precision, calibrate)
+    for _, product in products:
+        product.release()
+    encoder.served_in = precision
+    return model
+
+
+def drawn_inputs(config, texts=32, length=32):
+    """Calibration without texts: sequences of drawn tokens. What is large in a channel is so in
+    nearly all texts; MiniLM comes out as well as with 200 texts (docs/embeddings.md)."""
+    generator = torch.Generator().manual_seed(0)
+    length = min(length, config.max_position_embeddings)
+    shape = texts, length
+    yield {"input_ids": torch.randint(config.vocab_size, shape, generator=generator)}
+
+
+def _say_where_slow(precision):
+    if precision in _said or ops.is_fast(precision):
+        return
+    _said.add(precision)
+    warnings.warn(
+        f"this processor has no instruction for products in {precision}: right, but not faster "
+        "than float32",
+        stacklevel=5,
+    )
+
+
+class Observer:
+    """Stands in a packed weight's place, computes in fp32, and keeps what it sees of the input."""
+
+    released = False
+
+    def __init__(self, weight):
+        self.weight, self.greatest, self.rows = weight, None, []
+
+    def possible(self, weight):
+        return True
+
+    def min_rows(self):
+        return 1
+
+    def forward(self, x, weight, bias, approximate, out, workspace):
+        if x.shape[0]:
+            greatest = x.abs().amax(0)
+            before = self.greatest
+            self.greatest = greatest if before is None else torch.maximum(before, greatest)
+            if (left := ROWS - sum(rows.shape[0] for rows in self.rows)) > 0:
+                self.rows.append(x[:left].clone())
+        torch.mm(x, weight.t(), out=out)
+        if approximate is not None:
+            return ops.gelu(out, bias, approximate=approximate, out=out)
+        return out if bias is None else out.add_(bias)
+
+    def choose(self, name):
+        """The weight packed in int8, with or without the factors, or in bf16, by the error that
+        each makes on the rows seen."""
+        if self.greatest is None:
+            raise ValueError("calibration needs texts: no token was seen")
+        if not torch.isfinite(self.greatest).all():
+            raise ValueError(f"calibration: the input of {name} is not finite")
+        x, weight = torch.cat(self.rows), self.weight.detach()
+        exact = F.linear(x, weight)
+        best, least = None, LIMIT
+        for factor in (self._x_factor(weight), None):
+            packed = ops.pack_weight(weight, "int8", factor)
+            out = packed.forward(x, weight, None, None, torch.empty_like(exact), Workspace())
+            error = (out - exact).norm() / exact.norm()
+            if error < least:
+                best, least = packed, error
+        return best or ops.pack_weight(weight, "bfloat16")
+
+    def _x_factor(self, weight):
+        columns = weight.abs().amax(0)
+        factor = columns.pow(1 - SMOOTHING) / self.greatest.pow(SMOOTHING)
+        usable = (columns > 0) & (self.greatest > 0)
+        return torch.where(usable, factor, 1.0).contiguous()
