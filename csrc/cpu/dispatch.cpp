@@ -15,11 +15,14 @@ namespace bert_fast {
   void gelu_forward(const GeluForward&);                             \
   void gelu_backward(const GeluBackward&);                           \
   const LinearKernels& linear(Precision);                            \
-  constexpr CpuKernels kernels = {                                   \
-      attention_forward,  attention_backward,                        \
-      layer_norm_forward, layer_norm_backward,                       \
-      gelu_forward,       gelu_backward,                             \
-      linear};                                                       \
+  const LinearKernels& linear_base(Precision);                       \
+  constexpr CpuKernels with(const LinearKernels& (*products)(Precision)) { \
+    return {attention_forward,  attention_backward,                  \
+            layer_norm_forward, layer_norm_backward,                 \
+            gelu_forward,       gelu_backward,                       \
+            products};                                               \
+  }                                                                  \
+  constexpr CpuKernels kernels = with(linear), base = with(linear_base); \
   }
 
 BERT_FAST_DECLARE(generic)
@@ -36,20 +39,27 @@ struct Isa {
   bool (*supported)();
 };
 
-// Best first. The features are those setup.py compiles each set with.
+bool always() { return true; }
+#ifdef BERT_FAST_X86
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("fma");
+}
+// Every processor with AVX2 has F16C, which older compilers cannot ask about.
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+#endif
+
+// Best first. The features are those setup.py compiles each set with; "base" is without the later
+// instructions for products in bf16 and int8, as a processor without them has it.
 const Isa kIsas[] = {
 #ifdef BERT_FAST_X86
-    {"avx512", &avx512::kernels,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("fma");
-     }},
-    // Every processor with AVX2 has F16C, which older compilers cannot ask about.
-    {"avx2", &avx2::kernels,
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+    {"avx512", &avx512::kernels, has_avx512},
+    {"avx512_base", &avx512::base, has_avx512},
+    {"avx2", &avx2::kernels, has_avx2},
+    {"avx2_base", &avx2::base, has_avx2},
 #endif
-    {"generic", &generic::kernels, [] { return true; }},
+    {"generic", &generic::kernels, always},
 };
 
 const Isa* find(const char* name) {

@@ -313,24 +313,24 @@ constexpr const char* kIsa = k512 ? "avx512" : kWidth == 8 ? "avx2" : "generic";
 
 }  // namespace
 
+const LinearKernels& linear_base(Precision precision) {
+  static const LinearKernels kernels[] = {kernels_of<Float32>(kIsa, true),
+                                              kernels_of<BFloat16>(kIsa, false),
+                                              kernels_of<Int8>(kIsa, false)};
+  return kernels[static_cast<int>(precision)];
+}
+
 const LinearKernels& linear(Precision precision) {
-  static const LinearKernels float32 = kernels_of<Float32>(kIsa, true);
-  static const LinearKernels bfloat16 = [] {
 #if defined(__AVX512F__)
-    if (has_avx512_bf16()) return kernels_of<BFloat16Dot>("avx512_bf16", true);
-#endif
-    return kernels_of<BFloat16>(kIsa, false);
-  }();
-  static const LinearKernels int8 = [] {
-#if defined(__AVX512F__)
-    if (has_avx512_vnni()) return kernels_of<Int8Dot>("avx512_vnni", true);
+  static const LinearKernels bfloat16 = kernels_of<BFloat16Dot>("avx512_bf16", true);
+  static const LinearKernels int8 = kernels_of<Int8Dot>("avx512_vnni", true);
+  if (precision == Precision::kBFloat16 && has_avx512_bf16()) return bfloat16;
+  if (precision == Precision::kInt8 && has_avx512_vnni()) return int8;
 #elif defined(BERT_FAST_AVX_VNNI)
-    if (has_avx_vnni()) return kernels_of<Int8Dot>("avx_vnni", true);
+  static const LinearKernels int8 = kernels_of<Int8Dot>("avx_vnni", true);
+  if (precision == Precision::kInt8 && has_avx_vnni()) return int8;
 #endif
-    return kernels_of<Int8>(kIsa, false);
-  }();
-  if (precision == Precision::kBFloat16) return bfloat16;
-  return precision == Precision::kInt8 ? int8 : float32;
+  return linear_base(precision);
 }
 
 }  // namespace BERT_FAST_ISA

@@ -132,9 +132,18 @@ inline bool processor_has(unsigned subleaf, Register in, unsigned bit) {
   if (!__get_cpuid_count(7, subleaf, &eax, &ebx, &ecx, &edx)) return false;
   return ((in == Register::kEax ? eax : ecx) >> bit & 1) != 0;
 }
-inline bool has_avx512_vnni() { return processor_has(0, Register::kEcx, 11); }
-inline bool has_avx512_bf16() { return processor_has(1, Register::kEax, 5); }
-inline bool has_avx_vnni() { return processor_has(1, Register::kEax, 4); }
+inline bool has_avx512_vnni() {
+  static const bool has = processor_has(0, Register::kEcx, 11);
+  return has;
+}
+inline bool has_avx512_bf16() {
+  static const bool has = processor_has(1, Register::kEax, 5);
+  return has;
+}
+inline bool has_avx_vnni() {
+  static const bool has = processor_has(1, Register::kEax, 4);
+  return has;
+}
 #endif
 
 // ---- a row of x, converted ----
