@@ -120,7 +120,7 @@ def compare(args):
 
     texts = read_texts(args.text, keep_blank=True)[: args.limit]
     rows, tokens = compare(
-        args.model, texts, rounds=args.rounds, device=resolve_device(args.device)
+        args.model, texts, rounds=args.rounds, device=resolve_device(args.device), dtype=args.dtype
     )
     report(rows, tokens, args.plot)
 
@@ -190,6 +190,10 @@ def _compare_options(commands):
     _model_and_text(sub)
     sub.add_argument("--limit", type=int, metavar="N", help="the first N texts only")
     sub.add_argument("--rounds", type=int, default=3, help="timed rounds, interleaved (default 3)")
+    sub.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "int8"), default="float32",
+        help="ours in it, beside float32: how fast, and how near (default float32)",
+    )  # fmt: skip
     sub.add_argument("--plot", help="draw the times to this PNG file")
 
 

@@ -12,8 +12,11 @@ EXTRAS = {
     "onnxruntime": "bench",
     "onnx": "bench",
     "openvino": "bench",
+    "nncf": "bench",
     "ctranslate2": "bench",
 }
+# What no extra brings, for it is bound to a version of torch or to a maker's processors.
+ALONE = ("torchao", "zentorch")
 
 
 def missing(package: str) -> str | None:
@@ -22,6 +25,8 @@ def missing(package: str) -> str | None:
         return None
     extra = EXTRAS.get(package)
     how = f': pip install "bert_fast[{extra}]"' if extra else ""
+    if package in ALONE:
+        how = f": pip install {package}"
     return f"the package {package} is not installed{how}"
 
 

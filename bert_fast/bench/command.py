@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from bert_fast.backends import resolve_device
 from bert_fast.bench import changes, lengths, plots, report, works
 from bert_fast.bench.run import BLOCKS, ceilings, measure, noise
-from bert_fast.bench.selection import SWEEPS, chosen_peers, works_of
+from bert_fast.bench.selection import SWEEPS, chosen_peers, with_float32, works_of
 from bert_fast.extras import can_draw
 
 LEVELS = {
@@ -57,7 +58,7 @@ def add_parser(commands):
         add("--batches", type=int, default=1,
             help="batches per call, with real lengths (default 1)")  # fmt: skip
         add("--dtype", nargs="+", choices=works.DTYPES,
-            help="default: float32, on a GPU bfloat16")  # fmt: skip
+            help="default: float32, on a GPU bfloat16; int8 is of models on the CPU")  # fmt: skip
         add("--device", choices=("auto", "cpu", "cuda"), default="auto",
             help="default: the GPU where there is one")  # fmt: skip
         add("--backends", nargs="+", metavar="BACKEND",
@@ -102,13 +103,14 @@ def run(args):
             "these results name no version[/yellow]"
         )
     dtype = listed[0][1].dtype
+    dtype = torch.float32 if dtype == torch.int8 else dtype
     before = ceilings(args.device, dtype, args.quick)
     console.print(", ".join(f"{name}: {value:,.0f}" for name, value in before.items()))
     result = {"level": args.level, "environment": facts, "ceilings": before, "rows": []}
     blocks = BLOCKS if args.level in ("op", "layer") or not args.quick else 2
     while listed:
         x, work = listed.pop(0)  # its checkpoint and tensors end with it
-        row = measure(work, who, seconds, args.rounds, blocks)
+        row = measure(work, with_float32(who, work), seconds, args.rounds, blocks)
         if x is not None:
             row["x"] = x
         result["rows"].append(row)

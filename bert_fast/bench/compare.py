@@ -1,4 +1,5 @@
-"""The same checkpoint on the same texts, by Hugging Face and by us: differences and times."""
+"""The same checkpoint on the same texts, by Hugging Face and by us: times, differences, cosines
+and the share of nearest neighbours that stay."""
 
 import statistics
 import time
@@ -11,8 +12,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from bert_fast.bench import quality
+from bert_fast.bench.report import OURS
 from bert_fast.embeddings.encoder import SentenceEncoder
 from bert_fast.extras import can_draw, require
+from bert_fast.models.bert import BertModel
+
+BASELINE = "HF sdpa, sorted"  # Hugging Face's own best
 
 
 @dataclass
@@ -64,24 +70,51 @@ class HuggingFace:
         return out
 
 
-def compare(directory, texts, rounds=3, batch_tokens=4096, device="cpu", progress=None):
-    """Embeds ``texts`` by Hugging Face (eager, sdpa) and by us, ``rounds`` times in turn, after one
-    warm-up on a few texts. Tokenization is done once and timed for none. ``progress`` is the
-    console that shows a bar, by default stderr where that is a terminal. Returns Rows, ours last,
-    and the number of tokens.
+DTYPES = ("float32", "bfloat16", "int8")
+
+
+def served(directory, dtype, device):
+    """Our encoder in one of ``DTYPES``.
+
+    Raises:
+        ValueError: the dtype is not one of them, this version has no int8, or int8 is asked for on
+            a GPU.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    if dtype == "int8":
+        if str(device) != "cpu":
+            raise ValueError("--dtype int8 is of the CPU")
+        if not hasattr(BertModel, "for_inference"):
+            raise ValueError("--dtype int8: there is no int8 for inference in this version")
+    return SentenceEncoder(directory, dtype=dtype, device=device)
+
+
+def compare(
+    directory, texts, rounds=3, batch_tokens=4096, device="cpu", progress=None, dtype="float32"
+):
+    """Embeds ``texts`` by Hugging Face (eager, sdpa; float32) and by us, in float32 and, where
+    another is given, in ``dtype``, ``rounds`` times in turn, after one warm-up on a few texts.
+    Tokenization is done once and timed for none. ``progress`` is the console that shows a bar, by
+    default stderr where that is a terminal. Returns Rows, ours in ``dtype`` last, Hugging Face's
+    best before ours, and the number of tokens.
 
     Raises:
         ImportError: transformers is not installed.
+        ValueError: as ``served`` says.
     """
     require("transformers", "the comparison with Hugging Face")  # before minutes of work
-    encoder = SentenceEncoder(directory, dtype=torch.float32, device=device)
+    encoder = served(directory, "float32", device)
+    cheaper = None if dtype == "float32" else served(directory, dtype, device)
     ids = encoder.tokenize(texts)
     runners = {
         "HF sdpa, in order": HuggingFace(directory, encoder, "sdpa", in_order=True).encode,
         "HF eager, sorted": HuggingFace(directory, encoder, "eager").encode,
-        "HF sdpa, sorted": HuggingFace(directory, encoder, "sdpa").encode,
-        "bert_fast": lambda ids: encoder.encode_ids(ids, batch_tokens),
+        BASELINE: HuggingFace(directory, encoder, "sdpa").encode,
+        OURS: lambda ids: encoder.encode_ids(ids, batch_tokens),
     }
+    if cheaper is not None:
+        runners[f"{OURS} {dtype}"] = lambda ids: cheaper.encode_ids(ids, batch_tokens)
     rows = {name: Row(name, [], None) for name in runners}
     columns = (
         TextColumn("{task.description}"),
@@ -110,8 +143,10 @@ def report(rows, tokens, plot=None, console=None):
     """Prints the table of times and the largest difference; draws the times to ``plot`` (PNG), or
     warns that matplotlib is missing."""
     console = console or Console()
-    ours, baseline = rows[-1], rows[-2]  # Hugging Face's own best
-    table = Table(title=f"{len(ours.embeddings)} texts, {tokens} real tokens, fp32, "
+    ours = rows[-1]
+    baseline = next(row for row in rows if row.name == BASELINE)
+    cheaper = "" if ours.name == OURS else f" and {ours.name.removeprefix(OURS).strip()}"
+    table = Table(title=f"{len(ours.embeddings)} texts, {tokens} real tokens, fp32{cheaper}, "
                   f"{torch.get_num_threads()} threads")  # fmt: skip
     for column in ("", "seconds (median)", "spread", "tokens/s", f"{ours.name} is faster by"):
         table.add_column(column, justify="left" if not column else "right")
@@ -126,6 +161,14 @@ def report(rows, tokens, plot=None, console=None):
     console.print(
         f"Largest difference to {baseline.name}, any element of any text: {difference:.1e}"
     )
+    cosines = quality.cosines(ours.embeddings, baseline.embeddings)
+    console.print(
+        f"Cosine to {baseline.name}, mean / 1st percentile / least: {quality.shown(cosines)}"
+    )
+    if len(ours.embeddings) > 1:
+        k = min(10, len(ours.embeddings) - 1)
+        shared = quality.recall(ours.embeddings, baseline.embeddings, k)
+        console.print(f"Recall of each text's {k} nearest neighbours: {shared:.2%}")
     if plot and can_draw(plot):
         draw(rows, plot)
         console.print(f"Plot: {plot}")
@@ -142,7 +185,7 @@ def draw(rows, path):
     figure, axes = plt.subplots(figsize=(7, 2.4), layout="constrained")
     bars = axes.barh(
         [row.name for row in rows], [row.median for row in rows],
-        color=["#9aa5b8"] * (len(rows) - 1) + ["#d9480f"],
+        color=["#d9480f" if row.name.startswith(OURS) else "#9aa5b8" for row in rows],
     )  # fmt: skip
     axes.bar_label(bars, [f"{row.median:.2f} s" for row in rows], padding=4)
     axes.set_xlabel("seconds, median of the rounds (less is better)")

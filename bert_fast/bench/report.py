@@ -13,9 +13,12 @@ import torch
 from rich.table import Table
 
 import bert_fast
+from bert_fast.bench import quality
 from bert_fast.files import atomic_path
 
 OURS = "bert_fast"
+PACKAGES = ("triton", "transformers", "sentence-transformers", "onnxruntime", "openvino", "nncf",
+            "ctranslate2", "torchao", "zentorch")  # fmt: skip
 SCHEMA = 1  # of result files; rises when a reader of the old ones would misread the new
 
 
@@ -34,7 +37,7 @@ def environment(device="cpu"):
             "cuda": torch.version.cuda,
         }
     facts |= {"bert_fast": bert_fast.__version__, "torch": torch.__version__}
-    for package in ("triton", "transformers"):
+    for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             facts[package] = metadata.version(package)
     root = Path(bert_fast.__file__).resolve().parent.parent
@@ -70,13 +73,15 @@ def title(facts):
 def table(row):
     """A row's contestants, ours first; refused and absent ones with their reasons."""
     shown = Table(title=row["work"], title_justify="left")
-    for column in ("", "ms", "spread", "time / ours", "rate", "% of possible", "error"):
+    columns = ["", "ms", "spread", "time / ours", "rate", "% of possible", "error"]
+    low = any("cosine" in result for result in row["results"].values())
+    for column in columns + ["cosine"] * low:
         shown.add_column(column, justify="left" if not column else "right")
     ours = row["results"].get(OURS, {}).get("ms")
     for name, result in row["results"].items():
         if "refused" in result:
-            shown.add_row(name, "[red]refused[/red]", *[""] * 5, end_section=True)
-            shown.add_row(f"  {result['refused']}", *[""] * 6)
+            shown.add_row(name, "[red]refused[/red]", end_section=True)
+            shown.add_row(f"  {result['refused']}")
             continue
         low, high = result["spread"]
         ms = result["ms"]
@@ -84,6 +89,7 @@ def table(row):
             name, f"{ms:.3f}", f"{low:.3f} - {high:.3f}", f"{ms / ours:.2f}" if ours else "",
             _rate(row, name, ms), f"{100 * result['possible']:.0f}" if "possible" in result else "",
             f"{result['error']:.2f}" if "error" in result else "",
+            *([quality.shown(result["cosine"]) if "cosine" in result else ""] if low else []),
         )  # fmt: skip
     if row["kind"] == "train":
         peaks = {
@@ -138,7 +144,8 @@ def write(path, result):
 
 
 COLUMNS = ("work", "kind", "contestant", "ms", "spread_low", "spread_high", "possible", "error",
-           "host_us", "peak_bytes", "tokens", "flops", "bytes", "refused")  # fmt: skip
+           "cosine_mean", "cosine_p1", "cosine_least", "host_us",
+           "peak_bytes", "tokens", "flops", "bytes", "refused")  # fmt: skip
 
 
 def write_csv(path, rows):
@@ -149,7 +156,8 @@ def write_csv(path, rows):
         for row in rows:
             for name, result in row["results"].items():
                 low, high = result.get("spread", (None, None))
-                line = {**row, **result, "contestant": name}
+                cosines = {f"cosine_{key}": v for key, v in result.get("cosine", {}).items()}
+                line = {**row, **result, **cosines, "contestant": name}
                 writer.writerow(line | {"spread_low": low, "spread_high": high})
 
 

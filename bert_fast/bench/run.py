@@ -8,7 +8,9 @@ import warnings
 
 import torch
 
-from bert_fast.bench import timing
+from bert_fast.bench import quality, timing
+from bert_fast.bench.peers import InFloat32
+from bert_fast.bench.works import LOW
 
 # The allowance, as a multiple of PyTorch's own error: in 16 bits as in the tests (FlashAttention's
 # too), for outputs and gradients. In float32 the order of a sum alone moves an error several times
@@ -44,6 +46,23 @@ def refusal(ratios, work):
             what = "its result" if i == 0 else f"its gradient {i}"
             return f"wrong: {what} errs {ratio:.3g} times as much as PyTorch's; {limit} is allowed"
     return None
+
+
+def judged(found, truth, allowed, peer, work):
+    """What is said of a result: {"error": times PyTorch's}, of a model in a cheaper dtype
+    {"cosine": to float32}, or {"refused": reason}."""
+    figures, reason = {}, None
+    if allowed is not None and not isinstance(peer, InFloat32):
+        ratios = relative_errors(found, truth, allowed)
+        figures["error"], reason = max(ratios), refusal(ratios, work)
+    if work.kind == "model" and work.dtype in LOW:
+        if peer.own_precision:
+            reason = None
+        own = torch.float32 if isinstance(peer, InFloat32) else work.dtype
+        reason = reason or quality.refusal(found[0], truth[0], own)
+        if reason is None:
+            figures["cosine"] = quality.cosines(found[0], truth[0])
+    return figures if reason is None else {"refused": reason}
 
 
 def measure(work, who, seconds=10.0, rounds=None, blocks=BLOCKS):
@@ -126,11 +145,9 @@ def _checked(work, who, clock):
             if not peer.ceiling:
                 with _quiet():
                     found = contestant.runs[0].results(work.backward)
-                ratios = relative_errors(found, truth, allowed)
-                if (reason := refusal(ratios, work)) is not None:
-                    results[peer.name] = {"refused": reason}
+                results[peer.name] = judged(found, truth, allowed, peer, work)
+                if "refused" in results[peer.name]:
                     continue
-                results[peer.name] = {"error": max(ratios)}
             contestant.prepare(work, clock, again=False)
         except Exception as error:  # whatever another package raises, the others are measured
             results.pop(peer.name, None)

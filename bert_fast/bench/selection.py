@@ -6,15 +6,17 @@ from pathlib import Path
 import bert_fast
 from bert_fast.backends import BACKENDS
 from bert_fast.bench import lengths, works
-from bert_fast.bench.peers import Ours, peers
+from bert_fast.bench.peers import InFloat32, Ours, peers
 
 SWEEP_PEERS = ("HF eager", "HF sdpa", "torch.nn.TransformerEncoderLayer")
+IN_FLOAT32 = ("bert_fast", "HF sdpa", "ONNX Runtime", "OpenVINO", "CTranslate2")
 SWEEPS = {
     "seqlen": (32, 64, 128, 256, 512, 1024, 2048, 4096),
     "batch": (1, 2, 4, 8, 16, 32, 64),
     "padding": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
     "width": (128, 256, 512, 768, 1024, 1536, 2048),
 }
+MODEL_SIZES = [*itertools.product((1, 8), (16, 32, 128)), (32, 128)]  # (batch, seqlen) on a CPU
 SWEEP_TOKENS = 4096  # a batch, where length is swept
 
 
@@ -47,9 +49,19 @@ def chosen_peers(args):
     return own + others + [peer for peer in everyone if peer.ceiling]
 
 
+def with_float32(who, work):
+    """Of a model in a cheaper dtype on the CPU: the contestants, and those of ``IN_FLOAT32`` among
+    them in float32 too, for the ratio."""
+    if work.kind != "model" or work.dtype not in works.LOW or work.device != "cpu":
+        return who
+    return who + [InFloat32(peer) for peer in who if peer.name in IN_FLOAT32]
+
+
 def works_of(args):
     """(x, work) in order; x is the swept value, or None."""
     gpu = args.device == "cuda"
+    if "int8" in (args.dtype or ()) and (args.level != "model" or gpu):
+        raise ValueError("--dtype int8 is of whole models on the CPU: bert-fast bench model")
     dtypes = [works.DTYPES[d] for d in args.dtype or (["bfloat16"] if gpu else ["float32"])]
     if args.models:
         for model in args.models:
@@ -132,9 +144,13 @@ def _layers(args, common, gpu):
 def _models(args, common, gpu):
     """Batch 1 first (latency), then throughput."""
     models = args.models or (["minilm-l6"] if args.quick else list(works.MODELS))
-    default = [1, 256] if gpu else [1, 32]
-    batches = args.batch or ([16] if args.quick else default)
-    for model, batch, seqlen in itertools.product(models, batches, args.seqlen or [128]):
+    sizes = itertools.product(
+        args.batch or ([16] if args.quick else [1, 256] if gpu else [1, 8, 32]),
+        args.seqlen or [128],
+    )
+    if not (gpu or args.quick or args.batch or args.seqlen):
+        sizes = MODEL_SIZES
+    for model, (batch, seqlen) in itertools.product(models, sizes):
         many = args.batches if args.lengths in ("reviews", "plots") else 1
         drawn = _lengths(args, batch, seqlen, "full" if batch == 1 else "uniform", many)
         yield None, works.Model(**common, **_named(model), batches=drawn)

@@ -19,7 +19,10 @@ import bert_fast
 from bert_fast.bench.peers.ours import Eager
 
 OPS = ("attention", "layer_norm", "gelu", "linear_gelu")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+          "int8": torch.int8}  # fmt: skip
+LOW = (torch.bfloat16, torch.int8)  # of whole models: what is compared with float32 by cosines
+CALIBRATION = 64  # drawn texts: more say no more
 MODELS = {  # the shapes; weights are drawn, because no time depends on them
     "minilm-l6": dict(
         hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
@@ -62,11 +65,18 @@ class Work:
         """Normal numbers of the work's dtype, in the one it is computed in."""
         return torch.randn(*shape, generator=generator).to(self.device, self.dtype).to(self.compute)
 
+    def in_dtype(self, dtype):
+        """The same work in another dtype."""
+        work = copy.copy(self)
+        work.dtype = dtype
+        return work
+
     def truth(self):
         return self._eager(torch.float64 if self.dtype == torch.float32 else torch.float32)
 
     def allowed(self):
-        return self._eager(self.dtype)
+        """PyTorch's own in the work's dtype; None in int8, where PyTorch has no such model."""
+        return None if self.dtype == torch.int8 else self._eager(self.dtype)
 
     def _eager(self, dtype):
         """The definition, on copy 0 of the inputs."""
@@ -254,9 +264,17 @@ class Model(Work):
         values = {**MODELS[self.name], **self.config_changes}
         positions = max(512, *(max(batch) for batch in self.batches))
         config = bert_fast.BertConfig(**{"max_position_embeddings": positions, **values})
+        if self.dtype in LOW:  # BERT's 0.02 leaves a layer so little that none would be missed
+            config.initializer_range = config.hidden_size**-0.5
         bert_fast.BertModel(config).save_pretrained(self._scratch.name)
         torch.set_rng_state(generator_state)
         return self._scratch.name
+
+    def in_dtype(self, dtype):
+        """The same checkpoint, too."""
+        checkpoint, work = self.checkpoint, super().in_dtype(dtype)
+        work.__dict__["checkpoint"] = checkpoint
+        return work
 
     @functools.cached_property
     def config(self):
@@ -268,8 +286,18 @@ class Model(Work):
     @functools.cached_property
     def padded_batches(self):
         """What a tokenizer gives: padded ids and mask a batch."""
-        generator, made = self.generator(0), []
-        for lengths in self.batches:
+        return self._drawn(self.batches, 0)
+
+    @functools.cached_property
+    def calibration(self):
+        """Batches like these, of other ids: what activations' scales are made from."""
+        most = [batch[: max(1, CALIBRATION // len(self.batches))] for batch in self.batches]
+        times = max(1, min(20, CALIBRATION // sum(map(len, most))))
+        return [batch for i in range(times) for batch in self._drawn(most, 1 + i)]
+
+    def _drawn(self, batches, number):
+        generator, made = self.generator(number), []
+        for lengths in batches:
             lengths, seqlen = torch.tensor(lengths), max(lengths)
             mask = (torch.arange(seqlen) < lengths[:, None]).long()
             low, high = min(1000, self.config.vocab_size // 2), self.config.vocab_size

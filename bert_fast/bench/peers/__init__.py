@@ -8,7 +8,14 @@ from bert_fast import backends
 from bert_fast.bench.peers.ceilings import Copy, Gemms
 from bert_fast.bench.peers.engines import CTranslate2, OnnxRuntime, OpenVINO
 from bert_fast.bench.peers.gpu import FlashAttention, Xformers
-from bert_fast.bench.peers.hugging_face import Accelerated, HuggingFace
+from bert_fast.bench.peers.hugging_face import (
+    Accelerated,
+    HuggingFace,
+    InFloat32,
+    QuantisedInt8,
+    TorchAo,
+    Zentorch,
+)
 from bert_fast.bench.peers.ours import Eager, NotPrepacked, Ours
 from bert_fast.bench.peers.peer import Absent, Peer
 from bert_fast.bench.peers.torch import Compiled, Sdpa, SdpaLoop, Torch, TorchEncoderLayer
@@ -18,6 +25,7 @@ __all__ = [
     "Compiled",
     "Eager",
     "Gemms",
+    "InFloat32",
     "Ours",
     "Peer",
     "Sdpa",
@@ -49,6 +57,9 @@ def peers(device):
         HuggingFace("eager"),
         HuggingFace("sdpa"),
         HuggingFace("flash_attention_2"),
+        QuantisedInt8(),
+        TorchAo(),
+        Zentorch(),
         OnnxRuntime(),
         OpenVINO(),
         CTranslate2(),

@@ -9,18 +9,22 @@ from bert_fast.bench.contestant import Run
 from bert_fast.bench.peers.hugging_face import HuggingFace
 from bert_fast.bench.peers.layouts import on_device
 from bert_fast.bench.peers.peer import Peer
+from bert_fast.extras import missing
 
 
 class Engine(Peer):
-    """An inference engine on the CPU in float32, from Hugging Face's checkpoint."""
+    """An inference engine on the CPU, from Hugging Face's checkpoint: in float32, and in the
+    cheaper formats that it has."""
 
-    devices, dtypes, inference = ("cpu",), (torch.float32,), True
+    devices, inference = ("cpu",), True
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,)
     slow_to_make = True
+    own_precision = True
 
     @staticmethod
     def exportable(work):
-        """Hugging Face's model with tensors alone going in and out."""
-        model = HuggingFace("eager").load(work)
+        """Hugging Face's model in float32 with tensors alone going in and out."""
+        model = HuggingFace("eager").load(work.in_dtype(torch.float32))
 
         class Exportable(torch.nn.Module):
             def __init__(self):
@@ -34,43 +38,36 @@ class Engine(Peer):
 
     def model(self, work, inputs):
         _, packed = on_device(inputs, "cpu")
-        engine = self.engine(work, inputs)
+        engine = self.engine(work, inputs, dynamic=len(inputs) > 1)
         return Run(lambda: [engine(batch) for batch in inputs], packed)
+
+    def engine(self, work, inputs, dynamic):
+        """A function from a batch (input_ids, attention_mask) to hidden states. ``inputs``: batches
+        to trace by; ``dynamic``: whether others of other shapes will come."""
+        raise NotImplementedError
 
 
 class OnnxRuntime(Engine):
     """The default export with the transformer optimizer's fusions on top; the plain export where
-    ONNX Runtime cannot load its own fused graph (MiniLM's)."""
+    ONNX Runtime cannot load its own fused graph (MiniLM's). int8: dynamic quantisation, weights per
+    channel, as sentence-transformers' ``export_dynamic_quantized_onnx_model``."""
 
     name, package = "ONNX Runtime", "onnxruntime"
+    dtypes = (torch.float32, torch.int8)
 
-    def engine(self, work, inputs):
+    def engine(self, work, inputs, dynamic):
         import onnxruntime
-        from onnxruntime.transformers import optimizer
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 4
         providers = ["CPUExecutionProvider"]
         with tempfile.TemporaryDirectory() as scratch:
-            path = Path(scratch) / "model.onnx"
-            names = list(inputs[0])
-            axes = {name: {0: "batch", 1: "seqlen"} for name in names} if len(inputs) > 1 else None
-            torch.onnx.export(
-                self.exportable(work), tuple(inputs[0].values()), path, input_names=names,
-                **(dict(dynamic_axes=axes, dynamo=False) if axes else {}),
-            )  # fmt: skip
-            config = work.config
-            fused = optimizer.optimize_model(
-                str(path), "bert", num_heads=config.num_attention_heads,
-                hidden_size=config.hidden_size,
-            )  # fmt: skip
-            best = path.with_suffix(".fused.onnx")
-            fused.save_model_to_file(str(best), use_external_data_format=True)
+            plain, fused = self._graphs(work, inputs, dynamic, Path(scratch))
             try:
-                session = onnxruntime.InferenceSession(best, options, providers=providers)
+                session = onnxruntime.InferenceSession(fused(), options, providers=providers)
             except Exception:  # onnxruntime's exceptions have no common name
-                session = onnxruntime.InferenceSession(path, options, providers=providers)
+                session = onnxruntime.InferenceSession(plain(), options, providers=providers)
         wanted = {given.name for given in session.get_inputs()}
 
         def run(batch):
@@ -79,16 +76,71 @@ class OnnxRuntime(Engine):
 
         return run
 
+    def _graphs(self, work, inputs, dynamic, scratch):
+        """Functions that write the plain and the fused graph and say where."""
+        from onnxruntime.transformers import optimizer
+
+        path = scratch / "model.onnx"
+        names = list(inputs[0])
+        axes = {name: {0: "batch", 1: "seqlen"} for name in names}
+        torch.onnx.export(
+            self.exportable(work), tuple(inputs[0].values()), path, input_names=names,
+            **(dict(dynamic_axes=axes, dynamo=False) if dynamic else {}),
+        )  # fmt: skip
+
+        def fused():
+            config = work.config
+            best = optimizer.optimize_model(
+                str(path), "bert", num_heads=config.num_attention_heads,
+                hidden_size=config.hidden_size,
+            )  # fmt: skip
+            target = path.with_suffix(".fused.onnx")
+            best.save_model_to_file(str(target), use_external_data_format=True)
+            return target
+
+        if work.dtype != torch.int8:
+            return (lambda: path), fused
+        return (lambda: _int8(path)), lambda: _int8(fused())
+
+
+def _int8(path):
+    """The graph with weights and activations in 8 bits, where its products are."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    target = path.with_suffix(".int8.onnx")
+    quantize_dynamic(
+        path, target, per_channel=True, weight_type=QuantType.QInt8,
+        # Without VNNI sums of two products are cut at 16 bits: there weights take 7.
+        reduce_range=not torch.cpu._is_vnni_supported(), use_external_data_format=True,
+    )  # fmt: skip
+    return target
+
 
 class OpenVINO(Engine):
-    name, package = "OpenVINO", "openvino"
+    """bfloat16: its hint of an inference precision. int8: nncf's quantisation of weights and
+    activations after training, calibrated as sentence-transformers'
+    ``export_static_quantized_openvino_model`` does; what is left is in OpenVINO's own choice."""
 
-    def engine(self, work, inputs):
+    name, package = "OpenVINO", "openvino"
+    dtypes = (torch.float32, torch.bfloat16, torch.int8)
+
+    def why_absent(self, work):
+        reason = super().why_absent(work)
+        return missing("nncf") if reason is None and work.dtype == torch.int8 else reason
+
+    def engine(self, work, inputs, dynamic):
         import openvino
 
         model = openvino.convert_model(self.exportable(work), example_input=dict(inputs[0]))
-        threads = torch.get_num_threads()
-        options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+        options = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        hints = {torch.float32: "f32", torch.bfloat16: "bf16"}
+        if work.dtype in hints:
+            options["INFERENCE_PRECISION_HINT"] = hints[work.dtype]
+        else:
+            model = self._quantized(model, work)
+        if not dynamic:
+            shape = list(inputs[0]["input_ids"].shape)
+            model.reshape({given.any_name: shape for given in model.inputs})
         engine = openvino.compile_model(model, "CPU", options)
 
         def run(batch):
@@ -97,13 +149,36 @@ class OpenVINO(Engine):
 
         return run
 
+    @staticmethod
+    def _quantized(model, work):
+        import nncf
+
+        batches = [
+            {name: tensor.numpy() for name, tensor in batch.items()} for batch in work.calibration
+        ]
+        return nncf.quantize(
+            model, nncf.Dataset(batches), subset_size=len(batches),
+            model_type=nncf.ModelType.TRANSFORMER,
+        )  # fmt: skip
+
 
 class CTranslate2(Engine):
-    """Unpads by itself, as we do."""
+    """Unpads by itself, as we do. bfloat16 where its own library has it."""
 
     name, package = "CTranslate2", "ctranslate2"
+    dtypes = (torch.float32, torch.bfloat16, torch.int8)
 
-    def engine(self, work, inputs):
+    def why_absent(self, work):
+        reason = super().why_absent(work)
+        if reason is None:
+            import ctranslate2
+
+            name = str(work.dtype).removeprefix("torch.")
+            if name not in ctranslate2.get_supported_compute_types("cpu"):
+                reason = f"has no {name} on this processor"
+        return reason
+
+    def engine(self, work, inputs, dynamic):
         import json
         import shutil
 
@@ -119,15 +194,19 @@ class CTranslate2(Engine):
             converter = ctranslate2.converters.TransformersConverter(str(source))
             converted = converter.convert(str(Path(scratch) / "converted"))
             encoder = ctranslate2.Encoder(
-                converted, compute_type="float32", intra_threads=torch.get_num_threads()
-            )
-        unpadded = {}
-        for batch in inputs:
+                converted, compute_type=str(work.dtype).removeprefix("torch."),
+                intra_threads=torch.get_num_threads(),
+            )  # fmt: skip
+
+        def unpadded(batch):
             rows = zip(batch["input_ids"], batch["attention_mask"].sum(1).tolist(), strict=True)
-            unpadded[id(batch)] = [ids[:length].tolist() for ids, length in rows]
+            return [ids[:length].tolist() for ids, length in rows]
+
+        known = {id(batch): (batch, unpadded(batch)) for batch in inputs}  # its batch lives as long
 
         def run(batch):
-            output = encoder.forward_batch(unpadded[id(batch)])
-            return torch.from_numpy(np.array(output.last_hidden_state))
+            _, rows = known.get(id(batch)) or (batch, unpadded(batch))
+            output = encoder.forward_batch(rows)
+            return torch.from_numpy(np.array(output.last_hidden_state)).float()
 
         return run

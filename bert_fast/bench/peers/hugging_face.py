@@ -63,3 +63,68 @@ class Accelerated(HuggingFace):
         from bert_fast.hugging_face import accelerate
 
         return accelerate(super().load(work), prepack=not work.backward)
+
+
+class QuantisedInt8(HuggingFace):
+    """Hugging Face's model after PyTorch's own dynamic int8: weights per channel or tensor,
+    activations by what each call brings."""
+
+    layer = train = None  # type: ignore[assignment]
+    devices, dtypes, inference, slow_to_make = ("cpu",), (torch.int8,), True, True
+
+    def __init__(self):
+        super().__init__("sdpa")
+        self.name = "torch dynamic int8"
+
+    def load(self, work):
+        return self.quantised(super().load(work.in_dtype(torch.float32)))
+
+    def quantised(self, model):
+        return torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+
+
+class TorchAo(QuantisedInt8):
+    """The same by torchao, compiled, which it is made for."""
+
+    def __init__(self):
+        super().__init__()
+        self.name, self.package = "torchao int8, compiled", "torchao"
+
+    def quantised(self, model):
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+        quantize_(model, Int8DynamicActivationInt8WeightConfig())
+        torch._dynamo.reset()
+        return torch.compile(model)
+
+
+class Zentorch(HuggingFace):
+    """AMD's plugin of PyTorch, by torch.compile."""
+
+    layer = train = None  # type: ignore[assignment]
+    devices, dtypes, inference, slow_to_make = ("cpu",), (torch.float32, torch.bfloat16), True, True
+    own_precision = True
+
+    def __init__(self):
+        super().__init__("sdpa")
+        self.name, self.package = "zentorch", "zentorch"
+
+    def load(self, work):
+        import zentorch  # noqa: F401, it registers its backend
+
+        torch._dynamo.reset()
+        return torch.compile(super().load(work), backend="zentorch")
+
+
+class InFloat32(Peer):
+    """Another peer in float32, beside works of a cheaper dtype: what the ratio is taken to."""
+
+    def __init__(self, peer):
+        self.peer, self.name = peer, f"{peer.name}, float32"
+        self.slow_to_make = peer.slow_to_make
+
+    def why_absent(self, work):
+        return self.peer.why_absent(work.in_dtype(torch.float32))
+
+    def model(self, work, inputs):
+        return self.peer.model(work.in_dtype(torch.float32), inputs)

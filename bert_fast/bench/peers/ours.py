@@ -17,8 +17,9 @@ from bert_fast.ops import reference
 
 class Ours(Peer):
     """Our ops and model on one backend. In inference they write into memory that is there already,
-    as the model has them do."""
+    as the model has them do. int8 is of whole models alone."""
 
+    dtypes = (*Peer.dtypes, torch.int8)
     same_masks = True
 
     def __init__(self, backend="auto", prepack=True, name="bert_fast"):
@@ -83,7 +84,27 @@ class Ours(Peer):
 
         return Run(forward, leaves=leaves, dout=dout)
 
+    def why_absent(self, work):
+        if work.dtype == torch.int8 and (
+            work.device != "cpu" or self.backend not in ("auto", "cpu")
+        ):
+            return "has int8 on the CPU alone"
+        return super().why_absent(work)
+
+    def _served(self, work):
+        """The model in a cheaper format: weights packed, results in float32."""
+        name = str(work.dtype).removeprefix("torch.")
+        model = bert_fast.BertModel.from_pretrained(work.checkpoint, torch.float32)
+        if not hasattr(model, "for_inference"):
+            raise Absent(f"there is no {name} for inference in this version")
+        return model.for_inference(dtype=name)
+
     def load(self, work):
+        served = work.kind == "model" and work.device == "cpu" and self.prepack
+        if served and (work.dtype == torch.int8 or (
+            work.dtype == torch.bfloat16 and hasattr(bert_fast.BertModel, "for_inference")
+        )):  # fmt: skip
+            return self._served(work)
         model = bert_fast.BertModel.from_pretrained(work.checkpoint, work.compute).to(work.device)
         return model.prepack() if self.prepack and not work.backward else model
 
@@ -104,7 +125,8 @@ class Ours(Peer):
         return Run(forward, leaves=(packed,), dout=dout[mask])
 
     def model(self, work, inputs):
-        self._check("attention", work)
+        if work.dtype != torch.int8:
+            self._check("attention", work)
         model = self.load(work).eval()
         batches, packed = on_device(inputs, work.device, mask_on_cpu=True)
 
@@ -130,6 +152,7 @@ class NotPrepacked(Ours):
     """Ours where ``prepack()`` was not called: torch's own products."""
 
     attention = layer_norm = gelu = train = None  # type: ignore[assignment]
+    dtypes = Peer.dtypes
 
     def __init__(self):
         super().__init__(prepack=False, name="bert_fast, not prepacked")

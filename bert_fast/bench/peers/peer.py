@@ -17,6 +17,7 @@ class Peer:
     inference = False  # whether it has no backward
     same_masks = False  # whether its dropout drops what the definition's does
     slow_to_make = False  # then it is made once, and not anew for each block of rounds
+    own_precision = False  # whether it chooses the format of each step: its error is its own
     ceiling = False  # a bound of the machine's, not a contestant: nothing to check
 
     def why_absent(self, work):
