@@ -103,6 +103,30 @@ def layer_norm_backward(dout, total, mean, rstd, weight, has_linear_bias, dropou
     return dx, dresidual, dweight, dbias, dlinear_bias if has_linear_bias else None
 
 
+def embedding_forward(
+    input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps, dtype,
+    training,
+):  # fmt: skip
+    """Returns out, and for backward the normalised sum, mean and rstd (else None); or None where
+    an id is outside of its table."""
+    rows, hidden = input_ids.numel(), word.shape[1]
+    out = word.new_empty(rows, hidden, dtype=dtype)
+    total = torch.empty_like(out) if training else None
+    mean, rstd = (torch.empty(rows, dtype=torch.float32) if training else None for _ in range(2))
+    weight, bias = as_float32(weight), as_float32(bias)
+    inside = _C.embedding_forward(
+        DTYPES[word.dtype], DTYPES[dtype], rows, hidden, _table(word, input_ids),
+        _table(position, position_ids), _table(token_type, token_type_ids),
+        *map(address, (weight, bias, out, total, mean, rstd)), eps, torch.get_num_threads(),
+    )  # fmt: skip
+    return (out, total, mean, rstd) if inside else None
+
+
+def _table(table, ids):
+    wide = ids is not None and ids.dtype == torch.int64
+    return address(table), table.shape[0], address(ids), wide
+
+
 def gelu_forward(x, bias, approximate, out=None):
     out = torch.empty_like(x) if out is None else out
     bias = as_float32(bias)

@@ -14,6 +14,7 @@ inline int64_t no_scratch(int) { return 0; }
   void attention_backward(const AttentionBackward&);                 \
   void layer_norm_forward(const LayerNormForward&);                  \
   void layer_norm_backward(const LayerNormBackward&);                \
+  void embedding_forward(const EmbeddingForward&);                   \
   void gelu_forward(const GeluForward&);                             \
   void gelu_backward(const GeluBackward&);                           \
   int64_t linear_packed_size(int64_t, int64_t);                      \
@@ -23,6 +24,7 @@ inline int64_t no_scratch(int) { return 0; }
   constexpr CpuKernels kernels = {                                   \
       attention_forward,  attention_backward,                        \
       layer_norm_forward, layer_norm_backward,                       \
+      embedding_forward,                                             \
       gelu_forward,       gelu_backward,                             \
       {#isa, 1, linear_packed_size, no_scratch, linear_pack, linear_forward, \
        linear_matches}}; \
