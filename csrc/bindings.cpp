@@ -251,6 +251,7 @@ PYBIND11_MODULE(_C, m) {
   using release_gil = py::call_guard<py::gil_scoped_release>;
 
   m.def("forked", &forked);
+  m.def("put_on_team", &put_on_team);
   m.def("cpu_isa", &cpu_isa);
   m.def("set_cpu_isa", [](const std::string& name) {
     if (!set_cpu_isa(name.c_str())) {

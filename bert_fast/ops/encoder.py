@@ -33,6 +33,12 @@ def runs_in_one_call(x):
     return all(name == "cpu" for name in chosen) and x.shape[0] >= backends.module("cpu").min_rows()
 
 
+def without_openmp():
+    """A context in which torch's ops run in the calling thread alone, the ``cpu`` backend's as
+    always."""
+    return backends.module("cpu").WithoutOpenMP()
+
+
 def _can_be_bound(part):
     for parameter in (part.weight, part.bias):
         if parameter is None or parameter.dtype != torch.float32 or not parameter.is_contiguous():
