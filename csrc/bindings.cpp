@@ -178,6 +178,25 @@ void bind_cpu(py::module_& m, const char* name, Args (*arguments)(P...),
         py::call_guard<py::gil_scoped_release>());
 }
 
+using TableTuple = std::tuple<Address, int64_t, Address, bool>;  // as in Table
+
+// Whether each token's ids were in their tables.
+bool embedding_forward(int tables, int dtype, int64_t rows, int64_t hidden, const TableTuple& word,
+                       const TableTuple& position, const TableTuple& token_type, Address weight,
+                       Address bias, Address out, Address sum, Address mean, Address rstd,
+                       double eps, int num_threads) {
+  const auto table = [](const TableTuple& t) {
+    return Table{pointer(std::get<0>(t)), std::get<1>(t), pointer(std::get<2>(t)), std::get<3>(t)};
+  };
+  bool outside = false;
+  cpu_kernels().embedding_forward(
+      {static_cast<DType>(tables), static_cast<DType>(dtype), rows, hidden, table(word),
+       table(position), table(token_type), pointer<float>(weight), pointer<float>(bias),
+       pointer(out), pointer(sum), pointer<float>(mean), pointer<float>(rstd), eps, num_threads,
+       &outside});
+  return !outside;
+}
+
 // Layers whose memory the caller keeps alive, and where it is.
 class Encoder {
  public:
@@ -288,6 +307,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "bert_fast's compiled kernels. Private: bert_fast's ops validate, this does not.";
 
   m.def("forked", &forked);
+  m.def("put_on_team", &put_on_team);
   m.def("cpu_isa", &cpu_isa);
   m.def("set_cpu_isa", [](const std::string& name) {
     if (!set_cpu_isa(name.c_str())) {
@@ -300,6 +320,7 @@ PYBIND11_MODULE(_C, m) {
   bind_cpu(m, "attention_backward", attention_backward, &CpuKernels::attention_backward);
   bind_cpu(m, "layer_norm_forward", layer_norm_forward, &CpuKernels::layer_norm_forward);
   bind_cpu(m, "layer_norm_backward", layer_norm_backward, &CpuKernels::layer_norm_backward);
+  m.def("embedding_forward", &embedding_forward, release_gil());
   bind_cpu(m, "gelu_forward", gelu_forward, &CpuKernels::gelu_forward);
   bind_cpu(m, "gelu_backward", gelu_backward, &CpuKernels::gelu_backward);
 

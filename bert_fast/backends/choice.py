@@ -43,7 +43,7 @@ OPS = ("attention", "layer_norm", "gelu")
 # What is otherwise done by other ops, one after another, on whatever backends those choose.
 COMPOSED = ("linear_gelu", "embedding_layer_norm")
 SUPPORT = {
-    "cpu": {op: Support("cpu") for op in OPS},
+    "cpu": {op: Support("cpu") for op in (*OPS, "embedding_layer_norm")},
     "triton": {
         "attention": Support("cuda", largest=256, largest_before_80=128),
         "layer_norm": Support("cuda", largest=16384),

@@ -1,5 +1,7 @@
 """The ``cpu`` backend: csrc/cpu through pybind11, for tensors that ops.py has validated."""
 
+import ctypes
+import os
 import threading
 
 import torch
@@ -15,6 +17,47 @@ APPROXIMATE = {"none": 0, "tanh": 1}
 
 
 ACTIVATIONS = {None: 0, "none": 1, "tanh": 2}  # GELU's approximate, or no GELU
+
+
+_local = threading.local()
+
+
+def num_threads():
+    """Of our kernels: torch's, also where torch's own ops have but one."""
+    return getattr(_local, "num_threads", 0) or torch.get_num_threads()
+
+
+def _of_torch(name):
+    """A C function that torch's own ops call, or are linked with; else one that does nothing."""
+    try:  # PyDLL: it is not worth letting go of the GIL
+        return getattr(ctypes.PyDLL("libtorch_cpu.so", mode=os.RTLD_NOLOAD), name)
+    except (OSError, AttributeError):
+        return lambda number: 0
+
+
+_set_openmp_threads = _of_torch("omp_set_num_threads")  # of the calling thread
+_set_mkl_threads = _of_torch("MKL_Set_Num_Threads_Local")  # of it, too; returns what was
+
+
+class WithoutOpenMP:
+    """Meanwhile torch's ops in this thread run in it alone, and our kernels on its team. For the
+    small steps around a model's layers in one call: each parallel loop of OpenMP would start
+    threads that the layers have to end, and beside busy processes wait a time slice for them."""
+
+    def __enter__(self):
+        self.inside_another = getattr(_local, "num_threads", 0) > 0
+        if not self.inside_another:
+            _local.num_threads = torch.get_num_threads()
+            _C.put_on_team(True)
+            _set_openmp_threads(1)
+            self.mkl_threads = _set_mkl_threads(1)
+
+    def __exit__(self, *_):
+        if not self.inside_another:
+            _set_mkl_threads(self.mkl_threads)
+            _set_openmp_threads(_local.num_threads)
+            _C.put_on_team(False)
+            _local.num_threads = 0
 
 
 def address(tensor):
@@ -39,7 +82,7 @@ def attention_shape(q, k, cu_q, cu_k, scale, causal, dropout_p, seed=0, module=_
         dtype=DTYPES[q.dtype], batch=cu_q.numel() - 1, num_heads=q.shape[1], head_dim=q.shape[2],
         total_q=q.shape[0], total_k=k.shape[0], cu_q=cu_q.data_ptr(), cu_k=cu_k.data_ptr(),
         scale=scale, causal=causal, dropout_p=dropout_p, seed=seed,
-        num_threads=torch.get_num_threads(),
+        num_threads=num_threads(),
     )  # fmt: skip
 
 
@@ -82,7 +125,7 @@ def layer_norm_forward(
     _C.layer_norm_forward(
         DTYPES[x.dtype], rows, hidden, *map(address, (x, residual, linear_bias, weight, bias)),
         *map(address, (out, total, mean, rstd)), eps, dropout_p, _seed(seed),
-        torch.get_num_threads(),
+        num_threads(),
     )  # fmt: skip
     return out, total, mean, rstd
 
@@ -98,9 +141,33 @@ def layer_norm_backward(dout, total, mean, rstd, weight, has_linear_bias, dropou
     _C.layer_norm_backward(
         DTYPES[total.dtype], rows, hidden, *map(address, (dout, total, mean, rstd, weight)),
         *map(address, (dresidual, dx, dweight, dbias, dlinear_bias if has_linear_bias else None)),
-        dropout_p, _seed(seed), torch.get_num_threads(),
+        dropout_p, _seed(seed), num_threads(),
     )  # fmt: skip
     return dx, dresidual, dweight, dbias, dlinear_bias if has_linear_bias else None
+
+
+def embedding_forward(
+    input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps, dtype,
+    training,
+):  # fmt: skip
+    """Returns out, and for backward the normalised sum, mean and rstd (else None); or None where
+    an id is outside of its table."""
+    rows, hidden = input_ids.numel(), word.shape[1]
+    out = word.new_empty(rows, hidden, dtype=dtype)
+    total = torch.empty_like(out) if training else None
+    mean, rstd = (torch.empty(rows, dtype=torch.float32) if training else None for _ in range(2))
+    weight, bias = as_float32(weight), as_float32(bias)
+    inside = _C.embedding_forward(
+        DTYPES[word.dtype], DTYPES[dtype], rows, hidden, _table(word, input_ids),
+        _table(position, position_ids), _table(token_type, token_type_ids),
+        *map(address, (weight, bias, out, total, mean, rstd)), eps, num_threads(),
+    )  # fmt: skip
+    return (out, total, mean, rstd) if inside else None
+
+
+def _table(table, ids):
+    wide = ids is not None and ids.dtype == torch.int64
+    return address(table), table.shape[0], address(ids), wide
 
 
 def gelu_forward(x, bias, approximate, out=None):
@@ -108,7 +175,7 @@ def gelu_forward(x, bias, approximate, out=None):
     bias = as_float32(bias)
     _C.gelu_forward(
         DTYPES[x.dtype], x.numel() // x.shape[-1], x.shape[-1], address(x), address(bias),
-        address(out), APPROXIMATE[approximate], torch.get_num_threads(),
+        address(out), APPROXIMATE[approximate], num_threads(),
     )  # fmt: skip
     return out
 
@@ -120,7 +187,7 @@ def gelu_backward(dout, x, bias, approximate):
     bias = as_float32(bias)
     _C.gelu_backward(
         DTYPES[x.dtype], x.numel() // x.shape[-1], x.shape[-1], *map(address, (dout, x, bias)),
-        address(dx), address(dbias), APPROXIMATE[approximate], torch.get_num_threads(),
+        address(dx), address(dbias), APPROXIMATE[approximate], num_threads(),
     )  # fmt: skip
     return dx, dbias
 
@@ -205,7 +272,7 @@ class PackedWeight:
         packed = _aligned(_C.linear_packed_size(self.code, *self.shape))
         _C.linear_pack(
             self.code, *self.shape, *map(address, (elements, scale, self.x_factor, packed)),
-            torch.get_num_threads(),
+            num_threads(),
         )  # fmt: skip
         return packed
 
@@ -254,7 +321,7 @@ class PackedWeight:
         weight that was changed since it was packed is packed anew."""
         packed = self.current(weight)
         (rows, width), bias = x.shape, as_float32(bias)
-        threads = torch.get_num_threads()
+        threads = num_threads()
         scratch = _scratch(self.scratch(rows, threads), x, workspace)
         _C.linear_forward(
             self.code, rows, width, self.shape[0],
@@ -315,7 +382,7 @@ class Encoder:
         bound = self.bound  # kept here: another thread may bind anew meanwhile
         if bound[2] != self._kinds() or not all(p.packed.holds(p.weight) for p in self.products):
             bound = self.bound = self._bind()
-        rows, threads = x.shape[0], torch.get_num_threads()
+        rows, threads = x.shape[0], num_threads()
         size = max(packed.scratch(rows, threads) for packed in self.scratches)
         buffers = [
             workspace.take("qkv", rows, 3 * self.hidden, x),

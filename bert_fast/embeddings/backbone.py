@@ -1,6 +1,7 @@
 """The encoder under the pooling: our BertModel, or another family's model of transformers under
 :func:`bert_fast.accelerate`. Packed ids in, packed vectors out."""
 
+import contextlib
 from typing import get_args
 
 import torch
@@ -101,6 +102,10 @@ class Bert:
             return states[-1]
         return self.model(tokens, **options).logits
 
+    def around(self, numbers):
+        """A context for what is done with so many numbers of the result."""
+        return getattr(self.model, "bert", self.model).one_call.around(numbers)
+
 
 class Accelerated:
     served_in = None
@@ -146,3 +151,6 @@ class Accelerated:
             options["token_type_ids"] = torch.zeros_like(ids).masked_scatter_(mask, types)
         out = self.model(ids, mask.long(), **options)
         return out.logits if hasattr(out, "logits") else out.last_hidden_state[mask]
+
+    def around(self, numbers):
+        return contextlib.nullcontext()

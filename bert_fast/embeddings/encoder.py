@@ -185,7 +185,9 @@ class TextModel(Pools):
             if not self.tokenizer_settings.types:
                 types = torch.zeros_like(types)
             longest = max(lengths[i] for i in batch)
-            found = finish(self.backbone(tokens, types, cu_seqlens, longest), cu_seqlens)
+            states = self.backbone(tokens, types, cu_seqlens, longest)
+            with self.backbone.around(states.numel()):
+                found = finish(states, cu_seqlens)
             for i, result in zip(batch, found, strict=True):
                 out[i] = result
             advance(len(batch))

@@ -241,11 +241,11 @@ class BertModel(nn.Module):
             input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen, capacity=capacity, output_hidden_states=output_hidden_states,
         )  # fmt: skip
-        hidden_states = states if cu_seqlens is not None else list(map(packing.unpack, states))
+        with self.one_call.around(states[-1].numel()):
+            hidden_states = states if cu_seqlens is not None else list(map(packing.unpack, states))
+            pooled = self._pool(states[-1], packing.cu_seqlens)
         return BertOutput(
-            hidden_states[-1],
-            self._pool(states[-1], packing.cu_seqlens),
-            tuple(hidden_states) if output_hidden_states else None,
+            hidden_states[-1], pooled, tuple(hidden_states) if output_hidden_states else None
         )
 
     def encode(
@@ -271,6 +271,32 @@ class BertModel(nn.Module):
         self, input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen,
         capacity, output_hidden_states,
     ):  # fmt: skip
+        tokens = input_ids.numel() if isinstance(input_ids, Tensor) else 0
+        with self.one_call.around(tokens * self.config.hidden_size):
+            x, packing = self._embed(
+                input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen,
+                capacity,
+            )  # fmt: skip
+        workspace = self.workspace if can_reuse_memory(x) else NoWorkspace()
+        if workspace is self.workspace and not output_hidden_states:
+            output = self.one_call(self.layers, x, packing, workspace)
+            if output is not None:
+                return [output], packing
+        states = []
+        for layer in self.layers:
+            if output_hidden_states:
+                states.append(x.clone())  # inference goes on in x's own memory
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(layer, x, packing, workspace, use_reentrant=False)
+            else:
+                x = layer(x, packing, workspace)
+        return [*states, x], packing
+
+    def _embed(
+        self, input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen,
+        capacity,
+    ):  # fmt: skip
+        """The embeddings of the real tokens, (total_tokens, hidden), and their packing."""
         check_ids("input_ids", input_ids, self.config.vocab_size)
         check_ids("token_type_ids", token_type_ids, self.config.type_vocab_size, input_ids)
         check_ids("position_ids", position_ids, self.config.max_position_embeddings, input_ids)
@@ -299,22 +325,7 @@ class BertModel(nn.Module):
             input_ids = packing.pack(input_ids)
             if token_type_ids is not None:
                 token_type_ids = packing.pack(token_type_ids)
-
-        x = self.embeddings(input_ids, position_ids, token_type_ids)
-        workspace = self.workspace if can_reuse_memory(x) else NoWorkspace()
-        if workspace is self.workspace and not output_hidden_states:
-            output = self.one_call(self.layers, x, packing, workspace)
-            if output is not None:
-                return [output], packing
-        states = []
-        for layer in self.layers:
-            if output_hidden_states:
-                states.append(x.clone())  # inference goes on in x's own memory
-            if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, packing, workspace, use_reentrant=False)
-            else:
-                x = layer(x, packing, workspace)
-        return [*states, x], packing
+        return self.embeddings(input_ids, position_ids, token_type_ids), packing
 
     def _packing(self, input_ids, attention_mask, capacity):
         if input_ids.ndim != 2:

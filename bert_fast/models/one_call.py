@@ -1,10 +1,16 @@
 """Inference on the CPU through all layers in one call: the same kernels, in the same order, to the
 same bits as the layers one by one, without Python between them."""
 
+import contextlib
+
+import torch
 from torch import nn
 
 from bert_fast import ops
 from bert_fast.models.blocks import Linear
+
+# Copied by one thread in some 0.5 ms. Many more are worth OpenMP's start: their layers take long.
+_MOST_IN_ONE_THREAD = 1 << 20
 
 
 class OneCall:
@@ -30,6 +36,14 @@ class OneCall:
         if encoder is None or x.shape[0] < encoder.min_rows():
             return None
         return encoder.forward(x, packing.cu_seqlens, workspace)
+
+    def around(self, numbers):
+        """A context for what a model does before and after its layers with so many numbers. Where
+        the layers run in one call, small steps are done without OpenMP's loops."""
+        small = numbers <= _MOST_IN_ONE_THREAD
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not small:
+            return contextlib.nullcontext()
+        return ops.without_openmp() if self.bound[1] else contextlib.nullcontext()
 
     def _bind(self, layers):
         first = next(iter(layers), None)

@@ -56,7 +56,9 @@ class Packing:
 
         if host and capacity is None:
             max_seqlen = int(lengths.max()) if batch else 0
-            return Packing(cu_seqlens, max_seqlen, flat.nonzero().squeeze(1), batch, seqlen)
+            index = flat.nonzero().squeeze(1)
+            full = len(index) == len(flat)
+            return Packing(cu_seqlens, max_seqlen, None if full else index, batch, seqlen)
 
         capacity = flat.numel() if capacity is None else capacity
         if host and int(cu_seqlens[-1]) > capacity:

@@ -33,7 +33,7 @@ def embedding_layer_norm(
 
     Args:
         input_ids, position_ids, token_type_ids: packed, (total_tokens,), int32 or int64;
-            token_type_ids None means all 0. Ids outside of their tables are torch's own errors.
+            token_type_ids None means all 0.
         word, position, token_type: embedding tables, (number, hidden).
         weight, bias, eps: layer-norm's, as in :func:`layer_norm`.
         padding_idx: the row of ``word`` that gets no gradient.
@@ -43,6 +43,7 @@ def embedding_layer_norm(
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
+        IndexError: an id is outside of its table (on a GPU: an assertion there).
         BackendUnavailableError: the backend asked for cannot run this.
     """
     check_tensors(
@@ -66,7 +67,8 @@ def embedding_layer_norm(
     device, width = word.device.type, word.shape[1]
     name = backends.choose("embedding_layer_norm", device, word.dtype, needs_grad, backend, width)
     if name != "eager":
-        _check_in_tables(ids, (word, position, token_type))
+        if name != "cpu":  # whose kernel looks, and refuses
+            _check_in_tables(ids.values(), (word, position, token_type))
         on = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if on else word.dtype
         return torch.ops.bert_fast.embedding_layer_norm(
@@ -98,7 +100,8 @@ def _check_packed_ids(name, ids, like, device):
 
 def _check_in_tables(ids, tables):
     """What torch's embedding checks, where the values can be seen; on a device the kernel does."""
-    for (name, tensor), table in zip(ids.items(), tables, strict=True):
+    names = ("input_ids", "position_ids", "token_type_ids")
+    for name, tensor, table in zip(names, ids, tables, strict=True):
         if tensor is not None and is_concrete(tensor) and tensor.numel():
             low, high = (int(bound) for bound in torch.aminmax(tensor))
             check(
@@ -116,10 +119,14 @@ def _check_in_tables(ids, tables):
 )
 def _embedding_layer_norm(input_ids, position_ids, token_type_ids, *rest):
     *tables, weight, bias, eps, _, dtype, training, backend = rest
-    ids = (None if i is None else i.contiguous() for i in (input_ids, position_ids, token_type_ids))
-    out, *saved = backends.module(backend).embedding_forward(
+    ids = [None if i is None else i.contiguous() for i in (input_ids, position_ids, token_type_ids)]
+    found = backends.module(backend).embedding_forward(
         *ids, *(t.contiguous() for t in tables), weight, bias, eps, dtype, training
     )
+    if found is None:
+        _check_in_tables(ids, tables)
+        raise IndexError("token_type has no rows")
+    out, *saved = found
     return out, *(out.new_empty(0) if t is None else t for t in saved)
 
 
@@ -144,18 +151,22 @@ def _save_embedding_layer_norm(ctx, inputs, output):
 
 def _embedding_layer_norm_autograd(ctx, dout, *_):
     *ids, total, mean, rstd, weight = ctx.saved_tensors
-    _, dsum, dweight, dbias, _ = torch.ops.bert_fast.layer_norm_backward(
-        dout, total, mean, rstd, weight, False, 0.0, None, ctx.backend
+    # Where every token has type 0, that row is what a linear layer's bias would be.
+    of_type_0 = ids[2] is None
+    _, dsum, dweight, dbias, dfirst = torch.ops.bert_fast.layer_norm_backward(
+        dout, total, mean, rstd, weight, of_type_0, 0.0, None, ctx.backend
     )
-    if ids[2] is None:
-        ids[2] = torch.zeros_like(ids[0])
+
+    def gradient(ids, padding, count, dtype):
+        if ids is None:
+            return torch.cat([dfirst[None], dfirst.new_zeros(count - 1, len(dfirst))]).to(dtype)
+        return torch.ops.aten.embedding_dense_backward(dsum.to(dtype), ids, count, padding, False)
+
+    paddings, needed = (ctx.padding_idx, -1, -1), ctx.needs_input_grad[3:6]
     dtables = [
-        torch.ops.aten.embedding_dense_backward(dsum.to(dtype), i, count, padding, False)
-        if needed else None
-        for i, (count, dtype), padding, needed in zip(
-            ids, ctx.tables, (ctx.padding_idx, -1, -1), ctx.needs_input_grad[3:6], strict=True
-        )
-    ]  # fmt: skip
+        gradient(i, padding, *table) if need else None
+        for i, padding, table, need in zip(ids, paddings, ctx.tables, needed, strict=True)
+    ]
     return *[None] * 3, *dtables, dweight.to(weight.dtype), dbias.to(ctx.bias_dtype), *[None] * 5
 
 

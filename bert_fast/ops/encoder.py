@@ -32,6 +32,12 @@ def runs_in_one_call(x):
     return all(name == "cpu" for name in chosen)
 
 
+def without_openmp():
+    """A context in which torch's ops run in the calling thread alone, the ``cpu`` backend's as
+    always."""
+    return backends.module("cpu").WithoutOpenMP()
+
+
 def _can_be_bound(part):
     for parameter in (part.weight, part.bias):
         if parameter is None or parameter.dtype != torch.float32 or not parameter.is_contiguous():

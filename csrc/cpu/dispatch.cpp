@@ -12,6 +12,7 @@ namespace bert_fast {
   void attention_backward(const AttentionBackward&);                 \
   void layer_norm_forward(const LayerNormForward&);                  \
   void layer_norm_backward(const LayerNormBackward&);                \
+  void embedding_forward(const EmbeddingForward&);                   \
   void gelu_forward(const GeluForward&);                             \
   void gelu_backward(const GeluBackward&);                           \
   const LinearKernels& linear(Precision);                            \
@@ -19,6 +20,7 @@ namespace bert_fast {
   constexpr CpuKernels with(const LinearKernels& (*products)(Precision)) { \
     return {attention_forward,  attention_backward,                  \
             layer_norm_forward, layer_norm_backward,                 \
+            embedding_forward,                                       \
             gelu_forward,       gelu_backward,                       \
             products};                                               \
   }                                                                  \

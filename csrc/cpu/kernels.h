@@ -66,6 +66,27 @@ struct LayerNormBackward {
   int num_threads;
 };
 
+// A table of embeddings, and which of its rows each token asks for.
+struct Table {
+  const void* data;             // (rows, hidden)
+  int64_t rows;
+  const void* ids;              // of each token; null: row 0 for all
+  bool wide;                    // ids are int64, not int32
+};
+
+// out = LN(word + position + token_type) * weight + bias
+struct EmbeddingForward {
+  DType tables, dtype;          // of the tables; of out and sum
+  int64_t rows, hidden;         // tokens
+  Table word, position, token_type;
+  const float *weight, *bias;   // (hidden)
+  void *out, *sum;              // as LayerNormForward's
+  float *mean, *rstd;
+  double eps;
+  int num_threads;
+  bool* outside;                // set where a token's id is outside of its table; its row is not written
+};
+
 struct GeluForward {
   DType dtype;
   int64_t rows, width;
@@ -134,6 +155,7 @@ struct CpuKernels {
   void (*attention_backward)(const AttentionBackward&);
   void (*layer_norm_forward)(const LayerNormForward&);
   void (*layer_norm_backward)(const LayerNormBackward&);
+  void (*embedding_forward)(const EmbeddingForward&);
   void (*gelu_forward)(const GeluForward&);
   void (*gelu_backward)(const GeluBackward&);
   const LinearKernels& (*linear)(Precision);

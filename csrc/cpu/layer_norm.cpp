@@ -1,18 +1,13 @@
 // Layer normalisation (Ba et al. 2016, eq. 4) with what BERT does just before it, in one pass:
 // sum = residual + dropout(x + linear_bias);  out = (sum - mean) * rstd * weight + bias.
-#include <cmath>
-
-#include "simd.h"
+#include "layer_norm.h"
 
 namespace bert_fast {
 namespace BERT_FAST_ISA {
 namespace {
 
-int64_t scratch_width(int64_t width) { return (width + 4 * kWidth - 1) / (4 * kWidth) * (4 * kWidth); }
-
 template <class T>
 void forward(const LayerNormForward& a) {
-  const float inverse_width = 1.0f / static_cast<float>(a.hidden);
   const int threads = threads_for(a.rows * a.hidden, a.num_threads);
   parallel(threads, a.rows, grain_for(a.rows, threads), [&](Work& work) {
     // The row being normalised, in fp32, and its dropout factors: both stay in the L1 cache.
@@ -43,24 +38,8 @@ void forward(const LayerNormForward& a) {
         store(h + col, value);
         total += value;
       });
-      const float mean = sum(total) * inverse_width;
-
-      vf squares = {};
-      for_columns(a.hidden, [&](int64_t col, auto lanes) {
-        vf centred = load(h + col) - mean;
-        if (lanes < kWidth) centred = select(lane_index() < static_cast<int>(lanes), centred, vf{});
-        squares += centred * centred;
-      });
-      const float variance = sum(squares) * inverse_width;
-      const float rstd = static_cast<float>(1.0 / std::sqrt(static_cast<double>(variance) + a.eps));
-      if (a.mean) a.mean[row] = mean;
-      if (a.rstd) a.rstd[row] = rstd;
-
-      for_columns(a.hidden, [&](int64_t col, auto lanes) {
-        const vf normal = (load(h + col) - mean) * rstd;
-        store_row(out + col,
-                  normal * load_row(a.weight + col, lanes) + load_row(a.bias + col, lanes), lanes);
-      });
+      normalise_row(h, total, a.hidden, a.eps, a.weight, a.bias, out,
+                    a.mean ? a.mean + row : nullptr, a.rstd ? a.rstd + row : nullptr);
     });
   });
 }

@@ -187,14 +187,17 @@ void run_on_team(int num_threads, Job job, void* data) {
 
 void forked() { generation.fetch_add(1); }
 
-OnTeam::OnTeam() {
-  on_team = true;
+bool put_on_team(bool on) {
+  const bool before = on_team;
+  on_team = on;
 #ifdef _OPENMP
   // Ends the threads that torch's last op left spinning: they hold the cores that the team needs.
-  if (generation.load() == 0 && omp_pause_resource_all) omp_pause_resource_all(kPauseSoft);
+  if (on && !before && generation.load() == 0 && omp_pause_resource_all) {
+    omp_pause_resource_all(kPauseSoft);
+  }
 #endif
+  return before;
 }
-OnTeam::~OnTeam() { on_team = false; }
 
 void run_parallel(int num_threads, Job job, void* data) {
 #ifdef _OPENMP

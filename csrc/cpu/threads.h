@@ -40,11 +40,17 @@ void run_parallel(int num_threads, Job job, void* data);
 // Says that the process was forked, to those who were not there.
 void forked();
 
+// Whether the calling thread's parallel work runs on a team from now on; returns whether it did.
+bool put_on_team(bool on);
+
 // While one of these lives, its thread's parallel work runs on a team.
 class OnTeam {
  public:
-  OnTeam();
-  ~OnTeam();
+  OnTeam() : before_(put_on_team(true)) {}
+  ~OnTeam() { put_on_team(before_); }
+
+ private:
+  const bool before_;
 };
 
 // Calls body(work) in several threads; each takes what it can get of `count` items.

@@ -94,6 +94,25 @@ def test_precision(pair, precision):
         assert (found != wanted).sum() <= 2
 
 
+def test_small_batches_are_pooled_in_one_thread(pair, monkeypatch):
+    """As the layers before them leave OpenMP's threads: ended."""
+    _, ours = pair
+    wanted, seen, pool, threads = ours.encode(TEXTS), [], ours.pool, torch.get_num_threads()
+
+    def counted(*args):
+        seen.append(torch.get_num_threads())
+        return pool(*args)
+
+    monkeypatch.setattr(ours, "pool", counted)
+    try:
+        torch.set_num_threads(2)
+        assert np.array_equal(ours.encode(TEXTS), wanted)
+        assert set(seen) == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_no_texts(pair):
     assert pair[1].encode([]).shape == (0, 24)
     assert pair[1].encode([], convert_to_tensor=True).shape == (0, 24)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import DTYPES, assert_within
+import torch.nn.functional as F
+from conftest import DTYPES, assert_within, same_bits_at_any_thread_count
 
 import bert_fast
 from bert_fast import ops
@@ -71,6 +72,51 @@ def test_an_id_outside_of_its_table_is_an_error(backend):
         tokens[0][4] = wrong
         with pytest.raises(IndexError, match="out of range"):
             ops.embedding_layer_norm(*tokens, *tables)
+
+
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("compiled", [False, True])
+def test_ids_outside_of_any_table_whoever_calls(which, compiled):
+    """A traced graph sees no values: there the kernel refuses, and reads nothing out of bounds."""
+    tokens, tables = ids(9), [t.float() for t in weights(16, torch.float32)]
+    run = ops.embedding_layer_norm
+    if compiled:
+        run = torch.compile(run, fullgraph=True, backend="eager")
+    run(*tokens, *tables)
+    name = ("input_ids", "position_ids", "token_type_ids")[which]
+    for wrong in (-1, len(tables[which]), 2**40):
+        tokens[which][4] = wrong
+        with pytest.raises(IndexError, match=f"{name} out of range"):
+            run(*tokens, *tables)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_at_any_thread_count_and_as_hugging_face_adds(backend, dtype):
+    """(word + type) + position, then torch's layer-norm; kernels' rows do not meet."""
+    if backend not in ("cpu", "eager"):
+        pytest.skip("another backend has no threads")
+    tokens, tables = ids(700), [t.to(dtype) for t in weights(64, dtype)]
+    same_bits_at_any_thread_count(lambda: (ops.embedding_layer_norm(*tokens, *tables),))
+
+    def by_torch(*tables):
+        word, position, types = (t[i] for t, i in zip(tables[:3], tokens, strict=True))
+        return F.layer_norm(word + types + position, (64,), *tables[3:], 1e-12)
+
+    assert_within(
+        [ops.embedding_layer_norm(*tokens, *tables)],
+        [by_torch(*tables)],
+        [by_torch(*(t.double() for t in tables))],
+    )
+
+
+def test_kinds_of_ids_may_differ():
+    tokens, tables = ids(40), [t.float() for t in weights(24, torch.float32)]
+    wanted = ops.embedding_layer_norm(*tokens, *tables)
+    for kinds in ((torch.int32, torch.int64, torch.int32), (torch.int64, torch.int32, torch.int64)):
+        given = [t.to(kind) for t, kind in zip(tokens, kinds, strict=True)]
+        assert torch.equal(ops.embedding_layer_norm(*given, *tables), wanted)
+    apart = [torch.stack([t, t], dim=1)[:, 0] for t in tokens]  # every other number
+    assert torch.equal(ops.embedding_layer_norm(*apart, *tables), wanted)
 
 
 @pytest.mark.parametrize(

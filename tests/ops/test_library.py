@@ -40,6 +40,10 @@ OP_CALLS = {
         *[torch.arange(4)] * 2, None, *(leaf(5, 8) for _ in range(3)), leaf(8), leaf(8), 1e-5, 0,
         torch.float32, True, "triton",
     ),
+    "embedding_layer_norm-cpu": lambda: (
+        *[torch.arange(4)] * 3, *(leaf(5, 8) for _ in range(3)), leaf(8), leaf(8), 1e-5, 0,
+        torch.float32, True, "cpu",
+    ),
     "gelu-plain": lambda: (leaf(6, 20), None, "tanh", "cpu"),
 }  # fmt: skip
 

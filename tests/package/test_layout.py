@@ -98,6 +98,7 @@ def test_one_op_one_name():
             assert (ROOT / folder / f"{op}{ends}").is_file(), f"{folder} has no {op}{ends}"
         assert (ROOT / "tests/ops" / f"test_{op}.py").is_file()
     for op in ("linear", "embedding"):
+        assert (ROOT / "csrc/cpu" / f"{op}.cpp").is_file()
         assert (ROOT / "kernels" / f"{op}.py").is_file()
         assert (ROOT / "bert_fast/ops" / f"{op}.py").is_file()
 
