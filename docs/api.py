@@ -17,6 +17,7 @@ MODULES = [
     "bert_fast.hugging_face",
     "bert_fast.training.pretrain",
     "bert_fast.training.finetune",
+    "bert_fast.training.tuned",
     "bert_fast.training.tasks",
     "bert_fast.bench.peers",
 ]

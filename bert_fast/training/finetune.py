@@ -1,30 +1,31 @@
-"""``bert-fast finetune`` and ``bert-fast predict``: a BERT checkpoint, a task, its rows."""
+"""``bert-fast finetune``: a BERT checkpoint, a task, its rows."""
 
 import dataclasses
+import functools
+import hashlib
 import json
-import math
+import os
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import torch
 
-from bert_fast.backends import resolve_device
-from bert_fast.embeddings.backbone import positions
-from bert_fast.embeddings.tokenizer import batches_by_tokens, load_tokenizer
 from bert_fast.extras import can_draw
-from bert_fast.files import CheckpointError, atomic_path
-from bert_fast.models.inference import Precision
-from bert_fast.text import read_texts
-from bert_fast.training import tasks
-from bert_fast.training.models import load_model, takes_types
-from bert_fast.training.optim import parameter_groups, warmup_then_linear_decay
+from bert_fast.files import atomic_path
+from bert_fast.training import predict, tasks
 from bert_fast.training.options import add_options, option
+from bert_fast.training.processes import Group, read_state
+from bert_fast.training.tokens import digest
+from bert_fast.training.trainer import Trainer
+from bert_fast.training.tuned import Tuned
 
 TOKENIZER_SETTINGS = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+# The files that a run reads; what may change when it is resumed, beside their places.
+FILES = "train", "train_targets", "test", "test_targets", "validation", "validation_targets"
+FREE = {*FILES, "model", "out", "device", "save_every", "resume", "overwrite", "max_length",
+        "class_weights"}  # fmt: skip
 
 
 @dataclass
@@ -35,11 +36,18 @@ class Settings:
     model: str = option("directory of a Hugging Face BERT checkpoint")
     train: str = option("the training rows")
     out: str = option("directory for the model, its metrics and a plot")
-    test: str | None = option("test rows (default: a tenth of --train)", None)
+    test: str | None = option(
+        "test rows, for the figures at the end (default: --validation's, or a tenth of --train)",
+        None,
+    )
+    validation: str | None = option(
+        "rows that the epochs are judged by, for keep and patience (default: the test rows)", None
+    )
     train_targets: str | None = option(
         "translation: a file aligned with --train, one text per line", None
     )
     test_targets: str | None = option("translation: a file aligned with --test", None)
+    validation_targets: str | None = option("translation: a file aligned with --validation", None)
     decoder_layers: int = option("translation: layers of the new decoder", 3)
     target_vocab: int = option("translation: size of the target vocabulary", 8192)
     beams: int = option("translation: beams of the search; 1 is greedy", 4)
@@ -51,9 +59,14 @@ class Settings:
         "the model's positions)",
         None,
     )
+    class_weights: list | dict | None = option(
+        "classification, sentiment, ner: weights of the labels in the loss: balanced (by how many "
+        "rows or words have each, as scikit-learn does), label=weight ..., or a .json file of them",
+        None,
+    )
     keep: str = option(
-        "the epoch whose weights are saved: the best by the task's first figure on the test rows, "
-        "or the last, unjudged until then",
+        "the epoch whose weights are saved: the best by the task's first figure on the validation "
+        "rows, or the last, unjudged until then",
         "best",
         choices=["best", "last"],
     )
@@ -63,6 +76,10 @@ class Settings:
     clip: float = option("gradients are clipped to this norm", 1.0)
     seed: int = option("random seed", 0)
     device: str = option("auto, cpu or cuda", "auto")
+    save_every: int | None = option(
+        "steps between checkpoints, beside the one after each epoch", None
+    )
+    resume: bool = option("resume from the checkpoint in --out, if there is one", False)
     overwrite: bool = option("replace what is in --out, if it is not empty", False)
 
     def __post_init__(self):
@@ -71,225 +88,161 @@ class Settings:
         for name, least in (
             ("epochs", 1), ("batch_tokens", 1), ("max_length", 8), ("decoder_layers", 1),
             ("target_vocab", 300), ("beams", 1), ("patience", 1),
+            ("save_every", 1),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, not {value}")
-        aligned = self.train_targets is not None or self.test_targets is not None
-        if aligned and self.task != "translation":
-            raise ValueError("train_targets and test_targets are for the task translation")
+        targets = self.train_targets, self.test_targets, self.validation_targets
+        if any(path is not None for path in targets) and self.task != "translation":
+            raise ValueError("train_targets and test_targets are for the task translation, as "
+                             "validation_targets are")  # fmt: skip
+        if self.class_weights is not None and not tasks.TASKS[self.task].has_classes:
+            having = ", ".join(name for name, kind in tasks.TASKS.items() if kind.has_classes)
+            raise ValueError(f"class_weights are for the tasks {having}; {self.task} has no "
+                             "labels of which one is right")  # fmt: skip
         if self.keep not in ("best", "last"):
             raise ValueError(f"keep must be best or last, not {self.keep!r}")
         if self.patience is not None and self.keep == "last":
             raise ValueError("patience needs keep best: epochs are not judged with keep last")
-        if self.test_targets is not None and self.test is None:
-            raise ValueError("test_targets needs test")
-
-
-class Tuned:
-    """A model with a task's head, its tokenizer, and its task: what ``finetune`` leaves behind."""
-
-    def __init__(self, task, model, tokenizer, max_length=None):
-        self.task, self.model, self.tokenizer = task, model, tokenizer
-        longest = positions(model)
-        max_length = max_length or min(128, longest)
-        if max_length > longest:
-            raise ValueError(f"max_length is {max_length}; the model has {longest} positions")
-        self.pad, self.takes_types = model.config.pad_token_id or 0, takes_types(model)
-        self.max_length = max_length
-
-    @classmethod
-    def from_pretrained(cls, directory, max_length=None, device="cpu", dtype=None):
-        """A directory of ``finetune``'s, or of Hugging Face's with a head for one of the tasks."""
-        directory = Path(directory)
-        try:
-            values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-            (architecture,) = values["architectures"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{directory}: config.json names no model: {error!r}") from error
-        kinds = [kind for kind in tasks.TASKS.values() if _does(kind, architecture)]
-        if not kinds:
-            raise CheckpointError(f"{directory} holds a {architecture}, which is no task's model")
-        on_cpu = torch.device(device).type == "cpu"
-        if dtype is not None and not on_cpu:
-            raise ValueError(f"--dtype {dtype} is for the CPU: give --device cpu")
-        model = load_model(kinds[0].model, directory, prepack=on_cpu, dtype=dtype)
-        # A single logit is a score, whatever it was trained for: alone it has no rival.
-        single = "regression" if getattr(model.config, "num_labels", 2) == 1 else tasks.SINGLE
-        problem = values.get("problem_type") or single
-        kinds = [kind for kind in kinds if kind.problem_type in (None, problem)]
-        if not kinds:
-            raise CheckpointError(f"{directory}: problem_type {problem!r} is no task's")
-        task = kinds[0]()
-        task.load(directory, model.config)
-        tokenizer = _plain(load_tokenizer(directory))
-        return cls(task, model.to(device).eval(), tokenizer, max_length)
-
-    def features(self, examples):
-        return self.task.features(self.tokenizer, examples, self.max_length)
-
-    @torch.inference_mode()
-    def predict(self, examples, batch_tokens=8192):
-        """A prediction an example, as the task has it."""
-        was_training, features = self.model.training, self.features(examples)
-        self.model.eval()
-        outputs = [None] * len(features)
-        for some in batches_by_tokens([len(f.ids) for f in features], batch_tokens):
-            batch = [features[i] for i in some]
-            found = self.task.run(self.model, self.batch(batch), [len(f.ids) for f in batch])
-            for i, output in zip(some, found, strict=True):
-                outputs[i] = output
-        self.model.train(was_training)
-        return self.task.predictions(examples, features, outputs)
-
-    def batch(self, features, labelled=False):
-        """The model's arguments. Masks stay on the CPU, where padding is counted at once."""
-        seqlen = max(len(feature.ids) for feature in features)
-        ids = torch.full((len(features), seqlen), self.pad, dtype=torch.int64)
-        types, mask = torch.zeros_like(ids), torch.zeros_like(ids)
-        for row, feature in enumerate(features):
-            length = len(feature.ids)
-            ids[row, :length] = torch.tensor(feature.ids)
-            types[row, :length] = torch.tensor(feature.types)
-            mask[row, :length] = 1
-        labels = self.task.label_tensors(features, seqlen) if labelled else {}
-        device = next(self.model.parameters()).device
-        inputs = {"input_ids": ids, "attention_mask": mask, **labels}
-        if self.takes_types:
-            inputs["token_type_ids"] = types
-        return {
-            name: value if name.endswith("mask") else value.to(device, non_blocking=True)
-            for name, value in inputs.items()
-        }
-
-
-def _does(kind, architecture):
-    """Whether an architecture of any family is that of a task's model."""
-    head = kind.model.__name__.removeprefix("Bert")
-    return architecture == head or (head.startswith("For") and architecture.endswith(head))
-
-
-def _plain(tokenizer):
-    tokenizer.no_padding()
-    return tokenizer
+        if self.validation is not None and self.keep == "last":
+            raise ValueError("validation needs keep best: epochs are not judged with keep last")
+        for name in ("test", "validation"):
+            if getattr(self, f"{name}_targets") is not None and getattr(self, name) is None:
+                raise ValueError(f"{name}_targets needs {name}")
+        if self.resume and self.overwrite:
+            raise ValueError("resume goes on with what is in out, overwrite replaces it: give one")
 
 
 def finetune(settings, progress=None):
     """Trains, judges and saves as ``settings`` say; returns (:class:`Tuned`, figures).
-    ``progress(done, steps, loss)`` is called after each step.
+    ``progress(done, steps, loss)`` is called after each step. Under torchrun every process calls
+    this; the first one writes.
 
     Raises:
         DataError, CheckpointError, ValueError: before training begins, naming what is wrong.
     """
-    out = Path(settings.out)
-    if not settings.overwrite and out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"{out} exists and is not empty; --overwrite replaces what is in it")
+    with Group.join(settings.device) as group:
+        return _finetune(settings, group, progress or (lambda done, steps, loss: None))
+
+
+def _finetune(settings, group, progress):
+    out, state_path = Path(settings.out), Path(settings.out) / "training_state.pt"
+    group.first(_may_write, settings, out, state_path)
     task = tasks.TASKS[settings.task]()
     task.configure(settings)
     rng = np.random.default_rng(settings.seed)
     rows = _read(task, settings.train, settings.train_targets)
-    if settings.test:
-        test = _read(task, settings.test, settings.test_targets)
-    else:
+    test, validation = (
+        path and _read(task, path, targets)
+        for path, targets in ((settings.test, settings.test_targets),
+                              (settings.validation, settings.validation_targets))
+    )  # fmt: skip
+    if not test and not validation:
         order = rng.permutation(len(rows))
-        cut = max(1, len(rows) // 10)
-        if cut == len(rows):
+        held_out = max(1, len(rows) // 10)
+        if held_out == len(rows):
             raise ValueError(f"{settings.train}: one row cannot be split; give test")
-        test, rows = ([rows[i] for i in part] for part in (order[:cut], order[cut:]))
-    task.fit(rows)
+        test, rows = ([rows[i] for i in part] for part in (order[:held_out], order[held_out:]))
+    state = None
+    if settings.resume and state_path.is_file():
+        state = read_state(state_path, _binding(settings))
+        task.take(state["fitted"])
+    else:
+        if group.rank == 0:
+            task.fit(rows)
+        # Of one process for all: two trainings of a tokenizer may break ties differently.
+        task.take(group.share(task.fitted() if group.rank == 0 else None))
+    if settings.class_weights is not None:
+        task.class_weights = tasks.class_weights(
+            settings.class_weights, task.labels, task.truth(rows)
+        )
     torch.manual_seed(settings.seed)
-    model = task.new_model(settings.model)
-    device = resolve_device(settings.device)
-    tokenizer = _plain(load_tokenizer(settings.model))
-    tuned = Tuned(task, model.to(device).train(), tokenizer, settings.max_length)
-    task.check(test)  # before any time is spent
-    epochs, best, seconds = _train(settings, tuned, tuned.features(rows), rng, test, progress)
-    predictions = tuned.predict(test)
-    figures = task.judge(test, predictions)
-    figures |= {"test_rows": len(test), "train_rows": len(rows), "steps": epochs[-1]["step"]}
-    figures["epoch"] = best
-    _save(settings, tuned, figures | {"training_seconds": seconds}, epochs, test, predictions)
+    model = task.new_model(settings.model).to(group.device).train()
+    tuned = Tuned(task, model, settings.model, settings.max_length)
+    inputs = _inputs(settings, tuned)
+    if state is not None:
+        _unchanged(state["inputs"], inputs, state_path)
+    for judged in (validation or [], test or []):
+        task.check(judged)  # before any time is spent
+    trainer = Trainer(settings, group, tuned, tuned.features(rows), rng)
+    if state is not None:
+        trainer.load(state)
+    else:
+        group.first(_begin, out, state_path)
+    about = {"settings": _binding(settings), "inputs": inputs, "fitted": task.fitted()}
+    save = functools.partial(group.first, Trainer.save, trainer, state_path)
+    trainer.train(validation or test, lambda: save(about), progress)
+    predictions = trainer.predict(test or validation)
+    figures = task.judge(test or validation, predictions)
+    figures |= {f"{name}_rows": len(of) for name, of in (
+        ("test", test), ("validation", validation), ("train", rows)) if of}  # fmt: skip
+    figures |= {"steps": trainer.step, "epoch": trainer.best}
+    group.first(_save, settings, trainer, figures, test or validation, predictions)
+    group.first(state_path.unlink, True)
     return tuned, figures
+
+
+def _may_write(settings, out, state_path):
+    if settings.resume:
+        if not state_path.is_file() and (out / "metrics.json").is_file():
+            raise ValueError(f"{out} holds a run that is done: there is nothing to resume")
+    elif not settings.overwrite and out.is_dir() and any(out.iterdir()):
+        which = "--resume goes on with it, " if state_path.is_file() else ""
+        raise ValueError(
+            f"{out} exists and is not empty; {which}--overwrite replaces what is in it"
+        )
+
+
+def _begin(out, state_path):
+    """Another run's traces would be taken for this one's."""
+    out.mkdir(parents=True, exist_ok=True)
+    for path in (state_path, out / "metrics.json"):
+        path.unlink(missing_ok=True)
+
+
+def _binding(settings):
+    """The settings that a resumed run must share, all but :data:`FREE`."""
+    values = dataclasses.asdict(settings)
+    return {name: value for name, value in values.items() if name not in FREE}
+
+
+def _inputs(settings, tuned):
+    """Digests of what a run is made of, wherever it lies; the weights that it gives classes."""
+    model = Path(settings.model)
+    weights = [path for path in model.iterdir() if path.suffix in (".safetensors", ".bin")]
+    files = {name: path and digest(path) for name in FILES if (path := getattr(settings, name))}
+    return {
+        **dict.fromkeys(FILES), **files,
+        "model": [digest(path) for path in (model / "config.json", *sorted(weights))],
+        "tokenizer": [hashlib.sha256(tuned.tokenizer.to_str().encode()).hexdigest(), tuned.side],
+        "max_length": tuned.max_length, "class_weights": tuned.task.class_weights,
+    }  # fmt: skip
+
+
+def _unchanged(before, now, state_path):
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise ValueError(f"--resume: {name} is not what {state_path} was made of")
 
 
 def _read(task, path, targets):
     return task.read(path) if targets is None else task.read_aligned(path, targets)
 
 
-def _train(settings, tuned, features, rng, test, progress):
-    """A record an epoch, the kept one's number, and the seconds without judging. The model is left
-    with the kept epoch's weights."""
-    task, model = tuned.task, tuned.model
-    lengths = np.array([task.tokens(feature) for feature in features])
-    epochs = [
-        list(_shuffled_batches(lengths, settings.batch_tokens, rng))
-        for _ in range(settings.epochs or task.epochs)
-    ]
-    steps = sum(map(len, epochs))
-    lr = settings.lr or task.lr
-    optimizer = torch.optim.AdamW(parameter_groups(model, settings.weight_decay), lr=lr)
-    schedule = warmup_then_linear_decay(optimizer, round(settings.warmup * steps), steps)
-    records, done, seconds = [], 0, 0.0
-    best, highest, weights = len(epochs), -math.inf, None
-    for epoch, batches in enumerate(epochs, 1):
-        losses, began = [], time.perf_counter()
-        for some in batches:
-            done += 1
-            inputs = tuned.batch([features[i] for i in some], labelled=True)
-            with torch.autocast("cuda", torch.bfloat16, enabled=inputs["input_ids"].is_cuda):
-                loss = model(**inputs).loss
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-            if not torch.isfinite(norm):
-                raise ValueError(f"step {done}: the gradient's norm is {norm.item()}: lower lr")
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
-            if progress is not None:
-                progress(done, steps, losses[-1])
-        seconds += time.perf_counter() - began
-        records.append({"epoch": epoch, "step": done, "loss": float(np.mean(losses))})
-        if settings.keep == "last":
-            continue
-        figures = task.judge(test, tuned.predict(test))
-        records[-1] |= figures
-        figure = next(iter(figures.values()))  # of every task: more is better
-        if weights is None or figure > highest:
-            best, highest = epoch, figure
-            weights = {name: w.to("cpu", copy=True) for name, w in model.state_dict().items()}
-        elif settings.patience is not None and epoch - best >= settings.patience:
-            break
-    if weights is not None and best != epoch:
-        model.load_state_dict(weights)
-    return records, best, seconds
-
-
-def _shuffled_batches(lengths, budget, rng):
-    batch, used = [], 0
-    for i in rng.permutation(len(lengths)):
-        if batch and used + lengths[i] > budget:
-            yield batch
-            batch, used = [], 0
-        batch.append(i)
-        used += lengths[i]
-    if batch:
-        yield batch
-
-
-def _save(settings, tuned, figures, epochs, test, predictions):
-    out = Path(settings.out)
+def _save(settings, trainer, figures, test, predictions):
+    out, tuned = Path(settings.out), trainer.tuned
+    figures = figures | {"training_seconds": trainer.seconds}
     tuned.model.save_pretrained(out)
     tuned.task.save(out)
     for name in TOKENIZER_SETTINGS:  # what transformers reads beside tokenizer.json
         if (given := Path(settings.model) / name).is_file():
             shutil.copyfile(given, out / name)
-    tuned.tokenizer.no_truncation()
     with atomic_path(out / "tokenizer.json") as path:
-        tuned.tokenizer.save(str(path))
+        tuned.save_tokenizer(path)
     with atomic_path(out / "metrics.json") as path:
         settings = dataclasses.asdict(settings)
-        whole = {"figures": figures, "epochs": epochs, "settings": settings}
+        whole = {"figures": figures, "epochs": trainer.records, "settings": settings}
         Path(path).write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     if not can_draw(out / "test.png"):
         return
@@ -302,11 +255,15 @@ def _save(settings, tuned, figures, epochs, test, predictions):
 
 
 def command_finetune(args):
-    """Fine-tune a BERT for a task and evaluate it on test rows."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
+    """Fine-tune a BERT for a task and evaluate it on test rows; several processes by ``torchrun -m
+    bert_fast.cli``."""
     names = [f.name for f in dataclasses.fields(Settings)]
     settings = Settings(**{name: getattr(args, name) for name in names})
+    if int(os.environ.get("RANK", 0)):
+        finetune(settings)
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = BarColumn(), TextColumn("{task.completed}/{task.total} {task.description}")
     with Progress(*columns, TimeRemainingColumn()) as bar:
         line = bar.add_task("reading")
@@ -319,49 +276,8 @@ def command_finetune(args):
     print(f"{', '.join(said)}\n{settings.out}: model.safetensors, tokenizer.json, test.png")
 
 
-def command_predict(args):
-    """Predictions of a fine-tuned model, one JSON object per row."""
-    out = Path(args.out)
-    if out.exists() and not args.overwrite:
-        raise ValueError(f"{out} exists; --overwrite replaces it")
-    tuned = Tuned.from_pretrained(
-        args.model, args.max_length, resolve_device(args.device), args.dtype
-    )
-    translates = isinstance(tuned.task, tasks.Translation)
-    if args.beams is not None:
-        if not translates or args.beams < 1:
-            raise ValueError("--beams is for translation, and at least 1")
-        tuned.task.beams = args.beams
-    path = Path(args.rows)
-    plain = path.suffix == ".txt" or (translates and path.suffix not in tasks.ROW_FORMATS)
-    if plain and not isinstance(tuned.task, tasks.QuestionAnswering):
-        tagging = isinstance(tuned.task, tasks.Tagging)
-        texts = read_texts(path, keep_blank=True)
-        examples = [tasks.Example(text.split() if tagging else text) for text in texts]
-    else:
-        examples = tuned.task.read(path, labelled=False)
-    with atomic_path(out) as written, open(written, "w", encoding="utf-8") as file:
-        for example, prediction in zip(examples, tuned.predict(examples), strict=True):
-            row = {"text": example.text, **tuned.task.row(prediction)}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    print(f"{len(examples)} rows: {out}")
-
-
 def add_parsers(commands):
     sub = commands.add_parser("finetune", help=command_finetune.__doc__)
     add_options(sub, Settings)
     sub.set_defaults(function=command_finetune)
-    sub = commands.add_parser("predict", help=command_predict.__doc__)
-    sub.add_argument("--model", required=True, help="a directory that finetune wrote")
-    sub.add_argument(
-        "--rows", required=True, help="rows as for training, or .txt with one text per line"
-    )
-    sub.add_argument("--out", required=True, help="the .jsonl file to write predictions to")
-    sub.add_argument("--max-length", type=int, help="tokens per text (default 128)")
-    sub.add_argument("--beams", type=int, help="translation: beams of the search (default 4)")
-    sub.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
-                     help="default: the GPU where there is one")  # fmt: skip
-    sub.add_argument("--dtype", choices=get_args(Precision),
-                     help="of the encoder's products, on a CPU (default float32)")  # fmt: skip
-    sub.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
-    sub.set_defaults(function=command_predict)
+    predict.add_parser(commands)

@@ -1,6 +1,7 @@
 """A dataclass of settings as options of the command line."""
 
 import dataclasses
+import typing
 from typing import Any
 
 
@@ -19,7 +20,7 @@ def add_options(parser, settings):
         kinds = {int: int, float: float, int | None: int, float | None: float}
         if f.type is bool:
             options |= {"action": "store_true"}
-        elif f.type is list:
+        elif list in (f.type, *typing.get_args(f.type)):
             options |= {"nargs": "+"}
         else:
             options |= {"type": kinds.get(f.type, str)}

@@ -8,7 +8,6 @@ run that was killed goes on from its last checkpoint to the same losses, on the 
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -28,7 +27,7 @@ from bert_fast.training.corpus import Corpus, PairSampler, SequenceSampler, prep
 from bert_fast.training.metrics import plot, read_metrics
 from bert_fast.training.optim import OPTIMIZERS, parameter_groups, warmup_then_linear_decay
 from bert_fast.training.options import add_options, option
-from bert_fast.training.processes import BINDING, Group
+from bert_fast.training.processes import BINDING, Group, cut, dropout_seed, read_state
 from bert_fast.training.tokens import read_tokens
 
 
@@ -191,10 +190,7 @@ class _Run:
             for layer in self.model.bert.layers:
                 fully_shard(layer)
             return fully_shard(self.model)
-        if self.group.size == 1:
-            return self.model
-        devices = None if self.group.device.type == "cpu" else [self.group.device]
-        return DistributedDataParallel(self.model, device_ids=devices)
+        return self.group.replicate(self.model)
 
     # -- training --
 
@@ -232,8 +228,7 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         figures = torch.zeros(5, dtype=torch.float64, device=group.device)
         for i, (batch, rows_of) in enumerate(mine):
-            # Dropout depends on nothing that a resumed run would have to remember.
-            torch.manual_seed(hash((self.settings.seed, self.step, group.rank, i)) % 2**63)
+            dropout_seed(self.settings.seed, self.step, group.rank, i)
             last = i == len(mine) - 1
             with self._without_exchange(not last):
                 shares = (batch.masked / masked, rows_of / count) if rows_of else (0.0, 0.0)
@@ -262,7 +257,7 @@ class _Run:
     def _own(self, sampler, rows, whole, epoch, parts=1):
         """This process's parts of a batch: (what it holds, how many of its rows count). Where there
         are more parts than rows, some hold a row that counts for nothing."""
-        own = _cut(whole, self.group.size * parts)[self.group.rank * parts :][:parts]
+        own = cut(whole, self.group.size * parts)[self.group.rank * parts :][:parts]
         filled = [part if part.stop > part.start else slice(whole.start, whole.start + 1)
                   for part in own]  # fmt: skip
         return [(sampler.batch(rows, some, epoch), part.stop - part.start)
@@ -329,6 +324,9 @@ class _Run:
 
     # -- checkpoints --
 
+    def _binding(self):
+        return {name: getattr(self.settings, name) for name in BINDING}
+
     def _weights(self):
         """Model and optimizer, whole, whatever the sharding."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
@@ -341,12 +339,11 @@ class _Run:
         model, optimizer = self._weights()
         if self.group.rank:
             return
-        settings = {name: getattr(self.settings, name) for name in BINDING}
         with atomic_path(self.state_path) as path:
             torch.save({
                 "model": model, "optimizer": optimizer, "schedule": self.schedule.state_dict(),
-                "step": self.step, "epoch": self.epoch, "place": self.place, "settings": settings,
-                "inputs": self.inputs,
+                "step": self.step, "epoch": self.epoch, "place": self.place,
+                "settings": self._binding(), "inputs": self.inputs,
             }, path)  # fmt: skip
         self._write_results(model)
 
@@ -361,13 +358,7 @@ class _Run:
     def _load(self):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
-        try:
-            state = torch.load(self.state_path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load raises nearly anything
-            raise ValueError(f"{self.state_path} cannot be read: {error}") from error
-        for name, value in ({"no_next_sentence": False} | state["settings"]).items():
-            if (mine := getattr(self.settings, name)) != value:
-                raise ValueError(f"--resume: {name} was {value}, and is {mine} now")
+        state = read_state(self.state_path, self._binding())
         if state.get("inputs", self.inputs) != self.inputs:
             raise ValueError(f"--resume: {self.out} was trained on another text, or tokenizer")
         set_state_dict(
@@ -382,12 +373,6 @@ class _Run:
             with atomic_path(self.metrics_path) as path:
                 lines = (json.dumps(record) + "\n" for record in records)
                 Path(path).write_text("".join(lines), encoding="utf-8")
-
-
-def _cut(whole, parts):
-    """A slice in as many, as even as can be; empty where there are more parts than pairs."""
-    edges = [whole.start + (whole.stop - whole.start) * i // parts for i in range(parts + 1)]
-    return [slice(a, b) for a, b in itertools.pairwise(edges)]
 
 
 def command(args):

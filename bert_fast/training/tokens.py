@@ -40,8 +40,8 @@ def write_tokens(directory, texts, tokenizer_file, sentences, tokenizer, reuse):
     """
     directory, about = Path(directory), Path(directory) / "about.json"
     inputs = {
-        "tokenizer": _digest(tokenizer_file),
-        "texts": [[str(path), _digest(path)] for path in texts],
+        "tokenizer": digest(tokenizer_file),
+        "texts": [[str(path), digest(path)] for path in texts],
     }
     if reuse and about.is_file():
         _unchanged(directory, json.loads(about.read_text(encoding="utf-8")), inputs)
@@ -110,12 +110,13 @@ def _chunks(sentences):
         yield numbers, texts
 
 
-def _digest(path):
-    digest = hashlib.sha256()
+def digest(path):
+    """SHA-256 of a file."""
+    found = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+            found.update(block)
+    return found.hexdigest()
 
 
 def _unchanged(directory, before, now):

@@ -17,7 +17,8 @@ import transformers
 from bert_fast.embeddings.tokenizer import load_tokenizer
 from bert_fast.training import corpus
 from bert_fast.training.metrics import read_metrics
-from bert_fast.training.pretrain import Settings, _cut, pretrain
+from bert_fast.training.pretrain import Settings, pretrain
+from bert_fast.training.processes import cut
 
 SENTENCES = [
     "the cat sees a dog by the river", "one red house has a green door", "old men run to new trees",
@@ -408,5 +409,5 @@ def test_bad_settings_are_said(text, tmp_path):
 
 
 def test_cut():
-    assert _cut(slice(5, 12), 3) == [slice(5, 7), slice(7, 9), slice(9, 12)]
-    assert [s.stop - s.start for s in _cut(slice(0, 2), 4)] == [0, 1, 0, 1]
+    assert cut(slice(5, 12), 3) == [slice(5, 7), slice(7, 9), slice(9, 12)]
+    assert [s.stop - s.start for s in cut(slice(0, 2), 4)] == [0, 1, 0, 1]

@@ -8,6 +8,7 @@ from bert_fast.training.tasks.regression import Regression
 from bert_fast.training.tasks.tagging import Tagging
 from bert_fast.training.tasks.task import SINGLE, Example, Feature, Task
 from bert_fast.training.tasks.translation import Translation
+from bert_fast.training.tasks.weights import class_weights
 
 __all__ = [
     "ROW_FORMATS",
@@ -24,6 +25,7 @@ __all__ = [
     "Tagging",
     "Task",
     "Translation",
+    "class_weights",
     "read_rows",
 ]
 

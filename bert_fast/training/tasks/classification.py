@@ -11,6 +11,7 @@ class Classification(Task):
     """A label a text: columns ``text``, ``label``, and ``text_b`` for pairs."""
 
     problem_type = SINGLE
+    has_classes = True
 
     def label(self, path, number, row):
         value = row.get("label")

@@ -23,6 +23,7 @@ class Tagging(Task):
     judged as entities, others a word at a time."""
 
     model = heads.BertForTokenClassification
+    has_classes = True
 
     def read(self, path, labelled=True):
         path = Path(path)
@@ -56,8 +57,19 @@ class Tagging(Task):
             raise DataError(f"the tags have B-x, and {odd[0]!r}: entities are scored by the "
                             "schemes BIO, BIOES, BILOU and BMES, with O")  # fmt: skip
 
-    def features(self, tokenizer, examples, max_length):
-        """Long examples go by windows that overlap by a third."""
+    def truth(self, examples):
+        return [tag for example in examples for tag in example.label]
+
+    def weight(self, feature):
+        tags = [tag for tag in feature.label if tag != IGNORED]
+        return (
+            float(len(tags))
+            if self.class_weights is None
+            else sum(self.class_weights[tag] for tag in tags)
+        )
+
+    def features(self, tokenizer, examples, max_length, side="right"):
+        """Long examples go by windows that overlap by a third: none is cut, on no side."""
         room = max_length - tokenizer.num_special_tokens_to_add(False)
         tokenizer.enable_truncation(max_length, stride=room // 3)
         encodings = tokenizer.encode_batch([e.text for e in examples], is_pretokenized=True)
@@ -101,7 +113,7 @@ class Tagging(Task):
         return found
 
     def judge(self, examples, predictions):
-        truth = [tag for example in examples for tag in example.label]
+        truth = self.truth(examples)
         guess = [tag for tags in predictions for tag in tags]
         figures = {"accuracy": float(np.mean([a == b for a, b in zip(truth, guess, strict=True)]))}
         if any(tag.startswith("B-") for tag in self.labels):

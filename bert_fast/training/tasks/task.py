@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from bert_fast.models import heads
 from bert_fast.text import DataError, read_rows, text_of
@@ -35,11 +36,13 @@ class Feature(NamedTuple):
 
 class Task:
     """``labels``: the names in the order of their numbers, once :meth:`fit` has seen the training
-    rows, or None where the task has none."""
+    rows, or None where the task has none. ``class_weights``: of each label, or None."""
 
     model: type = heads.BertForSequenceClassification
     problem_type: str | None = None
     labels: list | None = None
+    has_classes = False  # whether one label of several is right, of a text or of a word
+    class_weights: list | None = None
     epochs, lr = 3, 5e-5  # Devlin et al. 2019, appendix A.3
 
     def configure(self, settings):
@@ -64,6 +67,18 @@ class Task:
 
     def fit(self, examples):
         self.labels = sorted({example.label for example in examples})
+
+    def fitted(self):
+        """What :meth:`fit` found out, for a checkpoint and for other processes."""
+        return {"labels": self.labels}
+
+    def take(self, fitted):
+        """Takes that in the place of :meth:`fit`."""
+        self.labels = fitted["labels"]
+
+    def truth(self, examples):
+        """The labels of all that has one."""
+        return [example.label for example in examples]
 
     def number(self, label):
         """Of a label's name."""
@@ -96,8 +111,23 @@ class Task:
         """How many a feature adds to a batch."""
         return len(feature.ids)
 
-    def features(self, tokenizer, examples, max_length):
-        tokenizer.enable_truncation(max_length)
+    def weight(self, feature):
+        """How much of the mean that is a batch's loss is a feature's."""
+        return 1.0 if self.class_weights is None else self.class_weights[feature.label]
+
+    def loss(self, model, inputs):
+        """A batch's mean loss: the model's own, or with class weights cross-entropy's, which is
+        divided by the sum of the labels' weights."""
+        if self.class_weights is None:
+            return model(**inputs).loss
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        logits = model(**inputs).logits.float().flatten(0, -2)
+        return F.cross_entropy(logits, labels.flatten(), logits.new_tensor(self.class_weights))
+
+    def features(self, tokenizer, examples, max_length, side="right"):
+        """``side``: where texts are cut that are longer than ``max_length``."""
+        tokenizer.enable_truncation(max_length, direction=side)
         pairs = [e.text if e.pair is None else (e.text, e.pair) for e in examples]
         return [
             Feature(encoding.ids, encoding.type_ids, self.target(examples[i]), i, encoding)

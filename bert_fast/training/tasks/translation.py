@@ -63,6 +63,14 @@ class Translation(Task):
         bpe.post_processor = TemplateProcessing(single="$A [SEP]", special_tokens=[("[SEP]", end)])
         self.target_tokenizer = bpe._tokenizer
 
+    def fitted(self):
+        return {"target_tokenizer": self.target_tokenizer.to_str()}
+
+    def take(self, fitted):
+        from tokenizers import Tokenizer
+
+        self.target_tokenizer = Tokenizer.from_str(fitted["target_tokenizer"])
+
     def check(self, examples):
         """Any text can be written."""
 
@@ -89,8 +97,12 @@ class Translation(Task):
     def load(self, directory, config):
         self.target_tokenizer = load_tokenizer(Path(directory) / "target")
 
-    def features(self, tokenizer, examples, max_length):
-        tokenizer.enable_truncation(max_length)
+    def weight(self, feature):
+        return float(len(feature.label))
+
+    def features(self, tokenizer, examples, max_length, side="right"):
+        """``side``: of the text; of its translation it is the end that is cut."""
+        tokenizer.enable_truncation(max_length, direction=side)
         self.target_tokenizer.enable_truncation(max_length)
         labels = [None] * len(examples)
         if examples and examples[0].label is not None:
