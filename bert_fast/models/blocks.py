@@ -8,7 +8,12 @@ from torch import nn
 from bert_fast import ops
 from bert_fast.models.workspace import Workspace, can_reuse_memory
 
-GELU_APPROXIMATE = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+# transformers' activations that are GELU, and which of the two; the others are refused by name.
+GELU_APPROXIMATE = {
+    "gelu": "none", "gelu_python": "none",
+    "gelu_new": "tanh", "gelu_fast": "tanh", "gelu_accurate": "tanh", "gelu_pytorch_tanh": "tanh",
+    "gelu_python_tanh": "tanh",
+}  # fmt: skip
 
 
 class Product:
