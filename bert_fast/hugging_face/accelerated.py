@@ -32,6 +32,7 @@ from bert_fast.models.blocks import (
     GELU_APPROXIMATE,
     Called,
     View,
+    as_autocast_gives,
     feed_forward,
     project_add_norm,
 )
@@ -216,8 +217,10 @@ def _forward_model(self, *args, **kwargs):
     hidden_states = getattr(out, "hidden_states", None)
     if hidden_states is not None:  # transformers 5 records what the layers give: packed
         out.hidden_states = tuple(
-            packing.unpack(h) if h is not None and h.ndim == 2 else h for h in hidden_states
-        )
+            packing.unpack(h).to(out.last_hidden_state.dtype)
+            if h is not None and h.ndim == 2 else h
+            for h in hidden_states
+        )  # fmt: skip
     return out if as_dict else out.to_tuple()
 
 
@@ -278,9 +281,9 @@ class _Encoder(_Accelerated):
         states = []
         for layer in self.layer:
             if recorded:
-                states.append(packing.unpack(x))
+                states.append(as_autocast_gives(packing.unpack(x), hidden_states))
             x = layer(x, run)
-        x = packing.unpack(x)
+        x = as_autocast_gives(packing.unpack(x), hidden_states)
         out = getattr(modeling_outputs, output)(
             last_hidden_state=x, hidden_states=(*states, x) if recorded else None
         )

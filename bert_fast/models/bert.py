@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bert_fast import ops
-from bert_fast.models.blocks import GELU_APPROXIMATE, Linear, feed_forward, project_add_norm
+from bert_fast.models.blocks import (
+    GELU_APPROXIMATE,
+    Linear,
+    as_autocast_gives,
+    feed_forward,
+    project_add_norm,
+)
 from bert_fast.models.checkpoint import load, save
 from bert_fast.models.config import BertConfig
 from bert_fast.models.one_call import OneCall
@@ -217,6 +223,8 @@ class BertModel(nn.Module):
             max_seqlen=max_seqlen, capacity=capacity, output_hidden_states=output_hidden_states,
         )  # fmt: skip
         hidden_states = states if cu_seqlens is not None else list(map(packing.unpack, states))
+        weight = self.embeddings.norm.weight
+        hidden_states = [as_autocast_gives(h, weight) for h in hidden_states]
         return BertOutput(
             hidden_states[-1],
             self._pool(states[-1], packing.cu_seqlens),

@@ -84,6 +84,17 @@ class Called:
         return ops.gelu(self.module(x), approximate=approximate)
 
 
+def as_autocast_gives(x, residual):
+    """``x``, the result of a layer-norm of ours, whose dtype under autocast is autocast's, in the
+    dtype that torch's would have: on a GPU float32, elsewhere the wider one of the first
+    ``residual``, which torch does not cast."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return x
+    wide = torch.float32 if device == "cuda" else residual.dtype
+    return x.to(torch.promote_types(x.dtype, wide))
+
+
 def feed_forward(x, up, down, norm, approximate, dropout_p, workspace):
     """LN(x + dropout(GELU(x Wᵤᵀ + bᵤ) W_dᵀ + b_d))"""
     buffer = workspace.take("intermediate", x.shape[0], up.out_features, x)
