@@ -312,9 +312,11 @@ class _LayerSettings:
         return View(linear.weight, linear.bias, self.packed.get(path))
 
     @staticmethod
-    def dropout_p(layer, path):
-        module = layer.get_submodule(path) if path else None
-        return module.p if module is not None and module.training else 0.0
+    def dropout_p(layer, path, trains=None):
+        """Of the dropout there, if it, or the module ``trains``, is in training."""
+        if path is None or not layer.get_submodule(trains or path).training:
+            return 0.0
+        return layer.get_submodule(path).p
 
 
 def _is_plain(linear):
@@ -355,7 +357,7 @@ class _Layer(_Accelerated):
         context = ops.attention(
             *projected, packing.cu_seqlens, max_seqlen=packing.max_seqlen,
             bias=_stacked(q, k, v, heads),
-            dropout_p=settings.dropout_p(self, family.attention_dropout),
+            dropout_p=settings.dropout_p(self, family.attention_dropout, family.attention_trains),
             padded_tail=packing.padded_tail, out=None if context is None else context.view(heads),
             position_bias=args[0].position_bias,
         ).view(tokens, width)  # fmt: skip

@@ -31,7 +31,8 @@ REFUSED = {
 }  # fmt: skip
 # Of attn_implementation: all compute the same attention, and here it is ours.
 ATTENTIONS = (
-    None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "bert_fast",
+    None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4",
+    "flex_attention", "bert_fast",
 )  # fmt: skip
 
 
