@@ -10,6 +10,7 @@ from bert_fast.files import CheckpointError
 VOCABULARIES = (
     "tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model",
 )  # fmt: skip
+BERTS = "BertTokenizer", "BertTokenizerFast"
 UNBOUNDED = int(1e30)  # transformers' model_max_length where none is set
 
 
@@ -41,6 +42,9 @@ def load_tokenizer_and_settings(directory):
     directory = Path(directory)
     whole, vocabulary = directory / "tokenizer.json", directory / "vocab.txt"
     settings = read_json(directory / "tokenizer_config.json")
+    named = read_json(directory / "config.json").get("tokenizer_class")
+    if not settings and named not in (None, *BERTS):
+        settings = {"tokenizer_class": named}
     # Of a directory without a vocabulary transformers makes a tokenizer of five tokens.
     if not any((directory / name).is_file() for name in VOCABULARIES):
         raise CheckpointError(f"{directory} has neither tokenizer.json nor vocab.txt")
@@ -84,7 +88,7 @@ def _own(directory, whole, vocabulary, settings):
     if not whole.is_file() and not vocabulary.is_file():
         raise CheckpointError(f"{directory}: its vocabulary needs transformers; {_without()}")
     kind = settings.get("tokenizer_class", "BertTokenizer")
-    if kind not in ("BertTokenizer", "BertTokenizerFast"):
+    if kind not in BERTS:
         raise CheckpointError(f"{directory}: its {kind} needs transformers; {_without()}")
     lower = settings.get("do_lower_case", True)
     accents, chinese = settings.get("strip_accents"), settings.get("tokenize_chinese_chars", True)

@@ -143,6 +143,20 @@ def test_types_that_the_tokenizer_does_not_list(tmp_path):
         np.testing.assert_allclose(found, theirs.predict(pairs), rtol=0, atol=1e-5)
 
 
+def test_a_tokenizer_that_config_json_names(tmp_path):
+    """It is transformers' that is made, or refused; never WordPiece over its vocabulary."""
+    theirs, directory = sentence_transformer(tmp_path, Pooling(32))
+    (directory / "tokenizer_config.json").unlink()
+    (directory / "tokenizer.json").unlink()
+    (directory / "vocab.txt").write_text("\n".join(VOCABULARY), encoding="utf-8")
+    for name in ("BertTokenizer", "BertTokenizerFast"):
+        edit(directory / "config.json", tokenizer_class=name)
+        same(directory, theirs)
+    edit(directory / "config.json", tokenizer_class="BertJapaneseTokenizer")
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        bert_fast.SentenceEncoder(directory)
+
+
 def test_what_is_set_on_the_tokenizer_by_hand(tmp_path):
     from checkpoints import cross_encoder
 
