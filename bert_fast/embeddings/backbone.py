@@ -74,12 +74,19 @@ def positions(model):
     return longest - (pad + 1 if counts_from_padding else 0)
 
 
+# How results come is between us and the model, whatever its config says.
+PLAIN_RESULTS = {
+    "output_attentions": False, "output_hidden_states": False, "return_dict": True,
+    "use_return_dict": True, "torchscript": False,
+}  # fmt: skip
+
+
 class Bert:
     counts_from_padding = False  # whether positions begin after the padding
 
     def __init__(self, directory, values, dtype, device, kind, options):
         ours = BertModel if kind == "AutoModel" else BertForSequenceClassification
-        model = ours.from_pretrained(directory, dtype, **options)
+        model = ours.from_pretrained(directory, dtype, **PLAIN_RESULTS, **options)
         # prepack lays weights out for the CPU: on a GPU it would only take memory.
         on_cpu = torch.device(device).type == "cpu"
         self.model = model.prepack() if on_cpu else model.to(device)

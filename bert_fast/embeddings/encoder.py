@@ -21,6 +21,7 @@ from bert_fast.embeddings.modules import list_modules, load_modules
 from bert_fast.embeddings.pools import Pools, encode_in_pool
 from bert_fast.embeddings.settings import read_settings
 from bert_fast.embeddings.tokenizer import (
+    Tokenizer,
     batches_by_tokens,
     load_tokenizer_and_settings,
     lower_case,
@@ -50,17 +51,20 @@ class TextModel(Pools):
         path = next((path for path in paths if path.is_file()), paths[0])
         own = read_settings(path, settings.TRANSFORMER)
         self._check_transformer(path, own)
-        self.tokenizer, self.tokenizer_settings = load_tokenizer_and_settings(inner)
-        if self.tokenizer_settings.padding_side == "left" and not self.backbone.counts_from_padding:
-            raise CheckpointError(
-                f"{inner}: the tokenizer's padding_side is 'left', by which a text's positions "
-                "would depend on its batch; only 'right' is supported"
-            )
+        tokenizer, said = load_tokenizer_and_settings(inner)
         if own.get("do_lower_case"):
-            lower_case(self.tokenizer)
-        self.tokenizer.no_padding()
-        wanted = max_seq_length or own.get("max_seq_length") or self.tokenizer_settings.limit
-        self.max_seqlen = min(int(wanted), self.backbone.positions)
+            lower_case(tokenizer)
+        wanted = max_seq_length or own.get("max_seq_length") or said.limit
+        positions = self.backbone.positions
+        try:
+            self.tokenizer = Tokenizer(
+                tokenizer, positions, self.backbone.counts_from_padding,
+                padding_side=said.padding_side, truncation_side=said.truncation_side,
+                model_max_length=min(int(wanted), positions),
+            )  # fmt: skip
+        except ValueError as error:
+            raise CheckpointError(f"{inner}: {error}") from error
+        self.takes_types = said.types
         if precision is not None and self.backbone.served_in is None:
             self.backbone.for_inference(precision, None)
         self.prompts = {"query": "", "document": ""} if self.kind == "AutoModel" else {}
@@ -120,13 +124,13 @@ class TextModel(Pools):
     @property
     def max_seq_length(self) -> int:
         """Tokens of a text, special ones among them; what is longer is cut, with a warning."""
-        return self.max_seqlen
+        return self.tokenizer.model_max_length
 
     @max_seq_length.setter
     def max_seq_length(self, value: int) -> None:
-        if not 1 <= value <= self.backbone.positions:
-            raise ValueError(f"max_seq_length must be 1 to {self.backbone.positions}, not {value}")
-        self.max_seqlen = value
+        self.tokenizer.model_max_length = value
+
+    max_seqlen = max_seq_length
 
     def to(self, device: torch.device | str):
         """Moves the model."""
@@ -149,12 +153,10 @@ class TextModel(Pools):
         return self.prompts[prompt_name] or ""
 
     def _tokenize(self, texts):
-        side = self.tokenizer_settings.truncation_side
-        self.tokenizer.enable_truncation(self.max_seqlen, direction=side)
-        encodings = self.tokenizer.encode_batch(texts)
+        encodings = self.tokenizer.encodings(texts)
         if truncated := sum(bool(encoding.overflowing) for encoding in encodings):
             warnings.warn(
-                f"{truncated} of {len(encodings)} texts were cut to {self.max_seqlen} tokens",
+                f"{truncated} of {len(encodings)} texts were cut to {self.max_seq_length} tokens",
                 stacklevel=4,
             )
         return encodings
@@ -182,7 +184,7 @@ class TextModel(Pools):
                              dtype=torch.int64, device=self.device)
                 for name in ("ids", "type_ids")
             )  # fmt: skip
-            if not self.tokenizer_settings.types:
+            if not self.takes_types:
                 types = torch.zeros_like(types)
             longest = max(lengths[i] for i in batch)
             states = self.backbone(tokens, types, cu_seqlens, longest)
@@ -270,7 +272,7 @@ class SentenceEncoder(TextModel):
         return self.embedding_dimension
 
     def tokenize(self, texts: Iterable[str]) -> list[np.ndarray]:
-        """A list of int64 arrays of ids; warns of texts that were cut to ``max_seqlen`` tokens."""
+        """A list of int64 arrays of ids; warns of texts cut to ``max_seq_length`` tokens."""
         return [np.asarray(e.ids, dtype=np.int64) for e in self._tokenize(list(texts))]
 
     def encode(
@@ -287,8 +289,8 @@ class SentenceEncoder(TextModel):
 
         Texts are sorted by length into batches of at most ``batch_tokens`` real tokens (a longer
         text is a batch of its own) and ``batch_size`` texts (default: as many as fit), packed
-        without padding, and put back in order. A text with more tokens than ``max_seqlen`` is cut,
-        with a warning.
+        without padding, and put back in order. A text with more than ``max_seq_length`` tokens is
+        cut, with a warning.
 
         Args:
             sentences: a list of strings, or one.

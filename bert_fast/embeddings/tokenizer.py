@@ -10,6 +10,7 @@ from bert_fast.files import CheckpointError
 VOCABULARIES = (
     "tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model",
 )  # fmt: skip
+BERTS = "BertTokenizer", "BertTokenizerFast"
 UNBOUNDED = int(1e30)  # transformers' model_max_length where none is set
 
 
@@ -41,6 +42,9 @@ def load_tokenizer_and_settings(directory):
     directory = Path(directory)
     whole, vocabulary = directory / "tokenizer.json", directory / "vocab.txt"
     settings = read_json(directory / "tokenizer_config.json")
+    named = read_json(directory / "config.json").get("tokenizer_class")
+    if not settings and named not in (None, *BERTS):
+        settings = {"tokenizer_class": named}
     # Of a directory without a vocabulary transformers makes a tokenizer of five tokens.
     if not any((directory / name).is_file() for name in VOCABULARIES):
         raise CheckpointError(f"{directory} has neither tokenizer.json nor vocab.txt")
@@ -84,7 +88,7 @@ def _own(directory, whole, vocabulary, settings):
     if not whole.is_file() and not vocabulary.is_file():
         raise CheckpointError(f"{directory}: its vocabulary needs transformers; {_without()}")
     kind = settings.get("tokenizer_class", "BertTokenizer")
-    if kind not in ("BertTokenizer", "BertTokenizerFast"):
+    if kind not in BERTS:
         raise CheckpointError(f"{directory}: its {kind} needs transformers; {_without()}")
     lower = settings.get("do_lower_case", True)
     accents, chinese = settings.get("strip_accents"), settings.get("tokenize_chinese_chars", True)
@@ -131,3 +135,50 @@ def batches_by_tokens(lengths, budget, most=None):
         used += lengths[i]
     if batch:
         yield batch
+
+
+class Tokenizer:
+    """The tokenizer of a loaded model, by the names of transformers': what is set by hand holds.
+    Everything else is that of the library tokenizers.
+
+    Args:
+        backend: a ``tokenizers.Tokenizer``.
+        positions: tokens of the longest text that the model takes.
+        pads_left: whether texts padded on the left keep their positions.
+        values: of ``padding_side``, ``truncation_side`` and ``model_max_length``.
+    """
+
+    def __init__(self, backend, positions, pads_left, **values):
+        self.__dict__.update(backend=backend, positions=positions, pads_left=pads_left)
+        for name, value in values.items():
+            setattr(self, name, value)
+        backend.no_padding()
+
+    def __getattr__(self, name):
+        if name.startswith("__") or "backend" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.backend, name)
+
+    def __setattr__(self, name, value):
+        if name in ("padding_side", "truncation_side"):
+            if value not in ("left", "right"):
+                raise ValueError(f"{name} must be 'left' or 'right', not {value!r}")
+            if name == "padding_side" and value == "left" and not self.pads_left:
+                raise ValueError(
+                    "the tokenizer's padding_side is 'left', by which a text's positions would "
+                    "depend on its batch; only 'right' is supported"
+                )
+        elif name == "model_max_length":
+            if not 1 <= value <= self.positions:
+                raise ValueError(f"max_seq_length must be 1 to {self.positions}, not {value}")
+        elif hasattr(type(self.backend), name):
+            setattr(self.backend, name, value)
+            return
+        else:
+            raise AttributeError(f"a tokenizer has no {name} that could be set")
+        self.__dict__[name] = value
+
+    def encodings(self, texts):
+        """Of texts, or of pairs, cut to ``model_max_length``."""
+        self.backend.enable_truncation(self.model_max_length, direction=self.truncation_side)
+        return self.backend.encode_batch(texts)

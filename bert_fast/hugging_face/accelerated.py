@@ -34,6 +34,7 @@ from bert_fast.models.blocks import (
     GELU_APPROXIMATE,
     Called,
     View,
+    as_autocast_gives,
     feed_forward,
     project_add_norm,
 )
@@ -230,8 +231,10 @@ def _forward_model(self, *args, **kwargs):
     hidden_states = getattr(out, "hidden_states", None)
     if hidden_states is not None:  # transformers 5 records what the layers give: packed
         out.hidden_states = tuple(
-            packing.unpack(h) if h is not None and h.ndim == 2 else h for h in hidden_states
-        )
+            packing.unpack(h).to(out.last_hidden_state.dtype)
+            if h is not None and h.ndim == 2 else h
+            for h in hidden_states
+        )  # fmt: skip
     return out if as_dict else out.to_tuple()
 
 
@@ -292,9 +295,9 @@ class _Encoder(_Accelerated):
         states = []
         for layer in self.layer:
             if recorded:
-                states.append(packing.unpack(x))
+                states.append(as_autocast_gives(packing.unpack(x), hidden_states))
             x = layer(x, run)
-        x = packing.unpack(x)
+        x = as_autocast_gives(packing.unpack(x), hidden_states)
         out = getattr(modeling_outputs, output)(
             last_hidden_state=x, hidden_states=(*states, x) if recorded else None
         )
@@ -325,9 +328,11 @@ class _LayerSettings:
         return View(linear.weight, linear.bias, self.packed.get(path))
 
     @staticmethod
-    def dropout_p(layer, path):
-        module = layer.get_submodule(path) if path else None
-        return module.p if module is not None and module.training else 0.0
+    def dropout_p(layer, path, trains=None):
+        """Of the dropout there, if it, or the module ``trains``, is in training."""
+        if path is None or not layer.get_submodule(trains or path).training:
+            return 0.0
+        return layer.get_submodule(path).p
 
 
 class _Layer(_Accelerated):
@@ -358,7 +363,7 @@ class _Layer(_Accelerated):
         context = ops.attention(
             *projected, packing.cu_seqlens, max_seqlen=packing.max_seqlen,
             bias=_stacked(q, k, v, heads),
-            dropout_p=settings.dropout_p(self, family.attention_dropout),
+            dropout_p=settings.dropout_p(self, family.attention_dropout, family.attention_trains),
             padded_tail=packing.padded_tail, out=None if context is None else context.view(heads),
             position_bias=args[0].position_bias,
         ).view(tokens, width)  # fmt: skip

@@ -5,11 +5,14 @@ import copy
 import functools
 import warnings
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from bert_fast.models.arguments import ATTENTIONS
 from bert_fast.models.blocks import GELU_APPROXIMATE
 
 
@@ -21,6 +24,7 @@ class Family:
     activation: str = "hidden_act"  # in the config
     qkv: tuple = ("attention.self.query", "attention.self.key", "attention.self.value")
     attention_dropout: str = "attention.self.dropout"
+    attention_trains: str = "attention.self"  # the module whose ``training`` lets that drop
     out: str = "attention.output.dense"
     out_dropout: str | None = "attention.output.dropout"
     attention_norm: str = "attention.output.LayerNorm"
@@ -50,6 +54,7 @@ FAMILIES = {
         activation="activation",
         qkv=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
         attention_dropout="attention.dropout",
+        attention_trains="attention",
         out="attention.out_lin",
         out_dropout=None,
         attention_norm="sa_layer_norm",
@@ -62,6 +67,7 @@ FAMILIES = {
     "MPNetModel": Family(
         qkv=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
         attention_dropout="attention.attn.dropout",
+        attention_trains="attention.attn.dropout",
         out="attention.attn.o",
         out_dropout="attention.dropout",
         attention_norm="attention.LayerNorm",
@@ -101,8 +107,16 @@ def why_not_this_call(config, mask, arguments):
     if arguments.get("output_attentions"):
         return "output_attentions"
     implementation = getattr(config, "_attn_implementation", None) or "eager"
-    if not implementation.startswith(("eager", "sdpa", "flash", "flex", "bert_fast")):
+    if implementation not in ATTENTIONS:
         return f"the attention {implementation!r}"
+    if not torch.compiler.is_compiling():
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        function = ALL_ATTENTION_FUNCTIONS.get(implementation)
+        if function is not None and not _is_theirs(function):
+            return f"an attention {implementation!r} of somebody's own"
+        if torch._C._are_functorch_transforms_active():
+            return "a transform of torch.func"
     if getattr(config, "is_decoder", False):
         return "is_decoder"
     if mask is not None and (not torch.is_tensor(mask) or mask.ndim != 2):
@@ -122,10 +136,15 @@ def is_linear(module):
 _seen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
+def _is_theirs(function):
+    """Whether a function is transformers', torch's or ours, and not put in its place."""
+    return str(function.__module__).partition(".")[0] in ("transformers", "torch", "bert_fast")
+
+
 def why_not_this_state(base, family, classes):
     """Why a model that was accelerated must run on transformers' own code as it is now, or None:
-    somebody looks at what passes between its modules, or has put another module in. ``classes``: of
-    the modules inside a layer when it was accelerated. Asked in every call: where nothing has
+    somebody looks at what passes between its modules, or has put another module, attribute or
+    forward in. ``classes``: of :func:`classes_inside`. Asked in every call: where nothing has
     changed since the last it takes some microseconds a layer."""
     every = nn.modules.module
     if every._global_forward_hooks or every._global_forward_pre_hooks:
@@ -133,6 +152,9 @@ def why_not_this_state(base, family, classes):
     encoder = getattr(base, family.encoder)
     if torch.compiler.is_compiling():
         return _why_not(encoder, family, classes)
+    for known in classes.values():
+        if known.kind.forward is not known.forward or not _is_theirs(known.forward):
+            return f"a forward of somebody's own in {known.kind.__name__}"
     seen = _seen.get(base)
     if seen is not None and all(map(_is_as_seen, seen)):
         return None
@@ -142,17 +164,20 @@ def why_not_this_state(base, family, classes):
 
 
 def _look(encoder):
-    """(module, its class, its own dictionary, its children, its hooks) of an encoder's modules."""
+    """(module, its class, its own dictionary, its children, its hooks, its attributes) of an
+    encoder's modules."""
     found = []
     for module in encoder.modules():
         own = module.__dict__
         hooks = tuple(dict(own[kind]) for kind in _HOOKS)
-        found.append((module, type(module), own, tuple(own["_modules"].values()), hooks))
+        children = tuple(own["_modules"].values())
+        attributes = tuple((name, own[name]) for name in _attributes(module))
+        found.append((module, type(module), own, children, hooks, attributes))
     return found
 
 
 def _is_as_seen(seen):
-    module, kind, own, children, hooks = seen
+    module, kind, own, children, hooks, attributes = seen
     return (
         type(module) is kind
         and "forward" not in own
@@ -161,6 +186,7 @@ def _is_as_seen(seen):
         and own["_backward_hooks"] == hooks[2]
         and own["_backward_pre_hooks"] == hooks[3]
         and tuple(own["_modules"].values()) == children
+        and all(own.get(name) == value for name, value in attributes)
     )
 
 
@@ -169,7 +195,7 @@ def _why_not(encoder, family, classes):
         return reason
     linears = family.linears()
     for number, layer in enumerate(encoder.layer):
-        if getattr(type(layer), "inherited", None) is not classes[""]:
+        if getattr(type(layer), "inherited", None) is not classes[""].kind:
             return f"layer {number}, which is a {type(layer).__name__} that was not accelerated"
         for path, module in _inside(layer, ""):
             if reason := _watched(module, f"layer {number} {path}".rstrip()):
@@ -179,20 +205,69 @@ def _why_not(encoder, family, classes):
             elif path == "" or path.startswith(tuple(f"{linear}." for linear in linears)):
                 known = True  # a layer was looked at; what is in a linear layer's place is its own
             else:
-                known = type(module) is classes.get(path)
+                known = path in classes and type(module) is classes[path].kind
                 if path in family.norms():
                     known = known and module.weight is not None and module.bias is not None
             if not known:
                 return f"layer {number}'s {path}, which is a {type(module).__name__}"
+            if path in classes and path not in linears:
+                for name, value in classes[path].attributes.items():
+                    if not _same(getattr(module, name, None), value):
+                        return f"a {name} of its own on layer {number} {path}".rstrip()
     return None
 
 
+class Known(NamedTuple):
+    """A module as transformers makes it."""
+
+    kind: type
+    attributes: dict
+    forward: Callable
+
+
 def classes_inside(base, family):
-    """{path: class} of a layer and its modules, as transformers makes them of the config."""
+    """{path: :class:`Known`} of a layer and its modules, as transformers makes them of the config;
+    ".." is the encoder."""
     with torch.device("meta"):
         fresh = type(base)(copy.deepcopy(base.config))
-    layer = getattr(fresh, family.encoder).layer[0]
-    return {path: type(module) for path, module in _inside(layer, "")}
+    encoder = getattr(fresh, family.encoder)
+    modules = {"..": encoder, **dict(_inside(encoder.layer[0], ""))}
+    return {
+        path: Known(type(module), _attributes(module), type(module).forward)
+        for path, module in modules.items()
+    }
+
+
+# Those whose attributes are read when they are needed, or not at all: rates, eps, sizes.
+_READ = nn.Linear, nn.LayerNorm, nn.Dropout
+_NO_NUMBER = {"training", "layer_idx", "gradient_checkpointing", "chunk_size_feed_forward"}
+
+
+def _attributes(module):
+    """What a module's forward may read of the module itself: numbers, names and functions."""
+    if isinstance(module, _READ):
+        return {}
+    return {
+        name: value
+        for name, value in module.__dict__.items()
+        if name[0] != "_" and name not in _NO_NUMBER
+        and (isinstance(value, bool | int | float | str) or callable(value))
+    }  # fmt: skip
+
+
+def _same(found, value):
+    if not callable(value):
+        return type(found) is type(value) and found == value
+    if torch.compiler.is_compiling():
+        return True
+    return _function(found) == _function(value)
+
+
+def _function(value):
+    """Of a method or a partial call, which are made anew for each module, what they are made of."""
+    if isinstance(value, functools.partial):
+        return value.func, value.args, value.keywords
+    return getattr(value, "__func__", value)
 
 
 def _inside(module, path):

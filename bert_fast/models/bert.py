@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bert_fast import ops
-from bert_fast.models.blocks import GELU_APPROXIMATE, Linear, feed_forward, project_add_norm
+from bert_fast.models.blocks import (
+    GELU_APPROXIMATE,
+    Linear,
+    as_autocast_gives,
+    feed_forward,
+    project_add_norm,
+)
 from bert_fast.models.checkpoint import load, save
 from bert_fast.models.config import BertConfig
 from bert_fast.models.inference import Precision, for_inference
@@ -137,8 +143,9 @@ class BertModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, dtype: torch.dtype | str | None = None, **options: Any
-    ) -> BertModel:
+        cls, directory: str | Path, dtype: torch.dtype | str | None = None,
+        *, add_pooling_layer: bool = True, **options: Any,
+    ) -> BertModel:  # fmt: skip
         """A Hugging Face BERT checkpoint: config.json and model.safetensors (or
         pytorch_model.bin, read without unpickling code).
 
@@ -146,20 +153,27 @@ class BertModel(nn.Module):
             directory: the checkpoint's, or its name on the Hugging Face Hub.
             dtype (or ``torch_dtype``): "auto" is the checkpoint's, and the default, but for
                 float16: that is computed in float32 unless asked for.
-            options: ``revision``, ``cache_dir``, ``local_files_only``, as of
-                :func:`bert_fast.models.hub.resolve`; changes to the config.
+            add_pooling_layer: whether to keep the pooler, where the checkpoint has one.
+            options: those of transformers. ``revision``, ``cache_dir``, ``local_files_only``,
+                ``force_download``, ``token``, ``subfolder``, as of
+                :func:`bert_fast.models.hub.resolve`; ``device_map``, of one device; ``config``;
+                ``variant`` and ``use_safetensors``, of the weights' file; changes to the config:
+                fewer ``num_hidden_layers`` are the first ones, with a warning. What only says how
+                transformers loads and computes (``low_cpu_mem_usage``, ``attn_implementation``,
+                ...) changes nothing.
 
         Raises:
             CheckpointError: naming the file, and the keys that are missing or misshapen, or what it
-                asks for that is not supported.
+                asks for that is not supported; or an argument that does not fit the model.
+            ValueError: naming an argument that is not supported.
         """
 
         def make(config, state):
-            has_pooler = any("pooler." in key for key in state)
+            has_pooler = add_pooling_layer and any("pooler." in key for key in state)
             with torch.device("meta"):  # no memory, no initialisation: all is about to be set
                 return cls(config, add_pooling_layer=has_pooler)
 
-        return load(make, directory, dtype, **options)
+        return load(make, directory, dtype=dtype, **options)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes what Hugging Face's ``BertModel.from_pretrained`` loads."""
@@ -217,7 +231,7 @@ class BertModel(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None, position_ids: Tensor | None = None, *,
         cu_seqlens: Tensor | None = None, max_seqlen: int | None = None,
-        capacity: int | None = None, output_hidden_states: bool = False,
+        capacity: int | None = None, output_hidden_states: bool | None = None,
     ) -> BertOutput:  # fmt: skip
         """What Hugging Face's BertModel computes, at the real tokens; zeros at the others.
 
@@ -230,19 +244,24 @@ class BertModel(nn.Module):
                 position in the sequence).
             cu_seqlens, max_seqlen: of packed input; see :func:`bert_fast.attention`.
             capacity: rows of the packed buffer, fixed: shapes then depend on nothing in the mask.
-            output_hidden_states: also return the embeddings' output and every layer's.
+            output_hidden_states: also return the embeddings' output and every layer's; default
+                what the config says.
 
         The pooler reads each sequence's first real token; one without any gives zeros.
 
         Raises:
             TypeError, ValueError: naming the argument that does not fit.
         """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         states, packing = self.encode(
             input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen, capacity=capacity, output_hidden_states=output_hidden_states,
         )  # fmt: skip
+        weight = self.embeddings.norm.weight
         with self.one_call.around(states[-1].numel()):
             hidden_states = states if cu_seqlens is not None else list(map(packing.unpack, states))
+            hidden_states = [as_autocast_gives(h, weight) for h in hidden_states]
             pooled = self._pool(states[-1], packing.cu_seqlens)
         return BertOutput(
             hidden_states[-1], pooled, tuple(hidden_states) if output_hidden_states else None

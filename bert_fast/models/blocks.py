@@ -8,7 +8,12 @@ from torch import nn
 from bert_fast import ops
 from bert_fast.models.workspace import Workspace, can_reuse_memory
 
-GELU_APPROXIMATE = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+# transformers' activations that are GELU, and which of the two; the others are refused by name.
+GELU_APPROXIMATE = {
+    "gelu": "none", "gelu_python": "none",
+    "gelu_new": "tanh", "gelu_fast": "tanh", "gelu_accurate": "tanh", "gelu_pytorch_tanh": "tanh",
+    "gelu_python_tanh": "tanh",
+}  # fmt: skip
 
 
 class Product:
@@ -115,6 +120,17 @@ class Called:
 
     def gelu(self, x, approximate, out, workspace):
         return ops.gelu(self.module(x), approximate=approximate)
+
+
+def as_autocast_gives(x, residual):
+    """``x``, the result of a layer-norm of ours, whose dtype under autocast is autocast's, in the
+    dtype that torch's would have: on a GPU float32, elsewhere the wider one of the first
+    ``residual``, which torch does not cast."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return x
+    wide = torch.float32 if device == "cuda" else residual.dtype
+    return x.to(torch.promote_types(x.dtype, wide))
 
 
 def feed_forward(x, up, down, norm, approximate, dropout_p, workspace):

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from bert_fast.files import CheckpointError, atomic_path
+from bert_fast.models.arguments import DTYPES, take
 from bert_fast.models.config import BertConfig, read_json
 from bert_fast.models.hub import resolve
 from bert_fast.models.packed_file import PACKED_FILE, fill_packed, read_packed, save_packed
@@ -165,55 +166,45 @@ def _listing(names, limit=8):
     return ", ".join(names[:limit]) + more
 
 
-DTYPES = {
-    "float64": torch.float64, "float32": torch.float32, "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}  # fmt: skip
-
-
-def check_dtype(dtype):
-    """None, "auto" or a torch.dtype, which may be given by its name."""
-    named = DTYPES.get(dtype.removeprefix("torch."), dtype) if isinstance(dtype, str) else dtype
-    if named is not None and named != "auto" and named not in DTYPES.values():
-        raise ValueError(f"dtype must be 'auto' or one of {', '.join(DTYPES)}, not {dtype!r}")
-    return named
-
-
-def load(make, name, dtype=None, config_class=None, *, revision=None, cache_dir=None,
-         local_files_only=False, torch_dtype=None, head=None, ignore_mismatched_sizes=False,
-         **changes):  # fmt: skip
-    """The model that ``make(config, state)`` returns, with a checkpoint's weights. ``changes``: to
-    its config, of ``config_class``, by default BertConfig. ``head``: the name of a classifier's
-    module, whose size decides where config.json does not. See
+def load(make, name, config_class=BertConfig, head=None, **options):
+    """The model that ``make(config, state)`` returns, with a checkpoint's weights. ``options``: of
+    :mod:`bert_fast.models.arguments`, and changes to the config, a ``config_class``. ``head``: the
+    name of a classifier's module, whose size decides where config.json does not. See
     :meth:`bert_fast.BertModel.from_pretrained`."""
-    dtype = check_dtype(torch_dtype if dtype is None else dtype)
-    directory = resolve(name, revision, cache_dir, local_files_only)
+    given, changes = take(options)
+    directory = resolve(name, **given.hub)
     config_path = directory / "config.json"
     if (directory / "adapter_config.json").is_file() and not config_path.is_file():
         raise CheckpointError(
             f"{directory} holds a PEFT adapter alone: load its model with peft, merge_and_unload() "
             "it, and save that"
         )
-    if not config_path.is_file():
+    if given.config is None and not config_path.is_file():
         raise CheckpointError(f"{directory} has no config.json: not a checkpoint's directory")
     try:
-        config = replace((config_class or BertConfig).from_json(config_path), **changes)
+        if given.config is None:
+            config = config_class.from_json(config_path, **changes)
+        else:
+            config = config_class.from_config(given.config, **changes)
     except (TypeError, ValueError) as error:
         raise CheckpointError(str(error)) from error
     if (packed := directory / PACKED_FILE).is_file() and not has_weights(directory):
-        return _load_packed(make, config, packed, dtype)
-    state, source = read_weights(directory)
+        return _load_packed(make, config, packed, given.dtype)
+    state, source = read_weights(directory, given.variant, given.use_safetensors)
     state = _modern(state, source)
+    if given.config is not None or "num_hidden_layers" in changes:
+        _leave_out_layers(state, config.num_hidden_layers, source)
     config = _with_decoder(config, state, source)
     if head is not None:
-        config = _labelled(config, state, head, changes, source, ignore_mismatched_sizes)
+        chosen = given.config is not None or "id2label" in changes
+        config = _labelled(config, state, head, chosen, source, given.ignore_mismatched_sizes)
     model = make(config, state)
     weights = from_hugging_face(state, model, source)
-    dtype = _declared(config_path, dtype)
+    dtype = _declared(config_path if given.config is None else given.config, given.dtype)
     model.load_state_dict({name: _cast(w, dtype) for name, w in weights.items()}, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-    return model.eval()
+    return model.eval().to(given.device)
 
 
 def _load_packed(make, config, path, dtype):
@@ -225,9 +216,26 @@ def _load_packed(make, config, path, dtype):
     return fill_packed(model, getattr(model, "bert", model), state, about, path)
 
 
-def _declared(config_path, dtype):
-    """``dtype``, or where it is None or "auto" what config.json says that is computed in."""
-    values = read_json(config_path)
+def _leave_out_layers(state, count, source):
+    """What is in ``state`` of layers past the first ``count``, which were asked for, goes."""
+    further = [
+        key for key in state
+        if (layer := re.match(r"encoder\.layer\.(\d+)\.", key)) and int(layer[1]) >= count
+    ]  # fmt: skip
+    if further:
+        warnings.warn(
+            f"{source}: only its first {count} layers are used, as asked for; not loaded: "
+            f"{_listing(further, 2)}",
+            stacklevel=4,
+        )
+    for key in further:
+        del state[key]
+
+
+def _declared(config, dtype):
+    """``dtype``, or where it is None or "auto" what the config (or its file) says that is computed
+    in."""
+    values = read_json(config) if isinstance(config, Path) else vars(config)
     said = str(values.get("dtype") or values.get("torch_dtype")).removeprefix("torch.")
     if dtype not in (None, "auto") or said not in DTYPES:
         return dtype
@@ -259,16 +267,16 @@ def _with_decoder(config, state, source):
     return replace(config, tie_word_embeddings=False)
 
 
-def _labelled(config, state, head, changes, source, ignore_mismatched_sizes=False):
+def _labelled(config, state, head, chosen, source, ignore_mismatched_sizes):
     """The config with as many labels as the checkpoint's head has, where it names none; a head of
-    another size than what is asked for is left out, to be new."""
+    another size than what was ``chosen`` is left out, to be new."""
     weight = state.get(f"{head}.weight")
-    if weight is not None and "id2label" not in changes and config.id2label is None:
+    if weight is not None and not chosen and config.id2label is None:
         id2label = dict(enumerate(config.label_names(weight.shape[0])))
         return replace(config, id2label=id2label, label2id={n: i for i, n in id2label.items()})
     if weight is None or weight.shape[0] == config.num_labels:
         return config
-    if "id2label" not in changes and not ignore_mismatched_sizes:
+    if not chosen and not ignore_mismatched_sizes:
         raise CheckpointError(
             f"{source}: the {head} has {weight.shape[0]} labels, config.json names "
             f"{config.num_labels}; num_labels= makes a new one"
@@ -282,21 +290,30 @@ def _labelled(config, state, head, changes, source, ignore_mismatched_sizes=Fals
     return config
 
 
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-           "pytorch_model.bin.index.json")  # fmt: skip
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def has_weights(directory):
     """Whether a directory has weights of its own, and not packed ones alone."""
-    return any((directory / name).is_file() for name in WEIGHTS)
+    whole = [*WEIGHTS, *(f"{name}.index.json" for name in WEIGHTS)]
+    return any((directory / name).is_file() for name in whole)
 
 
-def read_weights(directory):
+def read_weights(directory, variant=None, use_safetensors=None):
     """(state dict, the file) of a directory's weights: safetensors, whole or in shards, or
-    PyTorch's, read without unpickling code."""
-    path = next((directory / name for name in WEIGHTS if (directory / name).is_file()), None)
-    if path is None:
-        raise CheckpointError(f"{directory} has neither model.safetensors nor pytorch_model.bin")
+    PyTorch's, read without unpickling code. ``variant``: "fp16" is of model.fp16.safetensors.
+    ``use_safetensors``: True for these alone, False for PyTorch's."""
+    kinds = {True: ["model.safetensors"], False: ["pytorch_model.bin"]}.get(
+        use_safetensors, ["model.safetensors", "pytorch_model.bin"]
+    )
+    of = f".{variant}." if variant else "."
+    kinds = [kind.rpartition(".") for kind in kinds]
+    whole = {f"{stem}{of}{end}": f"{stem}.{end}.index{of}json" for stem, _, end in kinds}
+    for path in (directory / name for pair in whole.items() for name in pair):
+        if path.is_file():
+            break
+    else:
+        raise CheckpointError(f"{directory} has neither {' nor '.join(whole)}")
     if path.suffix == ".json":
         try:
             shards = sorted(

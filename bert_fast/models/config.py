@@ -4,6 +4,7 @@ import json
 import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from bert_fast.models.blocks import GELU_APPROXIMATE
 
@@ -17,6 +18,10 @@ REFUSED = {
     "cross_attention_hidden_size": (),
     "tie_encoder_decoder": (False,),
     "use_bfloat16": (False,),
+    "output_attentions": (False,),
+    "return_dict": (True,),  # results are named tuples, with None where there is nothing
+    "use_return_dict": (True,),
+    "torchscript": (False,),
 }
 # These change none: what is written down about a file, how another library computes or answers, how
 # a text is generated, heads of other models.
@@ -29,13 +34,13 @@ HARMLESS = {
     "forced_eos_token_id", "gradient_checkpointing", "is_decoder", "is_encoder_decoder", "language",
     "length_penalty", "mask_token_id", "max_length", "min_length", "model_name", "name_or_path",
     "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences",
-    "output_attentions", "output_hidden_states", "output_past", "output_scores",
+    "output_past", "output_scores",
     "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head",
-    "pooler_type", "prefix", "remove_invalid_values", "repetition_penalty", "return_dict",
+    "pooler_type", "prefix", "remove_invalid_values", "repetition_penalty",
     "return_dict_in_generate", "sbert_ce_default_activation_function", "sentence_transformers",
     "sep_token_id", "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss",
-    "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "transformers_version",
-    "typical_p", "unk_token_id", "use_cache", "use_return_dict",
+    "tokenizer_class", "top_k", "top_p", "torch_dtype", "transformers_version", "typical_p",
+    "unk_token_id", "use_cache",
 }  # fmt: skip
 
 
@@ -61,6 +66,7 @@ class BertConfig:
     problem_type: str | None = None
     classifier_dropout: float | None = None
     tie_word_embeddings: bool = True
+    output_hidden_states: bool = False
 
     def __post_init__(self):
         for field in fields(self):
@@ -87,16 +93,36 @@ class BertConfig:
         return [str(given.get(i, f"LABEL_{i}")) for i in range(count)]
 
     @classmethod
-    def from_json(cls, path: str | Path) -> "BertConfig":
-        """Reads ``config.json``.
+    def from_json(cls, path: str | Path, **changes: Any) -> "BertConfig":
+        """Reads ``config.json``; ``changes`` stand in the place of what it says.
 
         Raises:
+            TypeError: a change to what no config has.
             ValueError: not JSON, another architecture, or a BERT this model is not.
         """
-        values = read_json(path)
-        if isinstance(values, dict) and values.get("is_decoder"):
-            raise ValueError(f"{path}: is_decoder is set; this BertModel is an encoder")
-        return cls.from_dict(values, path)
+        return cls._of_encoder(read_json(path), path, changes)
+
+    @classmethod
+    def from_config(cls, config: Any, **changes: Any) -> "BertConfig":
+        """A config of ours or of transformers'; raises as :meth:`from_json`."""
+        if not hasattr(config, "to_dict"):
+            raise TypeError(f"config must be a BertConfig, not a {type(config).__name__}")
+        return cls._of_encoder(config.to_dict(), "config", changes)
+
+    @classmethod
+    def _of_encoder(cls, values, source, changes):
+        known = {field.name for field in fields(cls)} | set(REFUSED) | HARMLESS | {"num_labels"}
+        if unknown := sorted(set(changes) - known):
+            raise TypeError(f"from_pretrained: neither an argument nor of a config: {unknown[0]}=")
+        if not isinstance(values, dict):
+            raise ValueError(f"{source} must hold a JSON object")
+        if {"num_labels", "id2label"} & set(changes):
+            values = {k: v for k, v in values.items() if k not in ("id2label", "label2id")}
+        values = values | changes
+        for name in ("is_decoder", "add_cross_attention"):
+            if values.get(name):
+                raise ValueError(f"{source}: {name} is set; this BertModel is an encoder")
+        return cls.from_dict(values, source)
 
     @classmethod
     def from_dict(cls, values: dict, source: str | Path) -> "BertConfig":
@@ -111,7 +137,7 @@ class BertConfig:
                 raise ValueError(f"{source}: {name} {value!r} is not supported")
         unknown = set(values) - known - set(REFUSED) - HARMLESS - {"model_type", "num_labels"}
         if names := sorted(n for n in unknown if not n.startswith("_")):
-            warnings.warn(f"{source}: not known, not used: {', '.join(names)}", stacklevel=5)
+            warnings.warn(f"{source}: not known, not used: {', '.join(names)}", stacklevel=6)
         found = {name: value for name, value in values.items() if name in known}
         return cls(**{**found, **_labels(values, source)})
 

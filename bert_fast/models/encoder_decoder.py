@@ -53,8 +53,8 @@ class EncoderDecoderConfig:
         return min(self.encoder.max_position_embeddings, self.decoder.max_position_embeddings)
 
     @classmethod
-    def from_json(cls, path):
-        """Reads ``config.json``.
+    def from_json(cls, path, **changes):
+        """Reads ``config.json``; ``changes`` stand in the place of what it says.
 
         Raises:
             ValueError: not JSON, or something else than two BERTs.
@@ -67,7 +67,12 @@ class EncoderDecoderConfig:
             for name in ("encoder", "decoder")
         }
         ids = ("decoder_start_token_id", "eos_token_id", "pad_token_id")
-        return cls(**parts, **{name: values[name] for name in ids if values.get(name) is not None})
+        given = {name: values[name] for name in ids if values.get(name) is not None}
+        return cls(**parts, **{**given, **changes})
+
+    @classmethod
+    def from_config(cls, config, **changes):
+        raise TypeError("from_pretrained: config= is not supported for an encoder-decoder")
 
     def to_json(self, architecture="EncoderDecoderModel"):
         values = {
@@ -115,7 +120,7 @@ class EncoderDecoderModel(nn.Module):
         def make(config, state):
             return cls(config, any(key.startswith("encoder.pooler.") for key in state))
 
-        return checkpoint.load(make, directory, dtype, EncoderDecoderConfig, **options)
+        return checkpoint.load(make, directory, EncoderDecoderConfig, dtype=dtype, **options)
 
     @classmethod
     def from_encoder_pretrained(

@@ -117,7 +117,7 @@ class _BertWithHead(nn.Module):
         if "id2label" in config:
             config["label2id"] = {label: i for i, label in config["id2label"].items()}
         return checkpoint.load(
-            lambda config, state: cls(config), directory, dtype, head=cls.labelled, **config
+            lambda config, state: cls(config), directory, head=cls.labelled, dtype=dtype, **config
         )
 
     def save_pretrained(self, directory: str | Path) -> None:

@@ -12,7 +12,8 @@ NOT_FILES = ["onnx/*", "openvino/*", "training_args.bin", "*.msgpack", "*.h5"]
 
 def resolve(
     name_or_path: str | Path, revision: str | None = None, cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
+    local_files_only: bool = False, *, force_download: bool = False,
+    token: str | bool | None = None, subfolder: str = "",
 ) -> Path:  # fmt: skip
     """The directory of a checkpoint: itself, or a snapshot of a repository of the Hugging Face Hub
     (by ``huggingface_hub``, whose cache and environment variables hold, HF_HUB_OFFLINE among them).
@@ -22,6 +23,8 @@ def resolve(
         revision: of the repository: a branch, a tag or a commit.
         cache_dir: default huggingface_hub's own.
         local_files_only: look in the cache alone.
+        force_download, token: as of ``huggingface_hub.snapshot_download``.
+        subfolder: of the directory or repository, where the checkpoint is.
 
     Raises:
         CheckpointError: there is no such directory, or no such repository, or it is not in the
@@ -29,7 +32,7 @@ def resolve(
     """
     path = Path(name_or_path)
     if path.is_dir():
-        return path
+        return _inside(path, subfolder)
     name = str(name_or_path)
     parts = name.split("/")
     if path.is_absolute() or len(parts) > 2 or not all(parts) or parts[0] in (".", "..", "~"):
@@ -47,11 +50,10 @@ def resolve(
             f"{missing('huggingface_hub')}"
         ) from error
     try:
-        return Path(
-            snapshot_download(
-                name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only,
-                allow_patterns=FILES, ignore_patterns=NOT_FILES,
-            )
+        found = snapshot_download(
+            name, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only,
+            force_download=force_download, token=token, allow_patterns=FILES,
+            ignore_patterns=NOT_FILES,
         )  # fmt: skip
     except HFValidationError as error:
         raise CheckpointError(f"{name} is no directory, nor a repository's name") from error
@@ -62,3 +64,11 @@ def resolve(
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise CheckpointError(f"{name} cannot be had from the Hugging Face Hub: {error}") from error
+    return _inside(Path(found), subfolder)
+
+
+def _inside(directory, subfolder):
+    path = directory / subfolder
+    if not path.is_dir():
+        raise CheckpointError(f"{directory} has no subfolder {subfolder}")
+    return path

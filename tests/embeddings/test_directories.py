@@ -1,10 +1,12 @@
 """What a sentence-transformers directory says is obeyed, or refused by name."""
 
 import json
+import pickle
 import warnings
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from checkpoints import SIZES, TEXTS, VOCABULARY, bert, sentence_transformer
@@ -139,6 +141,51 @@ def test_types_that_the_tokenizer_does_not_list(tmp_path):
         pairs = [(a, b) for a in TEXTS for b in TEXTS[:3]]
         found = bert_fast.CrossEncoder(directory).predict(pairs)
         np.testing.assert_allclose(found, theirs.predict(pairs), rtol=0, atol=1e-5)
+
+
+def test_a_tokenizer_that_config_json_names(tmp_path):
+    """It is transformers' that is made, or refused; never WordPiece over its vocabulary."""
+    theirs, directory = sentence_transformer(tmp_path, Pooling(32))
+    (directory / "tokenizer_config.json").unlink()
+    (directory / "tokenizer.json").unlink()
+    (directory / "vocab.txt").write_text("\n".join(VOCABULARY), encoding="utf-8")
+    for name in ("BertTokenizer", "BertTokenizerFast"):
+        edit(directory / "config.json", tokenizer_class=name)
+        same(directory, theirs)
+    edit(directory / "config.json", tokenizer_class="BertJapaneseTokenizer")
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        bert_fast.SentenceEncoder(directory)
+
+
+def test_what_is_set_on_the_tokenizer_by_hand(tmp_path):
+    from checkpoints import cross_encoder
+
+    theirs, directory = sentence_transformer(tmp_path / "encoder", Pooling(32))
+    scorer, scorers = cross_encoder(tmp_path / "scorer")
+    pairs = [(a, b) for a in TEXTS for b in TEXTS[:3]]
+    ours, our_scorer = bert_fast.SentenceEncoder(directory), bert_fast.CrossEncoder(scorers)
+    ours, our_scorer = pickle.loads(pickle.dumps([ours, our_scorer]))
+    for length, side in ((6, "right"), (6, "left"), (9, "left")):
+        for model in (theirs, scorer, ours, our_scorer):
+            model.tokenizer.model_max_length = length
+            model.tokenizer.truncation_side = side
+        assert ours.max_seq_length == ours.max_seqlen == our_scorer.max_length == length
+        np.testing.assert_allclose(ours.encode(TEXTS), theirs.encode(TEXTS), rtol=0, atol=2e-5)
+        np.testing.assert_allclose(
+            our_scorer.predict(pairs), scorer.predict(pairs), rtol=0, atol=2e-5
+        )
+    lower = tokenizers.normalizers.Lowercase()
+    theirs.tokenizer.backend_tokenizer.normalizer = ours.tokenizer.normalizer = lower
+    np.testing.assert_allclose(ours.encode(TEXTS), theirs.encode(TEXTS), rtol=0, atol=2e-5)
+    for name, value, kind, message in (
+        ("padding_side", "left", ValueError, "a text's positions would depend on its batch"),
+        ("truncation_side", "both", ValueError, "truncation_side must be 'left' or 'right'"),
+        ("model_max_length", 41, ValueError, "max_seq_length must be 1 to 40, not 41"),
+        ("do_lower_case", True, AttributeError, "a tokenizer has no do_lower_case"),
+        ("model_input_names", [], AttributeError, "a tokenizer has no model_input_names"),
+    ):
+        with pytest.raises(kind, match=message):
+            setattr(ours.tokenizer, name, value)
 
 
 def test_padding_on_the_left_is_refused(tmp_path):
