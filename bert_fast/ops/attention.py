@@ -72,7 +72,7 @@ def attention(
         position_bias: (num_heads, at least max_seqlen, at least max_seqlen_k), any float dtype:
             entry (h, i, j) is added to head h's score, after the scale, of every sequence's query i
             and key j. What lies past max_seqlen is ignored, with zero gradient; -inf hides a key.
-            Backend "eager" alone has it; "auto" goes there, the others say that they cannot.
+            A backend without it says so, and "auto" goes to one that has it.
 
     Returns:
         (total_tokens, num_heads, head_dim); with ``return_lse`` the pair (out, lse). A row that
