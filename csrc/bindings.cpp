@@ -114,8 +114,10 @@ void bind_shapes(py::module_& m) {
 
 #if defined(BERT_FAST_WITH_CUDA) || defined(BERT_FAST_HOST)
 
-// device, stream, seed, scratch, longest_k, programs
-using CallTuple = std::tuple<int, Address, Address, Address, int64_t, int>;
+using TableTuple = std::tuple<Address, int64_t, int64_t>;  // address, rows, columns
+// device, stream, seed, scratch, longest_k, programs, table, dtable
+using CallTuple =
+    std::tuple<int, Address, Address, Address, int64_t, int, TableTuple, Address>;
 
 std::string shape_of(const AttentionShape& a) {
   return std::to_string(a.total_q) + " and " + std::to_string(a.total_k) + " tokens, " +
@@ -129,6 +131,10 @@ std::string shape_of(const LayerNormBackward& a) { return by(a.rows, a.hidden); 
 std::string shape_of(const GeluForward& a) { return by(a.rows, a.width); }
 std::string shape_of(const GeluBackward& a) { return by(a.rows, a.width); }
 
+cuda::Table table(const TableTuple& t) {
+  return {pointer<float>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)};
+}
+
 template <class Args, class... P>
 void bind_cuda(py::module_& m, const char* name, Args (*arguments)(P...),
                const char* (*run)(const Args&, const cuda::Call&)) {
@@ -137,7 +143,8 @@ void bind_cuda(py::module_& m, const char* name, Args (*arguments)(P...),
           const Args args = arguments(given...);
           const int device = std::get<0>(c);
           const cuda::Call call = {device, pointer(std::get<1>(c)), pointer<uint64_t>(std::get<2>(c)),
-                                   pointer<float>(std::get<3>(c)), std::get<4>(c), std::get<5>(c)};
+                                   pointer<float>(std::get<3>(c)), std::get<4>(c), std::get<5>(c),
+                                   table(std::get<6>(c)), pointer<float>(std::get<7>(c))};
           if (const char* error = run(args, call)) {
             throw std::runtime_error(std::string(name) + " (" + shape_of(args) + ") on cuda:" +
                                      std::to_string(device) + ": " + error);

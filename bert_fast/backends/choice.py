@@ -45,14 +45,14 @@ COMPOSED = ("linear_gelu", "embedding_layer_norm")
 SUPPORT = {
     "cpu": {op: Support("cpu") for op in (*OPS, "embedding_layer_norm")},
     "triton": {
-        "attention": Support("cuda", largest=256, largest_before_80=128),
+        "attention": Support("cuda", position_bias=True, largest=256, largest_before_80=128),
         "layer_norm": Support("cuda", largest=16384),
         "gelu": Support("cuda"),
         "linear_gelu": Support("cuda"),
         "embedding_layer_norm": Support("cuda", largest=16384),
     },
     "cuda": {
-        "attention": Support("cuda", largest=256, largest_before_80=128),
+        "attention": Support("cuda", position_bias=True, largest=256, largest_before_80=128),
         "layer_norm": Support("cuda", largest=8192),
         "gelu": Support("cuda"),
     },

@@ -42,12 +42,13 @@ def _programs(device):
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _call(like, seed=None, scratch=None, longest_k=0):
-    """The kernels' Call: device, stream, seed, scratch, longest_k, programs."""
+def _call(like, seed=None, scratch=None, longest_k=0, table=None, dtable=None):
+    """The kernels' Call: device, stream, seed, scratch, longest_k, programs, table, dtable."""
     device = like.device
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     return (
-        device.index or 0, stream, address(seed), address(scratch), longest_k, _programs(device)
+        device.index or 0, stream, address(seed), address(scratch), longest_k, _programs(device),
+        (address(table), *((0, 0) if table is None else table.shape[1:])), address(dtable),
     )  # fmt: skip
 
 
@@ -56,29 +57,31 @@ def _scratch(like, *shape):
 
 
 def attention_forward(
-    q, k, v, cu_q, cu_k, max_q, max_k, bias, scale, causal, dropout_p, seed, out=None
-):
+    q, k, v, cu_q, cu_k, max_q, max_k, bias, scale, causal, dropout_p, seed, out=None,
+    position_bias=None,
+):  # fmt: skip
     cu_q, cu_k, bias = cu_q.contiguous(), cu_k.contiguous(), as_float32(bias)
+    table = as_float32(position_bias)
     out = q.new_empty(q.shape) if out is None else out
     lse = _scratch(q, q.shape[1], q.shape[0])
     _kernels.cuda_attention_forward(
         attention_shape(q, k, cu_q, cu_k, scale, causal, dropout_p, module=_kernels),
         *map(strided, (q, k, v, out)), address(bias), address(lse),
-        _call(q, seed, longest_k=max_k),
+        _call(q, seed, longest_k=max_k, table=table),
     )  # fmt: skip
     return out, lse
 
 
 def attention_backward(
     dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, bias, scale, causal, dropout_p, seed,
-    dq, dk, dv,
+    dq, dk, dv, position_bias=None, dposition_bias=None,
 ):  # fmt: skip
     cu_q, cu_k, bias = cu_q.contiguous(), cu_k.contiguous(), as_float32(bias)
-    delta = torch.empty_like(lse)
+    delta, table = torch.empty_like(lse), as_float32(position_bias)
     _kernels.cuda_attention_backward(
         attention_shape(q, k, cu_q, cu_k, scale, causal, dropout_p, module=_kernels),
         *map(strided, (q, k, v, out, dout, dq, dk, dv)), address(bias), address(lse),
-        _call(q, seed, delta, max_k),
+        _call(q, seed, delta, max_k, table, dposition_bias),
     )  # fmt: skip
 
 

@@ -16,8 +16,9 @@ def cases(full=False):
     # float16 compiles as bfloat16 does.
     dtypes = [torch.bfloat16, torch.float32] if full else [torch.bfloat16]
     sizes = [(64, 512), (64, 128), (64, 64), (32, 128), (80, 512), (128, 512), (256, 512)]
-    for dtype, (head_dim, longest), (causal, dropout_p), backward in itertools.product(
-        dtypes, sizes if full else sizes[:2], [(False, 0.0), (full, 0.1)], (False, True)
+    variants = [(False, 0.0, False), (full, 0.1, False), (False, 0.1, True)]
+    for dtype, (head_dim, longest), (causal, dropout_p, biased), backward in itertools.product(
+        dtypes, sizes if full else sizes[:2], variants, (False, True)
     ):
         work = works.Attention(
             dtype, "meta", backward, lengths=(longest,) * 32, num_heads=12, head_dim=head_dim,
@@ -27,14 +28,17 @@ def cases(full=False):
         q, k, v = meta(tokens, 3, heads, head_dim, dtype=dtype).unbind(1)
         options = (work.cu_seqlens, work.cu_seqlens, longest, longest, meta(3, heads, head_dim),
                    head_dim**-0.5, causal, dropout_p, seed if dropout_p else None)  # fmt: skip
+        position = {"position_bias": meta(heads, longest, longest, dtype=dtype)} if biased else {}
         if backward:
             dout, lse = torch.empty_like(q), meta(heads, tokens)
+            if biased:
+                position["dposition_bias"] = meta(heads, longest, longest)
             call = functools.partial(
-                kernels.attention_backward, dout, q, k, v, dout, lse, *options, q, k, v
+                kernels.attention_backward, dout, q, k, v, dout, lse, *options, q, k, v, **position
             )
         else:
-            call = functools.partial(kernels.attention_forward, q, k, v, *options)
-        yield str(work), work, call
+            call = functools.partial(kernels.attention_forward, q, k, v, *options, **position)
+        yield f"{work}{', position bias' * biased}", work, call
     for dtype, width, dropout_p, backward in itertools.product(
         dtypes, (384, 768, 1024, 4096) if full else (768,), (0.0, 0.1), (False, True)
     ):

@@ -72,7 +72,7 @@ def attention(
         position_bias: (num_heads, at least max_seqlen, at least max_seqlen_k), any float dtype:
             entry (h, i, j) is added to head h's score, after the scale, of every sequence's query i
             and key j. What lies past max_seqlen is ignored, with zero gradient; -inf hides a key.
-            Backend "eager" alone has it; "auto" goes there, the others say that they cannot.
+            A backend without it says so, and "auto" goes to one that has it.
 
     Returns:
         (total_tokens, num_heads, head_dim); with ``return_lse`` the pair (out, lse). A row that
@@ -196,22 +196,46 @@ def _run_attention(
             result = out.copy_(result)
     elif out is not None:
         q, k, v = map(rows_contiguous, (q, k, v))
-        result, lse = backends.module(name).attention_forward(q, k, v, *options, out=out)
+        options = (*options, name, position_bias)
+        result, lse = _attention_forward(q, k, v, options, out=out)
     else:
-        result, lse = getattr(torch.ops.bert_fast, op)(*tensors, *options, name)
+        result, lse = getattr(torch.ops.bert_fast, op)(*tensors, *options, name, position_bias)
     return (result, lse) if return_lse else result
 
 
 _ATTENTION_OPTIONS = (
     "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
-    "Tensor? bias, float softmax_scale, bool causal, float dropout_p, Tensor? seed, str backend"
+    "Tensor? bias, float softmax_scale, bool causal, float dropout_p, Tensor? seed, str backend, "
+    "Tensor? position_bias=None"
 )
+# The last output is position_bias's gradient, float32; of no elements where it is not asked for.
+_BACKWARD_OPTIONS = f"{_ATTENTION_OPTIONS}, bool position_bias_grad=False"
+
+
+def _attention_forward(q, k, v, options, **keywords):
+    """Runs the kernels; options as in the schema, whose defaults torch leaves out."""
+    *options, name, position_bias = (*options, None)[:11]
+    if position_bias is not None:
+        keywords["position_bias"] = position_bias
+    return backends.module(name).attention_forward(q, k, v, *options, **keywords)
+
+
+def _run_backward(tensors, options, gradients):
+    """Writes the gradients of q, k and v; returns position_bias's."""
+    *options, name, position_bias, wanted = (*options, None, None)[:12]
+    position, dposition_bias = {}, tensors[0].new_empty(0, dtype=torch.float32)
+    if wanted:
+        dposition_bias = position_bias.new_empty(position_bias.shape, dtype=torch.float32)
+        position["dposition_bias"] = dposition_bias
+    if position_bias is not None:
+        position["position_bias"] = position_bias
+    backends.module(name).attention_backward(*tensors, *options, *gradients, **position)
+    return dposition_bias
 
 
 @define(f"attention(Tensor q, Tensor k, Tensor v, {_ATTENTION_OPTIONS}) -> (Tensor, Tensor)")
 def _attention(q, k, v, *options):
-    q, k, v = map(rows_contiguous, (q, k, v))
-    return backends.module(options[-1]).attention_forward(q, k, v, *options[:-1])
+    return _attention_forward(*map(rows_contiguous, (q, k, v)), options)
 
 
 @define(f"attention_qkv(Tensor qkv, {_ATTENTION_OPTIONS}) -> (Tensor, Tensor)")
@@ -221,26 +245,23 @@ def _attention_qkv(qkv, *options):
 
 @define(
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_ATTENTION_OPTIONS}) -> (Tensor, Tensor, Tensor)"
+    f"{_BACKWARD_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 def _attention_backward(dout, q, k, v, out, lse, *options):
     dout, q, k, v = map(rows_contiguous, (dout, q, k, v))
     gradients = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-    backend = backends.module(options[-1])
-    backend.attention_backward(dout, q, k, v, out, lse, *options[:-1], *gradients)
-    return gradients
+    return *gradients, _run_backward((dout, q, k, v, out, lse), options, gradients)
 
 
 @define(
     "attention_qkv_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, "
-    f"{_ATTENTION_OPTIONS}) -> Tensor"
+    f"{_BACKWARD_OPTIONS}) -> (Tensor, Tensor)"
 )
 def _attention_qkv_backward(dout, qkv, out, lse, *options):
     dout, qkv = rows_contiguous(dout), rows_contiguous(qkv)
     dqkv = qkv.new_empty(qkv.shape)
-    backend = backends.module(options[-1])
-    backend.attention_backward(dout, *qkv.unbind(1), out, lse, *options[:-1], *dqkv.unbind(1))
-    return dqkv
+    tensors = (dout, *qkv.unbind(1), out, lse)
+    return dqkv, _run_backward(tensors, options, dqkv.unbind(1))
 
 
 @fake("attention")
@@ -255,48 +276,58 @@ def _(qkv, *options):
     return out, qkv.new_empty((num_heads, total), dtype=torch.float32)
 
 
+def _fake_dposition_bias(lse, position_bias=None, wanted=False):
+    return lse.new_empty(position_bias.shape if wanted else 0)
+
+
 @fake("attention_backward")
-def _(dout, q, k, v, *rest):
-    return contiguous_like(q), contiguous_like(k), contiguous_like(v)
+def _(dout, q, k, v, out, lse, *options):
+    position = _fake_dposition_bias(lse, *options[10:])
+    return contiguous_like(q), contiguous_like(k), contiguous_like(v), position
 
 
 @fake("attention_qkv_backward")
-def _(dout, qkv, *rest):
-    return contiguous_like(qkv)
+def _(dout, qkv, out, lse, *options):
+    return contiguous_like(qkv), _fake_dposition_bias(lse, *options[10:])
+
+
+# Of the options, in the schema's order: cu_q, cu_k, bias, seed, position_bias.
+_TENSOR_OPTIONS = (0, 1, 4, 8, 10)
 
 
 def _save_attention(ctx, inputs, output):
-    # The options: cu_q, cu_k, max_q, max_k, bias, scale, causal, dropout_p, seed, backend.
-    tensors, options = inputs[:-10], list(inputs[-10:])
+    tensors, options = inputs[:-11], list(inputs[-11:])
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(*tensors, out, lse, options[0], options[1], options[4], options[8])
+    ctx.save_for_backward(*tensors, out, lse, *(options[i] for i in _TENSOR_OPTIONS))
     ctx.options = options
 
 
-def _saved_attention(ctx):
-    *tensors, cu_q, cu_k, bias, seed = ctx.saved_tensors
-    options = list(ctx.options)
-    options[0], options[1], options[4], options[8] = cu_q, cu_k, bias, seed
-    return tensors, options, bias
+def _differentiate(ctx, dout, backward):
+    """``backward``'s gradients of q, k and v, or of qkv; then those of the options."""
+    saved, options = ctx.saved_tensors, list(ctx.options)
+    tensors = saved[: -len(_TENSOR_OPTIONS)]
+    for i, tensor in zip(_TENSOR_OPTIONS, saved[len(tensors) :], strict=True):
+        options[i] = tensor
+    bias, position_bias = options[4], options[10]
+    needed = ctx.needs_input_grad[len(tensors) - 2 :]  # without the options left at their defaults
+    wanted = position_bias is not None and needed[10]
+    *gradients, dposition_bias = backward(dout, *tensors, *options, wanted)
+    of_options = [None] * 11
+    if bias is not None and needed[4]:
+        sums = [g.sum(0, dtype=torch.float32) for g in gradients]
+        of_options[4] = (torch.stack(sums) if len(sums) > 1 else sums[0]).to(bias.dtype)
+    if wanted:
+        of_options[10] = dposition_bias.to(position_bias.dtype)
+    return *gradients, *of_options
 
 
 def _attention_autograd(ctx, dout, dlse):
-    tensors, options, bias = _saved_attention(ctx)
-    gradients = torch.ops.bert_fast.attention_backward(dout, *tensors, *options)
-    dbias = None
-    if bias is not None and ctx.needs_input_grad[7]:
-        dbias = torch.stack([g.sum(0, dtype=torch.float32) for g in gradients]).to(bias.dtype)
-    return *gradients, None, None, None, None, dbias, *[None] * 5
+    return _differentiate(ctx, dout, torch.ops.bert_fast.attention_backward)
 
 
 def _attention_qkv_autograd(ctx, dout, dlse):
-    tensors, options, bias = _saved_attention(ctx)
-    dqkv = torch.ops.bert_fast.attention_qkv_backward(dout, *tensors, *options)
-    dbias = None
-    if bias is not None and ctx.needs_input_grad[5]:
-        dbias = dqkv.sum(0, dtype=torch.float32).to(bias.dtype)
-    return dqkv, None, None, None, None, dbias, *[None] * 5
+    return _differentiate(ctx, dout, torch.ops.bert_fast.attention_qkv_backward)
 
 
 register_autograd("attention", _attention_autograd, _save_attention)

@@ -85,8 +85,9 @@ __device__ __forceinline__ void store_row(const Strided& t, int64_t row, int hea
 }
 
 // Grid of every kernel here: (tiles of rows, heads). Thread (r, c) has row r, and column c of pairs.
-template <class T>
-__global__ void __launch_bounds__(kThreads) forward_kernel(AttentionForward a, Dropout drop) {
+template <class T, class... Bias>
+__global__ void __launch_bounds__(kThreads) forward_kernel(AttentionForward a, Dropout drop,
+                                                           Bias... table) {
   const int batch = static_cast<int>(a.batch), head_dim = static_cast<int>(a.head_dim);
   const Tile tile = find_tile(blockIdx.x, a.cu_q, batch, static_cast<int>(a.total_q), kSide);
   if (tile.first >= tile.length) return;
@@ -108,7 +109,9 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(AttentionForward a, D
                  a.bias ? a.bias + 2 * part : nullptr);
     barrier();
     float score = dot(q + r * tiles.stride, k + c * tiles.stride, head_dim) * a.scale * kLog2e;
-    if (!seen(row, first + c, tile.length, k_length, a.causal)) score = -INFINITY;
+    if (!scored(score, row, first + c, tile.length, k_length, a.causal, head, table...)) {
+      score = -INFINITY;
+    }
     const float new_top = fmaxf(top, row_max(score));
     const float finite = new_top == -INFINITY ? 0.0f : new_top;
     const float shrink = exp2_fast(top - finite), weight = exp2_fast(score - finite);
@@ -141,9 +144,9 @@ __global__ void __launch_bounds__(kThreads) delta_kernel(AttentionBackward a, fl
   if (threadIdx.x % kWarp == 0) delta[head * a.total_q + row] = sum;
 }
 
-template <class T>
+template <class T, class... Bias>
 __global__ void __launch_bounds__(kThreads) dq_kernel(AttentionBackward a, Dropout drop,
-                                                      const float* delta) {
+                                                      const float* delta, Bias... table) {
   const int batch = static_cast<int>(a.batch), head_dim = static_cast<int>(a.head_dim);
   const Tile tile = find_tile(blockIdx.x, a.cu_q, batch, static_cast<int>(a.total_q), kSide);
   if (tile.first >= tile.length) return;
@@ -168,9 +171,9 @@ __global__ void __launch_bounds__(kThreads) dq_kernel(AttentionBackward a, Dropo
     load_tile<T>(v, tiles.stride, a.v, k_begin, first, k_length, head, head_dim,
                  a.bias ? a.bias + 2 * part : nullptr);
     barrier();
-    const float score = dot(q + r * tiles.stride, k + c * tiles.stride, head_dim) * a.scale * kLog2e;
+    float score = dot(q + r * tiles.stride, k + c * tiles.stride, head_dim) * a.scale * kLog2e;
     float dscore = 0.0f;
-    if (seen(row, first + c, tile.length, k_length, a.causal)) {
+    if (scored(score, row, first + c, tile.length, k_length, a.causal, head, table...)) {
       const float dweight = dot(dout + r * tiles.stride, v + c * tiles.stride, head_dim) *
                             factor(drop, row, first + c, head, tile.sequence);
       dscore = exp2_fast(score - log) * (dweight - center);
@@ -183,9 +186,9 @@ __global__ void __launch_bounds__(kThreads) dq_kernel(AttentionBackward a, Dropo
 }
 
 // The 1: without it nvcc 13 halves the registers on 12.0, and spills.
-template <class T>
+template <class T, class... Bias>
 __global__ void __launch_bounds__(kThreads, 1) dkv_kernel(AttentionBackward a, Dropout drop,
-                                                       const float* delta) {
+                                                       const float* delta, Bias... table) {
   const int batch = static_cast<int>(a.batch), head_dim = static_cast<int>(a.head_dim);
   const Tile tile = find_tile(blockIdx.x, a.cu_k, batch, static_cast<int>(a.total_k), kSide);
   if (tile.first >= tile.length) return;
@@ -210,9 +213,9 @@ __global__ void __launch_bounds__(kThreads, 1) dkv_kernel(AttentionBackward a, D
     barrier();
     const int row = first + c;
     float weight = 0.0f, dscore = 0.0f;
-    if (seen(row, column, q_length, tile.length, a.causal)) {
+    float score = dot(k + r * tiles.stride, q + c * tiles.stride, head_dim) * a.scale * kLog2e;
+    if (scored(score, row, column, q_length, tile.length, a.causal, head, table...)) {
       const int64_t at = head * a.total_q + q_begin + row;
-      const float score = dot(k + r * tiles.stride, q + c * tiles.stride, head_dim) * a.scale * kLog2e;
       const float keep = factor(drop, row, column, head, tile.sequence);
       weight = exp2_fast(score - a.lse[at] * kLog2e);
       dscore = weight * (dot(v + r * tiles.stride, dout + c * tiles.stride, head_dim) * keep - delta[at]);
@@ -230,6 +233,47 @@ __global__ void __launch_bounds__(kThreads, 1) dkv_kernel(AttentionBackward a, D
   store_row<T>(a.dv, at, head, c, head_dim, dv, 1.0f);
 }
 
+// The table's gradient, of every dtype: a CTA owns a tile of it and goes through the sequences, so
+// that nothing is added atomically. Grid: (tiles of a table, heads).
+template <class T>
+__global__ void __launch_bounds__(kThreads, 1) dtable_kernel(AttentionBackward a, Dropout drop,
+                                                          const float* delta, Table table,
+                                                          float* dtable) {
+  const int head_dim = static_cast<int>(a.head_dim), head = blockIdx.y;
+  const int across = static_cast<int>((table.columns + kSide - 1) / kSide);
+  const int first_row = blockIdx.x / across * kSide, first_column = blockIdx.x % across * kSide;
+  const Tiles tiles = {head_dim | 1};
+  float *q = tiles(0), *dout = tiles(1), *k = tiles(2), *v = tiles(3);
+  const int r = threadIdx.x / kSide, c = threadIdx.x % kSide;
+  const int row = first_row + r, column = first_column + c;
+  const int part = static_cast<int>(a.num_heads) * head_dim;
+  float total = 0.0f;
+  for (int sequence = 0; sequence < a.batch; ++sequence) {
+    const int q_begin = a.cu_q[sequence], q_length = a.cu_q[sequence + 1] - q_begin;
+    const int k_begin = a.cu_k[sequence], k_length = a.cu_k[sequence + 1] - k_begin;
+    if (!seen(first_row, first_column, q_length, k_length, false)) continue;
+    if (a.causal && first_column >= first_row + kSide + k_length - q_length) continue;
+    barrier();
+    load_tile<T>(q, tiles.stride, a.q, q_begin, first_row, q_length, head, head_dim, a.bias);
+    load_tile<T>(dout, tiles.stride, a.dout, q_begin, first_row, q_length, head, head_dim, nullptr);
+    load_tile<T>(k, tiles.stride, a.k, k_begin, first_column, k_length, head, head_dim,
+                 a.bias ? a.bias + part : nullptr);
+    load_tile<T>(v, tiles.stride, a.v, k_begin, first_column, k_length, head, head_dim,
+                 a.bias ? a.bias + 2 * part : nullptr);
+    barrier();
+    float score = dot(q + r * tiles.stride, k + c * tiles.stride, head_dim) * a.scale * kLog2e;
+    if (scored(score, row, column, q_length, k_length, a.causal, head, table)) {
+      const int64_t at = head * a.total_q + q_begin + row;
+      const float dweight = dot(dout + r * tiles.stride, v + c * tiles.stride, head_dim) *
+                            factor(drop, row, column, head, sequence);
+      total += exp2_fast(score - a.lse[at] * kLog2e) * (dweight - delta[at]);
+    }
+  }
+  if (row < table.rows && column < table.columns) {
+    dtable[(head * table.rows + row) * table.columns + column] = total;
+  }
+}
+
 // What CUDA would say of such a launch; every chip has tensor cores for fp16, so there is no other.
 constexpr const char* kTooWide = "this head_dim needs more shared memory than the chip has";
 
@@ -242,10 +286,23 @@ const char* attend(const AttentionForward& a, const Dropout& drop, const Call& c
   if constexpr (std::is_same_v<T, fp16>) {
     return kTooWide;
   } else {
-    launch(forward_kernel<T>, tiles_of(a.total_q, kSide, a), kThreads,
-           shared_bytes(static_cast<int>(a.head_dim), 3, 1), call.stream, a, drop);
+    with_table(call.table, [&](auto... table) {
+      void (*kernel)(AttentionForward, Dropout, decltype(table)...) = forward_kernel<T>;
+      launch(kernel, tiles_of(a.total_q, kSide, a), kThreads,
+             shared_bytes(static_cast<int>(a.head_dim), 3, 1), call.stream, a, drop, table...);
+    });
   }
   return nullptr;
+}
+
+template <class T>
+void find_dtable(const AttentionBackward& a, const Dropout& drop, const Call& call) {
+  const int64_t down = (call.table.rows + kSide - 1) / kSide;
+  const int64_t tiles = down * ((call.table.columns + kSide - 1) / kSide);
+  if (!tiles || !a.num_heads) return;
+  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(a.num_heads));
+  launch(dtable_kernel<T>, grid, kThreads, shared_bytes(static_cast<int>(a.head_dim), 4, 0),
+         call.stream, a, drop, call.scratch, call.table, call.dtable);
 }
 
 template <class T>
@@ -256,6 +313,7 @@ const char* attend(const AttentionBackward& a, const Dropout& drop, const Call& 
                                  static_cast<unsigned>(a.num_heads)),
            kThreads, 0, call.stream, a, call.scratch);
   }
+  if (call.dtable) find_dtable<T>(a, drop, call);
   if constexpr (sizeof(T) == 2) {
     if (backward_mma<T>(a, drop, call)) return nullptr;
   }
@@ -263,8 +321,13 @@ const char* attend(const AttentionBackward& a, const Dropout& drop, const Call& 
     return kTooWide;
   } else {
     const size_t tiles = shared_bytes(static_cast<int>(a.head_dim), 4, 2);
-    if (a.total_q) launch(dq_kernel<T>, tiles_of(a.total_q, kSide, a), kThreads, tiles, call.stream, a, drop, call.scratch);
-    if (a.total_k) launch(dkv_kernel<T>, tiles_of(a.total_k, kSide, a), kThreads, tiles, call.stream, a, drop, call.scratch);
+    with_table(call.table, [&](auto... table) {
+      const float* delta = call.scratch;
+      void (*dq)(AttentionBackward, Dropout, const float*, decltype(table)...) = dq_kernel<T>;
+      void (*dkv)(AttentionBackward, Dropout, const float*, decltype(table)...) = dkv_kernel<T>;
+      if (a.total_q) launch(dq, tiles_of(a.total_q, kSide, a), kThreads, tiles, call.stream, a, drop, delta, table...);
+      if (a.total_k) launch(dkv, tiles_of(a.total_k, kSide, a), kThreads, tiles, call.stream, a, drop, delta, table...);
+    });
   }
   return nullptr;
 }

@@ -39,6 +39,25 @@ __device__ __forceinline__ bool seen(int row, int column, int q_length, int k_le
   return row < q_length && column < k_length && (!causal || column <= row + k_length - q_length);
 }
 
+// Whether a pair counts. With a table its score, in base 2, gets the position bias, whose -inf hides.
+__device__ __forceinline__ bool scored(float&, int row, int column, int q_length, int k_length,
+                                       bool causal, int) {
+  return seen(row, column, q_length, k_length, causal);
+}
+__device__ __forceinline__ bool scored(float& score, int row, int column, int q_length, int k_length,
+                                       bool causal, int head, const Table& table) {
+  if (!seen(row, column, q_length, k_length, causal)) return false;
+  const float bias = table.data[(head * table.rows + row) * table.columns + column];
+  score += bias * kLog2e;
+  return bias != -INFINITY;
+}
+
+// run(), or run(the table) where there is one: kernels take it as their last argument, or do not.
+template <class Run>
+auto with_table(const Table& table, const Run& run) {
+  return table.data ? run(table) : run();
+}
+
 template <class T>
 __device__ __forceinline__ T* row_of(const Strided& t, int64_t row, int head) {
   return static_cast<T*>(t.data) + row * t.token + head * t.head;

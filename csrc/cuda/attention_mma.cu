@@ -215,8 +215,9 @@ constexpr int kStages = kD <= 128 ? 2 : 1;
 // Grid: (tiles of queries, heads). kOnce: no sequence has more than kKeys keys, nothing is rescaled.
 // kTeam: a warp where sequences are so short that most of a CTA's 64 rows would lie idle; it then
 // has 16 rows and their keys to itself, four such tiles share a CTA, and nobody waits for another.
-template <class T, int kD, int kKeys, bool kOnce, int kTeam>
-__global__ void __launch_bounds__(kThreads, 2) forward_kernel(AttentionForward a, Dropout drop, int wide) {
+template <class T, int kD, int kKeys, bool kOnce, int kTeam, class... Bias>
+__global__ void __launch_bounds__(kThreads, 2) forward_kernel(AttentionForward a, Dropout drop,
+                                                           int wide, Bias... table) {
   constexpr int kTiles = kKeys / 8, kPipeline = kOnce ? 1 : kStages<kD>;
   constexpr int kTeams = kThreads / kTeam, kOwn = kRows / kTeams;  // rows of a team
   const int team = kTeams == 1 ? 0 : threadIdx.x / kTeam;
@@ -268,8 +269,10 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(AttentionForward a
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int column = first + n * 8 + lane % 4 * 2 + i % 2;
-        const bool counts = seen(row + i / 2 * 8, column, tile.length, k_length, a.causal);
-        scores[n][i] = counts ? scores[n][i] * (a.scale * kLog2e) : -INFINITY;
+        float score = scores[n][i] * (a.scale * kLog2e);
+        const bool counts =
+            scored(score, row + i / 2 * 8, column, tile.length, k_length, a.causal, head, table...);
+        scores[n][i] = counts ? score : -INFINITY;
         block_top[i / 2] = fmaxf(block_top[i / 2], scores[n][i]);
       }
     }
@@ -332,9 +335,9 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(AttentionForward a
 template <int kD>
 constexpr int kOther = kD <= 64 ? 64 : kD <= 128 ? 32 : 16;
 
-template <class T, int kD>
+template <class T, int kD, class... Bias>
 __global__ void __launch_bounds__(kThreads, 2) dq_kernel(AttentionBackward a, Dropout drop,
-                                                      const float* delta, int wide) {
+                                                      const float* delta, int wide, Bias... table) {
   constexpr int kKeys = kOther<kD>, kTiles = kKeys / 8;
   const int batch = static_cast<int>(a.batch), head = blockIdx.y;
   const Tile tile = find_tile(blockIdx.x, a.cu_q, batch, static_cast<int>(a.total_q), kRows);
@@ -383,8 +386,10 @@ __global__ void __launch_bounds__(kThreads, 2) dq_kernel(AttentionBackward a, Dr
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int column = first + n * 8 + lane % 4 * 2 + i % 2;
-        const bool counts = seen(row + i / 2 * 8, column, tile.length, k_length, a.causal);
-        const float weight = exp2_fast(scores[n][i] * (a.scale * kLog2e) - log[i / 2]);
+        float score = scores[n][i] * (a.scale * kLog2e);
+        const bool counts =
+            scored(score, row + i / 2 * 8, column, tile.length, k_length, a.causal, head, table...);
+        const float weight = exp2_fast(score - log[i / 2]);
         dscores[n][i] = counts ? weight * (dscores[n][i] * keep[i] - center[i / 2]) : 0.0f;
       }
     }
@@ -400,9 +405,9 @@ __global__ void __launch_bounds__(kThreads, 2) dq_kernel(AttentionBackward a, Dr
 }
 
 // dk and dv of a tile of keys; for wide heads one of them a launch, which the registers allow.
-template <class T, int kD, bool kWantsDk, bool kWantsDv>
+template <class T, int kD, bool kWantsDk, bool kWantsDv, class... Bias>
 __global__ void __launch_bounds__(kThreads, 2) dkv_kernel(AttentionBackward a, Dropout drop,
-                                                       const float* delta, int wide) {
+                                                       const float* delta, int wide, Bias... table) {
   constexpr int kQueries = kOther<kD>, kTiles = kQueries / 8;
   const int batch = static_cast<int>(a.batch), head = blockIdx.y;
   const Tile tile = find_tile(blockIdx.x, a.cu_k, batch, static_cast<int>(a.total_k), kRows);
@@ -452,10 +457,10 @@ __global__ void __launch_bounds__(kThreads, 2) dkv_kernel(AttentionBackward a, D
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int query = n * 8 + lane % 4 * 2 + i % 2;
-        const bool counts =
-            seen(first + query, column + i / 2 * 8, q_length, tile.length, a.causal);
-        const float weight =
-            counts ? exp2_fast(scores[n][i] * (a.scale * kLog2e) - logs[query]) : 0.0f;
+        float score = scores[n][i] * (a.scale * kLog2e);
+        const bool counts = scored(score, first + query, column + i / 2 * 8, q_length, tile.length,
+                                   a.causal, head, table...);
+        const float weight = counts ? exp2_fast(score - logs[query]) : 0.0f;
         if (kWantsDk) {
           dscores[n][i] = counts ? weight * (dscores[n][i] * keep[i] - logs[kQueries + query]) : 0.0f;
         }
@@ -505,7 +510,11 @@ bool run_forward(const AttentionForward& a, const Dropout& drop, const Call& cal
                    is_wide(a.out, a) * kOut;
   dim3 grid = tiles_of(a.total_q, kRows / kTeams, a);
   grid.x = (grid.x + kTeams - 1) / kTeams;
-  launch(forward_kernel<T, kD, kKeys, kOnce, kTeam>, grid, kThreads, kBytes, call.stream, a, drop, wide);
+  with_table(call.table, [&](auto... table) {
+    void (*kernel)(AttentionForward, Dropout, int, decltype(table)...) =
+        forward_kernel<T, kD, kKeys, kOnce, kTeam>;
+    launch(kernel, grid, kThreads, kBytes, call.stream, a, drop, wide, table...);
+  });
   return true;
 }
 
@@ -517,18 +526,21 @@ bool run_backward(const AttentionBackward& a, const Dropout& drop, const Call& c
   const int wide = is_wide(a.q, a) * kQ | is_wide(a.k, a) * kK | is_wide(a.v, a) * kV |
                    is_wide(a.dout, a) * kDout | is_wide(a.dq, a) * kDq | is_wide(a.dk, a) * kDk |
                    is_wide(a.dv, a) * kDv;
-  const float* delta = call.scratch;
-  if (a.total_q) {
-    launch(dq_kernel<T, kD>, tiles_of(a.total_q, kRows, a), kThreads, kTiles, call.stream, a, drop, delta, wide);
-  }
-  if (!a.total_k) return true;
-  const dim3 grid = tiles_of(a.total_k, kRows, a);
-  if constexpr (kD <= 128) {
-    launch(dkv_kernel<T, kD, true, true>, grid, kThreads, kBytes, call.stream, a, drop, delta, wide);
-  } else {
-    launch(dkv_kernel<T, kD, true, false>, grid, kThreads, kBytes, call.stream, a, drop, delta, wide);
-    launch(dkv_kernel<T, kD, false, true>, grid, kThreads, kBytes, call.stream, a, drop, delta, wide);
-  }
+  with_table(call.table, [&](auto... table) {
+    using Kernel = void (*)(AttentionBackward, Dropout, const float*, int, decltype(table)...);
+    const auto run = [&](Kernel kernel, int64_t total, size_t bytes) {
+      if (!total) return;
+      launch(kernel, tiles_of(total, kRows, a), kThreads, bytes, call.stream, a, drop,
+             static_cast<const float*>(call.scratch), wide, table...);
+    };
+    run(dq_kernel<T, kD>, a.total_q, kTiles);
+    if constexpr (kD <= 128) {
+      run(dkv_kernel<T, kD, true, true>, a.total_k, kBytes);
+    } else {
+      run(dkv_kernel<T, kD, true, false>, a.total_k, kBytes);
+      run(dkv_kernel<T, kD, false, true>, a.total_k, kBytes);
+    }
+  });
   return true;
 }
 

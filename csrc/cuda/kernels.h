@@ -8,6 +8,12 @@
 namespace bert_fast {
 namespace cuda {
 
+// attention's position bias, (num_heads, rows, columns), added to the scaled scores; data may be null.
+struct Table {
+  const float* data;
+  int64_t rows, columns;
+};
+
 struct Call {
   int device;
   void* stream;
@@ -15,6 +21,8 @@ struct Call {
   float* scratch;        // as each backward says
   int64_t longest_k;     // attention: no sequence has more keys
   int programs;          // how many CTAs share a sum over rows: it sets the order of the sums
+  Table table;           // attention
+  float* dtable;         // attention_backward: the table's gradient, all of it written; or null
 };
 
 const char* attention_forward(const AttentionForward&, const Call&);

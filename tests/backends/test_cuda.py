@@ -162,6 +162,18 @@ FAULTS = [
     ("attention.cu", "weight *= keep;", ""),
     ("attention.h", "column < k_length &&", "column <= k_length &&"),
     ("attention.h", "column <= row + k_length - q_length", "column <= row"),
+    ("attention.h", "score += bias * kLog2e", "score += bias"),
+    ("attention.h", "return bias != -INFINITY", "return true"),
+    ("attention.h", "(head * table.rows + row) * table.columns", "(head + row) * table.columns"),
+    ("attention.cu", "first_column >= first_row + kSide + k_length - q_length",
+     "first_column >= first_row + k_length - q_length"),
+    ("attention.cu", "if (!seen(first_row, first_column, q_length, k_length, false)) continue;",
+     "if (!seen(first_row, first_column, k_length, q_length, false)) continue;"),
+    ("attention.cu", "total += exp2_fast(score - a.lse[at] * kLog2e)",
+     "total = exp2_fast(score - a.lse[at] * kLog2e)"),
+    ("attention.cu", "factor(drop, row, column, head, sequence);", "1.0f;"),
+    ("attention.cu", "(head * table.rows + row) * table.columns + column] = total",
+     "(head + row) * table.columns + column] = total"),
     ("attention.h", "row * t.token + head * t.head", "row * t.head + head * t.token"),
     ("attention.h", "if (cu[middle] / rows + middle <= tile)",
      "if (cu[middle] / rows + middle < tile)"),
@@ -222,9 +234,12 @@ def survives(number, file, text, folder):
     (csrc / "cuda" / file).write_text(text, encoding="utf-8")
     module = cuda_host.build(build, csrc)
     op = file.partition(".")[0].removesuffix("_mma")
+    tests = [f"tests/ops/test_{op}.py", __file__]
+    if op == "attention":
+        tests.append("tests/backends/test_position_kernels.py")
     answer = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-q", "-k", "cuda-host or schedule or other_side",
-         "-m", "not full and not gpu", f"tests/ops/test_{op}.py", __file__],
+         "-m", "not full and not gpu", *tests],
         cwd=ROOT, capture_output=True, text=True, check=False,
         env=os.environ | {"BERT_FAST_CUDA_HOST": str(module)},
     )  # fmt: skip

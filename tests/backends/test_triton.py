@@ -55,6 +55,7 @@ def check(rows):
     assert not [row for row in rows if row["faults"]]
     kernels = {row["kernel"] for row in rows}
     assert {"attention.forward", "attention.backward_q", "attention.backward_kv"} <= kernels
+    assert "attention_table.backward" in kernels
     assert {"linear.forward", "linear.backward", "embedding.forward"} <= kernels
     assert {"layer_norm.forward", "layer_norm.backward", "gelu.forward", "gelu.backward"} <= kernels
     assert all(row["spills"] == 0 and row["widest_load"] == 128 for row in rows)
@@ -119,6 +120,37 @@ def test_nothing_recompiles_when_token_counts_change():
     assert launches >= 50 * 12
     assert kernels == 12
     assert compilations == kernels
+
+
+COUNTED_BIASED = """
+import torch
+from bert_fast import inspect
+from bert_fast.kernels import attention_backward, attention_forward
+
+def meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+with inspect.recorded() as launches:
+    for longest in range(130, 512, 7):
+        total, cu = 2 * longest + 5, meta(longest % 9 + 4, dtype=torch.int32)
+        q, table = meta(total, 3, 12, 64), meta(12, longest, longest)
+        options = (cu, cu, longest, longest, None, 0.125, False, 0.0, None)
+        out, lse = attention_forward(*q.unbind(1), *options, position_bias=table)
+        attention_backward(
+            out, *q.unbind(1), out, lse, *options, *torch.empty_like(q).unbind(1),
+            position_bias=table, dposition_bias=meta(*table.shape, dtype=torch.float32),
+        )
+names = {launch.kernel.__module__ + launch.kernel.__name__ for launch in launches}
+print(len(launches), len(names), len(set(launches)))
+"""
+
+
+def test_nothing_recompiles_when_the_position_bias_has_another_size():
+    answer = compiling("-c", COUNTED_BIASED)
+    assert answer.returncode == 0, answer.stderr
+    launches, kernels, compilations = map(int, answer.stdout.split())
+    assert launches >= 50 * 5
+    assert compilations == kernels == 5
 
 
 def test_a_fault_in_the_compiled_code_would_be_seen():
@@ -203,13 +235,13 @@ def test_autotune_searches_once_and_keeps_the_fastest(monkeypatch, tmp_path):
 
 # file, what is there, what a tired hand might write, and the tests that must notice
 MUTANTS = [
-    ("attention", "seen = (row < q_length)[:, None] & (col < k_length)[None, :]",
+    ("attention_tiles", "seen = (row < q_length)[:, None] & (col < k_length)[None, :]",
      "seen = (row < q_length)[:, None] & (col < k_length + 1)[None, :]"),
     ("attention", "total *= shrink[:, None]", "total *= 1.0"),
     ("attention", "norm = norm * shrink + tl.sum(weights, 1)", "norm = norm + tl.sum(weights, 1)"),
-    ("attention", "x = tl.load(first + row[:, None] * stride + d",
+    ("attention_tiles", "x = tl.load(first + row[:, None] * stride + d",
      "x = tl.load(first + row[:, None] * heads * HEAD_DIM + d"),
-    ("attention", "col[None, :] <= row[:, None] + (k_length - q_length)",
+    ("attention_tiles", "col[None, :] <= row[:, None] + (k_length - q_length)",
      "col[None, :] <= row[:, None]"),
     ("attention", "dropped = tl.where(keep, weights * keep_scale, 0.0)",
      "dropped = weights * keep_scale"),
@@ -217,8 +249,25 @@ MUTANTS = [
      "keep = keep_mask(tl.load(seed) + 1, cut, row, first // 4, head"),
     ("attention", "dscores = weights * (dweights - center[:, None])",
      "dscores = weights * dweights"),
-    ("attention", "if tl.load(cu + middle) // BLOCK + middle <= tile:",
+    ("attention_tiles", "if tl.load(cu + middle) // BLOCK + middle <= tile:",
      "if tl.load(cu + middle) // BLOCK + middle < tile:"),
+    ("attention_tiles", "at += (row - first)[:, None] * table_cols + col[None, :]",
+     "at += (row - first)[:, None] + col[None, :] * table_cols"),
+    ("attention_tiles", "tl.load(at, (row < q_length)[:, None], 0.0).to(tl.float32) * LOG2E",
+     "tl.load(at, (row < q_length)[:, None], 0.0).to(tl.float32)"),
+    ("attention_tiles", "(tl.program_id(1).to(tl.int64) * table_rows + first) * table_cols",
+     "(tl.program_id(1).to(tl.int64) + first) * table_cols"),
+    ("attention", "table = F.pad(table, (0, missing))", "table = F.pad(table, (missing, 0))"),
+    ("attention_table", "range(tl.program_id(2), batch,", "range(tl.program_id(2), batch - 1,"),
+    ("attention_table", "begin < first + BLOCK_M + k_length - q_length",
+     "begin < first + k_length - q_length"),
+    ("attention_table", "meets = (first < q_length) & (begin < k_length)",
+     "meets = (first < k_length) & (begin < q_length)"),
+    ("attention_table", "total += weights * (dweights - center[:, None])",
+     "total = weights * (dweights - center[:, None])"),
+    ("attention_table", "at = dtable + ((chunk * heads + head) * table_rows",
+     "at = dtable + (head * table_rows"),
+    ("attention_table", "dweights = tl.where(keep, dweights * keep_scale, 0.0)", "dweights *= 1.0"),
     ("layer_norm", "deviation = tl.where(inside, s - center[:, None], 0.0)",
      "deviation = s - center[:, None]"),
     ("layer_norm", "s = tl.where(keep, s * keep_scale, 0.0)", "s = tl.where(keep, s, 0.0)"),
@@ -240,9 +289,11 @@ MUTANTS = [
     ("common", "for begin in range(0, count, ROWS):", "for begin in range(0, count - 1, ROWS):"),
 ]  # fmt: skip
 NOTICE = {
-    "attention": "tests/ops/test_attention.py", "layer_norm": "tests/ops/test_layer_norm.py",
-    "gelu": "tests/ops/test_gelu.py", "common": "tests/ops/test_gelu.py",
-    "linear": "tests/ops/test_linear_gelu.py", "embedding": "tests/ops/test_embedding.py",
+    "attention": ["ops/test_attention", "backends/test_position_kernels"],
+    "attention_tiles": ["ops/test_attention", "backends/test_position_kernels"],
+    "attention_table": ["backends/test_position_kernels"], "layer_norm": ["ops/test_layer_norm"],
+    "gelu": ["ops/test_gelu"], "common": ["ops/test_gelu"], "linear": ["ops/test_linear_gelu"],
+    "embedding": ["ops/test_embedding"],
 }  # fmt: skip
 
 
@@ -264,7 +315,7 @@ def survives(folder, file, right, wrong):
     path.write_text(text.replace(right, wrong), encoding="utf-8")
     answer = subprocess.run(
         [sys.executable, "-m", "pytest", "-x", "-k", "triton", "-m", "not full and not gpu",
-         NOTICE[file]],
+         *(f"tests/{name}.py" for name in NOTICE[file])],
         cwd=folder, capture_output=True, text=True, check=False,
         env=os.environ | {"PYTHONPATH": str(folder)},
     )  # fmt: skip
