@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from bert_fast.devices import on_own_device
 from bert_fast.kernels import tuning
 from bert_fast.kernels.common import capability, dot, keep_mask, precision, seed_or, threshold
 
@@ -341,7 +342,7 @@ def _strides(*tensors):
 def _common(q, bias, causal, dropout_p):
     return {
         "CAUSAL": causal, "DROPOUT": dropout_p > 0, "HAS_BIAS": bias is not None,
-        "HEAD_DIM": q.shape[2], "PRECISION": precision(),
+        "HEAD_DIM": q.shape[2], "PRECISION": precision(), "enable_fp_fusion": True,
     }  # fmt: skip
 
 
@@ -356,6 +357,7 @@ def _search(q, longest, causal, bias, dropout_p, tiles):
     return kind, [(*p, warps, stages) for p in fitting for warps in (4, 8) for stages in (1, 2, 3)]
 
 
+@on_own_device("triton")
 def attention_forward(
     q, k, v, cu_q, cu_k, max_q, max_k, bias, scale, causal, dropout_p, seed, out=None
 ):
@@ -382,6 +384,7 @@ def attention_forward(
     return out, lse
 
 
+@on_own_device("triton")
 def attention_backward(
     dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, bias, scale, causal, dropout_p, seed,
     dq, dk, dv,
@@ -418,7 +421,7 @@ def attention_backward(
         block = 2048 // block_d
         _delta[(triton.cdiv(total_q, block), heads)](
             dout, out, delta, *_strides(dout, out), total_q, HEAD_DIM=head_dim, BLOCK_D=block_d,
-            BLOCK=block,
+            BLOCK=block, enable_fp_fusion=True,
         )  # fmt: skip
         tuning.run("attention.backward_q", tuple(table), search, launch_q)
     if total_k:

@@ -180,7 +180,7 @@ def _run_attention(
         )
     needs_grad = needs_grad_of(*tensors, bias, position_bias)
     name = backends.choose(
-        "attention", q.device.type, q.dtype, needs_grad, backend, head_dim,
+        "attention", q.device, q.dtype, needs_grad, backend, head_dim,
         position_bias=position_bias is not None,
     )  # fmt: skip
     if out is not None:

@@ -32,7 +32,7 @@ def compiling(*command, cwd=ROOT):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, *command], cwd=cwd, capture_output=True, text=True, check=False,
-        env=env | {"PYTHONPATH": str(cwd), "TRITON_DEFAULT_FP_FUSION": "1"},
+        env=env | {"PYTHONPATH": str(cwd)},
     )  # fmt: skip
 
 
