@@ -58,7 +58,7 @@ def sum_partials(partials, out, count, width, ROWS: tl.constexpr, BLOCK: tl.cons
     for begin in range(0, count, ROWS):
         row = begin + tl.arange(0, ROWS)
         inside = (row < count)[:, None] & (col < width)[None, :]
-        total += tl.load(partials + row[:, None] * width + col[None, :], inside, 0.0)
+        total += tl.load(partials + row.to(tl.int64)[:, None] * width + col[None, :], inside, 0.0)
     tl.store(out + col, tl.sum(total, 0), col < width)
 
 

@@ -39,6 +39,12 @@ __device__ __forceinline__ bool seen(int row, int column, int q_length, int k_le
   return row < q_length && column < k_length && (!causal || column <= row + k_length - q_length);
 }
 
+// A row's log-sum-exp in base 2, for exp2(score - it). +inf where every score of the row was -inf:
+// its weights are zero, not NaN.
+__device__ __forceinline__ float log2_of(float lse) {
+  return lse == -INFINITY ? INFINITY : lse * kLog2e;
+}
+
 template <class T>
 __device__ __forceinline__ T* row_of(const Strided& t, int64_t row, int head) {
   return static_cast<T*>(t.data) + row * t.token + head * t.head;
