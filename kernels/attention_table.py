@@ -87,7 +87,7 @@ def backward(inputs, dtable, cu_q, cu_k, seed, strides, batch, numbers, constant
         found = dtable.new_empty(chunks, dtable.numel())
     _backward[(tiles, heads, chunks)](
         *inputs, found, cu_q, cu_k, seed, *strides, batch, inputs[0].shape[0], cols,
-        *numbers,         **constants, **settings,
+        *numbers, **constants, **settings,
     )  # fmt: skip
     if chunks > 1:
         summed(found, dtable.view(-1))

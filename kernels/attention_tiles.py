@@ -48,9 +48,9 @@ def load_rows(
     """Rows of one head, (rows, BLOCK_D), plus its bias; zeros outside."""
     head, d = tl.program_id(1), tl.arange(0, BLOCK_D)
     inside = (row < length)[:, None] & (d < HEAD_DIM)[None, :]
-    # 64 bits to the sequence, 32 within it: offsets of a whole tile fill registers.
+    # 64 bits to the row: a sequence may have more than 2^31 elements.
     first = base + begin.to(tl.int64) * stride + head.to(tl.int64) * head_stride
-    x = tl.load(first + row[:, None] * stride + d[None, :], inside, 0.0)
+    x = tl.load(first + row.to(tl.int64)[:, None] * stride + d[None, :], inside, 0.0)
     if HAS_BIAS:
         shift = tl.load(bias + (part * heads + head) * HEAD_DIM + d, d < HEAD_DIM, 0.0)
         x = tl.where(inside, x.to(tl.float32) + shift.to(tl.float32)[None, :], 0.0).to(x.dtype)
@@ -63,7 +63,8 @@ def store_rows(base, x, begin, row, length, stride, head_stride, HEAD_DIM: tl.co
     head, d = tl.program_id(1), tl.arange(0, BLOCK_D)
     inside = (row < length)[:, None] & (d < HEAD_DIM)[None, :]
     first = base + begin.to(tl.int64) * stride + head.to(tl.int64) * head_stride
-    tl.store(first + row[:, None] * stride + d[None, :], x.to(base.dtype.element_ty), inside)
+    at = first + row.to(tl.int64)[:, None] * stride + d[None, :]
+    tl.store(at, x.to(base.dtype.element_ty), inside)
 
 
 @triton.jit

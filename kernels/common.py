@@ -58,7 +58,7 @@ def sum_partials(partials, out, count, width, ROWS: tl.constexpr, BLOCK: tl.cons
     for begin in range(0, count, ROWS):
         row = begin + tl.arange(0, ROWS)
         inside = (row < count)[:, None] & (col < width)[None, :]
-        total += tl.load(partials + row[:, None] * width + col[None, :], inside, 0.0)
+        total += tl.load(partials + row.to(tl.int64)[:, None] * width + col[None, :], inside, 0.0)
     tl.store(out + col, tl.sum(total, 0), col < width)
 
 
@@ -68,7 +68,9 @@ def summed(partials, out=None):
     if out is None:
         out = torch.empty(width, dtype=torch.float32, device=partials.device)
     if width:
-        sum_partials[(triton.cdiv(width, 64),)](partials, out, count, width, ROWS=32, BLOCK=64)
+        sum_partials[(triton.cdiv(width, 64),)](
+            partials, out, count, width, ROWS=32, BLOCK=64, enable_fp_fusion=True
+        )
     return out
 
 
@@ -95,8 +97,12 @@ def capability(device):
 
 
 def precision():
-    """float32 in true float32, unless torch may use TF32."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 and not INTERPRETED else "ieee"
+    """float32 in true float32, unless torch may use TF32. ``fp32_precision`` (torch 2.9) shows what
+    was said by any of torch's ways; ``allow_tf32`` raises after the newer ones."""
+    matmul = torch.backends.cuda.matmul
+    asked = getattr(matmul, "fp32_precision", None)
+    allowed = matmul.allow_tf32 if asked is None else asked == "tf32"
+    return "tf32" if allowed and not INTERPRETED else "ieee"
 
 
 def threshold(dropout_p):

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from bert_fast.devices import on_own_device
 from bert_fast.kernels.layer_norm import normalise, tile
 
 
@@ -52,6 +53,7 @@ def _forward(
     normalise(s, weight, bias, out, mean, rstd, row, col, rows, width, eps, TRAINING)
 
 
+@on_own_device("triton")
 def embedding_forward(
     input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps, dtype,
     training,
@@ -69,5 +71,6 @@ def embedding_forward(
             (total, mean, rstd)), rows, width, word.shape[0], position.shape[0],
             token_type.shape[0], eps, HAS_TYPES=token_type_ids is not None, TRAINING=training,
             ROWS=ROWS, BLOCK=BLOCK, num_warps=warps, debug=True, sanitize_overflow=False,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return out, total, mean, rstd

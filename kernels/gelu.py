@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from bert_fast.devices import on_own_device
 from bert_fast.kernels.common import processors, summed
 
 ROOT_HALF = tl.constexpr(0.7071067811865476)
@@ -101,6 +102,7 @@ def _backward(
         tl.store(partials + tl.program_id(1) * width + col, total, col < width)
 
 
+@on_own_device("triton")
 def gelu_forward(x, bias, approximate, out=None):
     out = torch.empty_like(x) if out is None else out
     size = x.numel()
@@ -109,10 +111,12 @@ def gelu_forward(x, bias, approximate, out=None):
         _forward[(triton.cdiv(size, 4096),)](
             x, x if bias is None else bias, out, size // x.shape[-1], x.shape[-1],
             HAS_BIAS=bias is not None, TANH=approximate == "tanh", BLOCK=4096, num_warps=8,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
 
+@on_own_device("triton")
 def gelu_backward(dout, x, bias, approximate):
     """Returns dx and dbias (None without a bias)."""
     dx, width = torch.empty_like(x), x.shape[-1]
@@ -126,5 +130,6 @@ def gelu_backward(dout, x, bias, approximate):
     _backward[(columns, programs)](
         dout, x, x if bias is None else bias, dx, partials, rows, width,
         HAS_BIAS=bias is not None, TANH=approximate == "tanh", ROWS=ROWS, BLOCK=BLOCK,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return dx, None if bias is None else summed(partials)

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from bert_fast.devices import on_own_device
 from bert_fast.kernels.common import keep_mask, processors, seed_or, summed, threshold
 
 STREAM = tl.constexpr(0xFFFFFFFF)  # dropout's fourth counter word: no attention's sequence
@@ -142,6 +143,7 @@ def tile(width, elements):
     return max(1, min(16, elements // block)), block, min(16, max(4, block // 256))
 
 
+@on_own_device("triton")
 def layer_norm_forward(
     x, weight, bias, residual, linear_bias, eps, dropout_p, seed, out=None, training=True
 ):
@@ -164,11 +166,12 @@ def layer_norm_forward(
             1.0 / (1.0 - dropout_p), HAS_RESIDUAL=residual is not None,
             HAS_LINEAR_BIAS=linear_bias is not None, DROPOUT=dropout_p > 0,
             SAVE_TOTAL=total is not None, SAVE_STATISTICS=training, ROWS=ROWS, BLOCK=BLOCK,
-            num_warps=warps,
+            num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
     return out, total, mean, rstd
 
 
+@on_own_device("triton")
 def layer_norm_backward(dout, total, mean, rstd, weight, has_linear_bias, dropout_p, seed):
     """Returns dx (None without dropout: it is dresidual), dresidual, dweight, dbias, and
     dlinear_bias (None without a linear bias)."""
@@ -184,7 +187,7 @@ def layer_norm_backward(dout, total, mean, rstd, weight, has_linear_bias, dropou
         dout, total, mean, rstd, weight, dresidual, dresidual if dx is None else dx, partials,
         seed_or(seed, total), rows, width, threshold(dropout_p), 1.0 / (1.0 - dropout_p),
         HAS_LINEAR_BIAS=has_linear_bias, DROPOUT=dropout_p > 0, ROWS=ROWS, BLOCK=BLOCK,
-        num_warps=warps,
+        num_warps=warps, enable_fp_fusion=True,
     )  # fmt: skip
     dweight, dbias, *rest = (summed(partial) for partial in partials)
     return dx, dresidual, dweight, dbias, rest[0] if rest else None

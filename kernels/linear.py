@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from bert_fast.devices import on_own_device
 from bert_fast.kernels import tuning
 from bert_fast.kernels.common import INTERPRETED, capability, dot, precision, processors, summed
 from bert_fast.kernels.gelu import gelu, gelu_gradient
@@ -191,6 +192,7 @@ def _search(x, weight, bias, *flags):
     ]
 
 
+@on_own_device("triton")
 def linear_gelu_forward(x, weight, bias, approximate, save):
     """GELU(x W^T + bias) and, with ``save``, x W^T (else None). x: (rows, width), contiguous like
     weight, (out_width, width)."""
@@ -210,7 +212,7 @@ def linear_gelu_forward(x, weight, bias, approximate, save):
             a, b, x if bias is None else bias.contiguous(), y, z, rows, width, out_width,
             HAS_BIAS=bias is not None, TANH=approximate == "tanh", SAVE_PRODUCT=save, BLOCK_M=M,
             BLOCK_N=N, BLOCK_K=K, PRECISION=precision(), TMA=tma, num_warps=warps,
-            num_stages=stages,
+            num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
 
     if rows:
@@ -219,6 +221,7 @@ def linear_gelu_forward(x, weight, bias, approximate, save):
     return out, product
 
 
+@on_own_device("triton")
 def linear_gelu_backward(dout, product, bias, weight, approximate):
     """dx, dproduct (the gradient of x W^T) and dbias (None without a bias)."""
     (rows, out_width), width = dout.shape, weight.shape[1]
@@ -237,6 +240,7 @@ def linear_gelu_backward(dout, product, bias, weight, approximate):
             dy, z, dout if bias is None else bias.contiguous(), w, grad, dz, partials, rows, width,
             out_width, HAS_BIAS=bias is not None, TANH=approximate == "tanh", BLOCK_M=M, BLOCK_N=N,
             BLOCK_K=K, PRECISION=precision(), TMA=tma, num_warps=warps, num_stages=stages,
+            enable_fp_fusion=True,
         )  # fmt: skip
         if bias is not None:
             summed(partials, dbias)

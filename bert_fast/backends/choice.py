@@ -140,17 +140,18 @@ def why_unavailable(name: str) -> str | None:
 
 
 def why_not(name, op, device, dtype, needs_grad, size=0, position_bias=False):
-    """Why the backend cannot run this call, or None where it can."""
+    """Why the backend cannot run this call, or None where it can; as :func:`choose` takes them."""
     if name == "eager":
         return None
+    device = torch.device(device)
     if (reason := why_unavailable(name)) is not None:
         return reason
     support = SUPPORT[name].get(op)
     if support is None:
         return f"it has no {op} kernel"
     wanted = "cpu" if interpreted(name) else support.device
-    if device != wanted:
-        return f"it runs on {wanted} tensors, and these are on {device}"
+    if device.type != wanted:
+        return f"it runs on {wanted} tensors, and these are on {device.type}"
     if dtype not in support.dtypes:
         known = ", ".join(str(d).removeprefix("torch.") for d in support.dtypes)
         return f"its {op} takes {known}, not {str(dtype).removeprefix('torch.')}"
@@ -175,13 +176,15 @@ def check_name(name, source):
 
 def choose(op, device, dtype, needs_grad, backend=None, size=0, position_bias=False):
     """The backend's name for one call. An argument beats :func:`use_backend`, which beats the
-    environment's BERT_FAST_BACKEND, which beats the table ``AUTO``. ``size`` is attention's
-    head_dim, layer_norm's last dimension; ``position_bias``, whether attention has one. Of an op in
-    ``COMPOSED``, "eager" means: call the others.
+    environment's BERT_FAST_BACKEND, which beats the table ``AUTO``. ``device`` is the tensors' own,
+    which need not be the current one, or its type. ``size`` is attention's head_dim, layer_norm's
+    last dimension; ``position_bias``, whether attention has one. Of an op in ``COMPOSED``, "eager"
+    means: call the others.
 
     Raises:
         BackendUnavailableError: a backend was asked for by name and cannot run this call.
     """
+    device = torch.device(device)
     if backend is not None:
         check_name(backend, "backend")
     name = backend or _override.get()
@@ -198,7 +201,7 @@ def choose(op, device, dtype, needs_grad, backend=None, size=0, position_bias=Fa
         return name
     if op in ONLY_WHERE_MEASURED and _capability(device) not in ONLY_WHERE_MEASURED[op]:
         return "eager"
-    order = AUTO.get(device, ())
+    order = AUTO.get(device.type, ())
     if _capability(device) < (8, 0):
         order = ("cuda", "triton", "eager")
     for name in order:
@@ -208,10 +211,11 @@ def choose(op, device, dtype, needs_grad, backend=None, size=0, position_bias=Fa
 
 
 def _capability(device):
-    """Of the current GPU; a recent one's where there is none."""
-    if device != "cuda" or not torch.cuda.is_available():  # not there: a fake tensor's
+    """Of that GPU, or of the current one where no number is said; a recent one's where there is
+    none."""
+    if device.type != "cuda" or not torch.cuda.is_available():  # not there: a fake tensor's
         return 8, 0
-    return torch.cuda.get_device_capability()
+    return torch.cuda.get_device_capability(*() if device.index is None else (device,))
 
 
 # A traced graph keeps the backend it was traced with. This is what the decorator

@@ -19,6 +19,7 @@ from bert_fast.backends.cpu import (
     attention_shape,
     strided,
 )
+from bert_fast.devices import on_own_device
 
 
 def _module():
@@ -56,6 +57,7 @@ def _scratch(like, *shape):
     return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
+@on_own_device("cuda")
 def attention_forward(
     q, k, v, cu_q, cu_k, max_q, max_k, bias, scale, causal, dropout_p, seed, out=None,
     position_bias=None,
@@ -72,6 +74,7 @@ def attention_forward(
     return out, lse
 
 
+@on_own_device("cuda")
 def attention_backward(
     dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, bias, scale, causal, dropout_p, seed,
     dq, dk, dv, position_bias=None, dposition_bias=None,
@@ -85,6 +88,7 @@ def attention_backward(
     )  # fmt: skip
 
 
+@on_own_device("cuda")
 def layer_norm_forward(
     x, weight, bias, residual, linear_bias, eps, dropout_p, seed, out=None, training=True
 ):
@@ -103,6 +107,7 @@ def layer_norm_forward(
     return out, total, mean, rstd
 
 
+@on_own_device("cuda")
 def layer_norm_backward(dout, total, mean, rstd, weight, has_linear_bias, dropout_p, seed):
     """Returns dx (None without dropout: it is dresidual), dresidual, dweight, dbias, and
     dlinear_bias (None without a linear bias)."""
@@ -121,6 +126,7 @@ def layer_norm_backward(dout, total, mean, rstd, weight, has_linear_bias, dropou
     return dx, dresidual, dweight, dbias, dlinear_bias
 
 
+@on_own_device("cuda")
 def gelu_forward(x, bias, approximate, out=None):
     out = torch.empty_like(x) if out is None else out
     bias = as_float32(bias)
@@ -131,6 +137,7 @@ def gelu_forward(x, bias, approximate, out=None):
     return out
 
 
+@on_own_device("cuda")
 def gelu_backward(dout, x, bias, approximate):
     """Returns dx and dbias (None without a bias)."""
     dx, width, bias = torch.empty_like(x), x.shape[-1], as_float32(bias)

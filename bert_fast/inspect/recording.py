@@ -24,6 +24,7 @@ class Launch:
     num_stages: int
     maxnreg: int | None
     debug: bool  # its device_assert is compiled
+    enable_fp_fusion: bool
 
 
 TYPES = {
@@ -44,7 +45,7 @@ def recorded(chip=80):
 
     def record(
         kernel, *args, grid, warmup=False, num_warps=4, num_stages=3, maxnreg=None, debug=False,
-        sanitize_overflow=True, **kwargs,
+        sanitize_overflow=True, enable_fp_fusion=False, **kwargs,
     ):  # fmt: skip
         given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         signature, constants, aligned = [], [], []
@@ -61,7 +62,7 @@ def recorded(chip=80):
         launches.append(
             Launch(
                 kernel, tuple(signature), tuple(constants), tuple(aligned), num_warps, num_stages,
-                maxnreg, debug,
+                maxnreg, debug, enable_fp_fusion,
             )
         )  # fmt: skip
 
@@ -99,7 +100,7 @@ def compile(launch, chip):
         options={
             "num_warps": launch.num_warps, "num_stages": launch.num_stages,
             "maxnreg": launch.maxnreg, "debug": launch.debug,
-            "sanitize_overflow": False,
+            "sanitize_overflow": False, "enable_fp_fusion": launch.enable_fp_fusion,
         },
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:

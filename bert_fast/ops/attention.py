@@ -58,6 +58,8 @@ def attention(
         cu_seqlens_k: the same for k and v (cross-attention). Default: ``cu_seqlens``.
         max_seqlen, max_seqlen_k: at least the longest sequence. Found from ``cu_seqlens`` when it
             is on the CPU; on a device, where looking would mean waiting, default the token count.
+            One that is too small is an error; on a device the kernel that relies on it stops, as
+            CUDA's assertions do: an error of a later call, after which the process has to end.
         bias: (3, num_heads, head_dim), added to q, k and v: the projection's bias, folded in.
         softmax_scale: default 1/√head_dim.
         causal: query i of a sequence sees keys up to i + len_k - len_q (the last sees all).
@@ -180,7 +182,7 @@ def _run_attention(
         )
     needs_grad = needs_grad_of(*tensors, bias, position_bias)
     name = backends.choose(
-        "attention", q.device.type, q.dtype, needs_grad, backend, head_dim,
+        "attention", q.device, q.dtype, needs_grad, backend, head_dim,
         position_bias=position_bias is not None,
     )  # fmt: skip
     if out is not None:

@@ -112,7 +112,8 @@ def check_dropout(dropout_p, seed, device):
         isinstance(seed, int) and 0 <= seed < 2**63,
         f"seed must be an integer in [0, 2**63), not {seed!r}",
     )
-    return torch.tensor([seed], dtype=torch.int64, device=device)
+    # Not torch.tensor, which waits for the device and cannot be captured in a graph.
+    return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
 def check_approximate(approximate):

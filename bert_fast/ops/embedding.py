@@ -64,13 +64,13 @@ def embedding_layer_norm(
     check_vector("weight", weight, word.shape[1])
     check_vector("bias", bias, word.shape[1])
     needs_grad = needs_grad_of(word, position, token_type, weight, bias)
-    device, width = word.device.type, word.shape[1]
+    device, width = word.device, word.shape[1]
     name = backends.choose("embedding_layer_norm", device, word.dtype, needs_grad, backend, width)
     if name != "eager":
         if name != "cpu":  # whose kernel looks, and refuses
             _check_in_tables(ids.values(), (word, position, token_type))
-        on = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if on else word.dtype
+        on = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if on else word.dtype
         return torch.ops.bert_fast.embedding_layer_norm(
             input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps,
             -1 if padding_idx is None else padding_idx, dtype, needs_grad, name,

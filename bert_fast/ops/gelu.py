@@ -49,7 +49,7 @@ def gelu(
     check_vector("bias", bias, x.shape[-1])
     check_approximate(approximate)
     needs_grad = needs_grad_of(x, bias)
-    name = backends.choose("gelu", x.device.type, x.dtype, needs_grad, backend)
+    name = backends.choose("gelu", x.device, x.dtype, needs_grad, backend)
     if out is not None:
         check_out(out, x, needs_grad)
     if name == "eager":

@@ -63,7 +63,7 @@ def layer_norm(
     )
     seed = check_dropout(dropout_p, seed, x.device)
     needs_grad = needs_grad_of(x, weight, bias, residual, linear_bias)
-    name = backends.choose("layer_norm", x.device.type, x.dtype, needs_grad, backend, x.shape[-1])
+    name = backends.choose("layer_norm", x.device, x.dtype, needs_grad, backend, x.shape[-1])
     if out is not None:
         check_out(out, x, needs_grad)
     if name == "eager":

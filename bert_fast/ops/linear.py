@@ -60,7 +60,7 @@ def linear_gelu(
     check_vector("bias", bias, weight.shape[0])
     check_approximate(approximate)
     needs_grad = needs_grad_of(x, weight, bias)
-    name = backends.choose("linear_gelu", x.device.type, x.dtype, needs_grad, backend)
+    name = backends.choose("linear_gelu", x.device, x.dtype, needs_grad, backend)
     if out is not None:
         like = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device="meta")
         check_out(out, like, needs_grad, x.device)

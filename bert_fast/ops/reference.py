@@ -72,11 +72,14 @@ def attention(
     scale = 1.0 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
     if bias is not None:
         q, k, v = q + bias[0], k + bias[1], v + bias[2]
-    if 0 in (total_q, k.shape[0], batch):
+    if 0 in (total_q, k.shape[0], batch, num_heads):
         empty = (q.sum() + k.sum() + v.sum()) * 0  # zeros, and still part of the graph
         if position_bias is not None:
             empty = empty + position_bias[:0].sum()
         return q * 0 + empty, q.new_full((num_heads, total_q), -math.inf)
+    for cu_seqlens, longest in ((cu_seqlens_q, max_seqlen_q), (cu_seqlens_k, max_seqlen_k)):
+        fits = (cu_seqlens.diff() <= longest).all()
+        torch._assert_async(fits, "max_seqlen is below the longest sequence")
     q, _ = _pad(q, cu_seqlens_q, max_seqlen_q)
     k, real_k = _pad(k, cu_seqlens_k, max_seqlen_k)
     v, _ = _pad(v, cu_seqlens_k, max_seqlen_k)
@@ -86,7 +89,7 @@ def attention(
     if position_bias is not None:
         position_bias = position_bias[:, :max_seqlen_q, :max_seqlen_k]
         scores = scores + position_bias
-        hidden = hidden | (position_bias == -math.inf)  # whose gradient is zero, not NaN
+    hidden = hidden | (scores == -math.inf)  # by the bias or by overflow: its gradient is zero
     row = torch.arange(max_seqlen_q, device=q.device)[:, None]
     col = torch.arange(max_seqlen_k, device=q.device)
     if causal:  # aligned to the bottom right: the last query sees the last key

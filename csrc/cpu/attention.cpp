@@ -343,7 +343,8 @@ class BackwardTask {
 
     const float* lse = a_.lse + head * a_.total_q + token;
     for (int64_t row = 0; row < rows; ++row) {
-      const int64_t visible = seq.visible(q_begin + row, a_.causal) - k_begin;
+      int64_t visible = seq.visible(q_begin + row, a_.causal) - k_begin;
+      if (lse[row] == -INFINITY) visible = 0;  // every score that it sees is -inf
       gradient_row(seq, head, q_begin + row, row, k_begin, std::clamp<int64_t>(visible, 0, keys),
                    padded, static_cast<float>(lse[row] * kLog2e));
     }

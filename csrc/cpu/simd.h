@@ -213,7 +213,7 @@ BERT_FAST_INLINE vf exp2(vf x) {
   p = p * r + 6.9314718056e-1f;
   p = p * r + 1.0f;
   const vf scaled = bit_cast<vf>(bit_cast<vi>(p) + (bit_cast<vi>(shifted) << 23));
-  return select(x > -127.0f, scaled, x * 0.0f);
+  return select(x > -127.0f, scaled, select(x < -127.0f, vf{}, x * 0.0f));
 }
 
 constexpr double kLog2e = 1.44269504088896341, kLn2 = 0.693147180559945309;

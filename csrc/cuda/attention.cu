@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kThreads) dq_kernel(AttentionBackward a, Dropo
   load_tile<T>(q, tiles.stride, a.q, tile.begin, tile.first, tile.length, head, head_dim, a.bias);
   load_tile<T>(dout, tiles.stride, a.dout, tile.begin, tile.first, tile.length, head, head_dim, nullptr);
   const int64_t at = static_cast<int64_t>(tile.begin) + row;
-  const float log = row < tile.length ? a.lse[head * a.total_q + at] * kLog2e : -INFINITY;
+  const float log = row < tile.length ? log2_of(a.lse[head * a.total_q + at]) : INFINITY;
   const float center = row < tile.length ? delta[head * a.total_q + at] : 0.0f;
   float total[kMostColumns] = {};
   int last = k_length;
@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kThreads, 1) dkv_kernel(AttentionBackward a, D
     if (scored(score, row, column, q_length, tile.length, a.causal, head, table...)) {
       const int64_t at = head * a.total_q + q_begin + row;
       const float keep = factor(drop, row, column, head, tile.sequence);
-      weight = exp2_fast(score - a.lse[at] * kLog2e);
+      weight = exp2_fast(score - log2_of(a.lse[at]));
       dscore = weight * (dot(v + r * tiles.stride, dout + c * tiles.stride, head_dim) * keep - delta[at]);
       weight *= keep;
     }
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(kThreads, 1) dtable_kernel(AttentionBackward a
       const int64_t at = head * a.total_q + q_begin + row;
       const float dweight = dot(dout + r * tiles.stride, v + c * tiles.stride, head_dim) *
                             factor(drop, row, column, head, sequence);
-      total += exp2_fast(score - a.lse[at] * kLog2e) * (dweight - delta[at]);
+      total += exp2_fast(score - log2_of(a.lse[at])) * (dweight - delta[at]);
     }
   }
   if (row < table.rows && column < table.columns) {
@@ -336,7 +336,7 @@ template <class Args>
 const char* run(const Args& a, const Call& call) {
   OnDevice on(call.device);
   const char* refused = nullptr;
-  if (on.error == cudaSuccess) {
+  if (on.error == cudaSuccess && a.num_heads) {
     const Dropout drop = dropout_of(a.dropout_p, call);
     refused = by_dtype(a.dtype, [&](auto element) { return attend<decltype(element)>(a, drop, call); });
   }

@@ -58,6 +58,12 @@ auto with_table(const Table& table, const Run& run) {
   return table.data ? run(table) : run();
 }
 
+// A row's log-sum-exp in base 2, for exp2(score - it). +inf where every score of the row was -inf:
+// its weights are zero, not NaN.
+__device__ __forceinline__ float log2_of(float lse) {
+  return lse == -INFINITY ? INFINITY : lse * kLog2e;
+}
+
 template <class T>
 __device__ __forceinline__ T* row_of(const Strided& t, int64_t row, int head) {
   return static_cast<T*>(t.data) + row * t.token + head * t.head;

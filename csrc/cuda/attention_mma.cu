@@ -227,6 +227,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(AttentionForward a
   if (tile.first >= tile.length) return;
   int k_begin;
   const int k_length = span(a.cu_k, batch, tile.sequence, k_begin);
+  if (kOnce && k_length > kKeys) trap("max_seqlen is below the longest sequence");
   const int head_dim = static_cast<int>(a.head_dim), part = static_cast<int>(a.num_heads) * head_dim;
   const Side qs = {a.q, tile.begin, tile.length, head, head_dim, (wide & kQ) != 0};
   const Side ks = {a.k, k_begin, k_length, head, head_dim, (wide & kK) != 0};
@@ -359,7 +360,7 @@ __global__ void __launch_bounds__(kThreads, 2) dq_kernel(AttentionBackward a, Dr
   for (int i = 0; i < 2; ++i) {
     const bool inside = row + 8 * i < tile.length;
     const int64_t at = head * a.total_q + tile.begin + row + 8 * i;
-    log[i] = inside ? a.lse[at] * kLog2e : 0.0f;
+    log[i] = inside ? log2_of(a.lse[at]) : 0.0f;
     center[i] = inside ? delta[at] : 0.0f;
   }
   int last = k_length;
@@ -437,7 +438,7 @@ __global__ void __launch_bounds__(kThreads, 2) dkv_kernel(AttentionBackward a, D
     for (int i = threadIdx.x; i < kQueries; i += kThreads) {
       const bool inside = first + i < q_length;
       const int64_t at = head * a.total_q + q_begin + first + i;
-      logs[i] = inside ? a.lse[at] * kLog2e : 0.0f;
+      logs[i] = inside ? log2_of(a.lse[at]) : 0.0f;
       logs[kQueries + i] = inside ? delta[at] : 0.0f;
     }
     copy_async_wait<0>();

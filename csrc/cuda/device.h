@@ -28,6 +28,7 @@ constexpr int kWarp = 32;
 inline unsigned char* shared_memory() { return host::shared_memory(); }
 inline void barrier() { host::barrier(); }
 inline void warp_barrier() { host::exchange("", 1, "warp_barrier"); }
+inline void trap(const char* why) { host::fail(why); }
 
 template <class V>
 V shuffle_xor(V value, int mask) {
@@ -101,6 +102,9 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 }
 __device__ __forceinline__ void barrier() { __syncthreads(); }
 __device__ __forceinline__ void warp_barrier() { __syncwarp(); }
+// Stops the kernel rather than let it compute what is wrong; CUDA then says "unspecified launch
+// failure", which no process recovers from.
+__device__ __forceinline__ void trap(const char*) { __trap(); }
 
 template <class V>
 __device__ __forceinline__ V shuffle_xor(V value, int mask) {
@@ -275,24 +279,31 @@ inline Dropout dropout_of(double p, const Call& call) {
 
 // ---- launch ----
 
-// The device the call is for, and what was current before.
+// The device the call is for, and what was current before. CUDA keeps a thread's last error until it
+// is asked for: what others left is dropped first, so that it is not said of this call, and what this
+// call leaves is taken along, so that it is not said of the next.
 class OnDevice {
  public:
-  explicit OnDevice(int device) : device_(device) {
-    error = cudaGetDevice(&previous_);
-    if (error == cudaSuccess && previous_ != device) error = cudaSetDevice(device);
+  explicit OnDevice(int device) {
+    cudaGetLastError();
+    int current = device;
+    error = cudaGetDevice(&current);
+    if (error != cudaSuccess || current == device) return;
+    error = cudaSetDevice(device);
+    if (error == cudaSuccess) previous_ = current;
   }
   ~OnDevice() {
-    if (previous_ != device_) cudaSetDevice(previous_);
+    if (previous_ >= 0) cudaSetDevice(previous_);
   }
   const char* message() {
-    if (error == cudaSuccess) error = cudaGetLastError();
+    const cudaError_t last = cudaGetLastError();
+    if (error == cudaSuccess) error = last;
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
   }
   cudaError_t error;
 
  private:
-  int device_, previous_ = 0;
+  int previous_ = -1;  // none to go back to
 };
 
 inline int device_attribute(cudaDeviceAttr attribute, int device) {

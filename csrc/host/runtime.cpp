@@ -10,6 +10,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace bert_fast {
@@ -218,7 +219,14 @@ int capability() {
   return wanted ? std::atoi(wanted) : 80;
 }
 
+// As CUDA keeps it: of a launch that it refused, until somebody asks.
+static thread_local cudaError_t last_error = cudaSuccess;
+
 void run(dim3 grid, int threads, size_t shared_bytes, const std::function<void()>& body) {
+  if (!grid.x || !grid.y || !grid.z || grid.y > 65535) {
+    last_error = cudaErrorInvalidConfiguration;
+    return;
+  }
   const std::lock_guard<std::mutex> lock(running);
   const char* seed = std::getenv("BERT_FAST_HOST_SEED");
   random_bits.seed((seed ? std::atoll(seed) : 0) * 1000003 + launches++);
@@ -251,8 +259,10 @@ void run(dim3 grid, int threads, size_t shared_bytes, const std::function<void()
 extern "C" {
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-cudaError_t cudaGetLastError() { return cudaSuccess; }
-const char* cudaGetErrorString(cudaError_t) { return "an error of the host runtime"; }
+cudaError_t cudaGetLastError() { return std::exchange(bert_fast::host::last_error, cudaSuccess); }
+const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorInvalidConfiguration ? "invalid configuration argument" : "another error";
+}
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) {
   const int chip = bert_fast::host::capability();

@@ -78,3 +78,15 @@ def test_auto_prefers_what_has_tensor_cores(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda c=capability: c)
         assert chosen(device="cuda", op="attention") == wanted
     assert chosen(device="cpu") == "cpu"
+
+
+def test_auto_asks_the_tensors_own_gpu(monkeypatch):
+    """Of two in one machine, neither need be the current one."""
+    of = {torch.device("cuda", 0): (7, 5), torch.device("cuda", 1): (9, 0), None: (7, 5)}
+    monkeypatch.setattr(choice, "why_not", lambda *args: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: of[device])
+    for index, wanted in ((0, "cuda"), (1, "triton")):
+        device = torch.device("cuda", index)
+        assert chosen(device=device, op="attention") == chosen(device=f"cuda:{index}") == wanted
+    assert chosen(device="cuda") == "cuda"

@@ -32,7 +32,7 @@ def compiling(*command, cwd=ROOT):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, *command], cwd=cwd, capture_output=True, text=True, check=False,
-        env=env | {"PYTHONPATH": str(cwd), "TRITON_DEFAULT_FP_FUSION": "1"},
+        env=env | {"PYTHONPATH": str(cwd)},
     )  # fmt: skip
 
 
@@ -239,8 +239,8 @@ MUTANTS = [
      "seen = (row < q_length)[:, None] & (col < k_length + 1)[None, :]"),
     ("attention", "total *= shrink[:, None]", "total *= 1.0"),
     ("attention", "norm = norm * shrink + tl.sum(weights, 1)", "norm = norm + tl.sum(weights, 1)"),
-    ("attention_tiles", "x = tl.load(first + row[:, None] * stride + d",
-     "x = tl.load(first + row[:, None] * heads * HEAD_DIM + d"),
+    ("attention_tiles", "x = tl.load(first + row.to(tl.int64)[:, None] * stride + d",
+     "x = tl.load(first + row.to(tl.int64)[:, None] * heads * HEAD_DIM + d"),
     ("attention_tiles", "col[None, :] <= row[:, None] + (k_length - q_length)",
      "col[None, :] <= row[:, None]"),
     ("attention", "dropped = tl.where(keep, weights * keep_scale, 0.0)",
