@@ -42,13 +42,16 @@ Strided strided(const StridedTensor& t) {
   return {pointer(static_cast<Address>(t[0])), t[1], t[2]};
 }
 
+using PositionTuple = std::tuple<Address, int64_t, int64_t, Address>;  // as in PositionBias
+
 AttentionShape attention_shape(int dtype, int64_t batch, int64_t num_heads, int64_t head_dim,
                                int64_t total_q, int64_t total_k, Address cu_q, Address cu_k,
                                float scale, bool causal, double dropout_p, uint64_t seed,
-                               int num_threads) {
+                               int num_threads, const PositionTuple& position_bias) {
+  const auto& [data, rows, columns, gradient] = position_bias;
   return {static_cast<DType>(dtype), batch, num_heads, head_dim, total_q, total_k,
           pointer<int32_t>(cu_q), pointer<int32_t>(cu_k), scale, causal, dropout_p, seed,
-          num_threads};
+          num_threads, {pointer<float>(data), rows, columns, pointer<float>(gradient)}};
 }
 
 // ---- what a call's arguments are, on either kind of processor ----
@@ -107,7 +110,8 @@ void bind_shapes(py::module_& m) {
       .def(py::init(&attention_shape), py::kw_only(), py::arg("dtype"), py::arg("batch"),
            py::arg("num_heads"), py::arg("head_dim"), py::arg("total_q"), py::arg("total_k"),
            py::arg("cu_q"), py::arg("cu_k"), py::arg("scale"), py::arg("causal"),
-           py::arg("dropout_p"), py::arg("seed"), py::arg("num_threads"));
+           py::arg("dropout_p"), py::arg("seed"), py::arg("num_threads"),
+           py::arg("position_bias") = PositionTuple());
 }
 
 // ---- CUDA ----
@@ -185,14 +189,14 @@ void bind_cpu(py::module_& m, const char* name, Args (*arguments)(P...),
         py::call_guard<py::gil_scoped_release>());
 }
 
-using TableTuple = std::tuple<Address, int64_t, Address, bool>;  // as in Table
+using EmbeddingTable = std::tuple<Address, int64_t, Address, bool>;  // as in Table
 
 // Whether each token's ids were in their tables.
-bool embedding_forward(int tables, int dtype, int64_t rows, int64_t hidden, const TableTuple& word,
-                       const TableTuple& position, const TableTuple& token_type, Address weight,
+bool embedding_forward(int tables, int dtype, int64_t rows, int64_t hidden, const EmbeddingTable& word,
+                       const EmbeddingTable& position, const EmbeddingTable& token_type, Address weight,
                        Address bias, Address out, Address sum, Address mean, Address rstd,
                        double eps, int num_threads) {
-  const auto table = [](const TableTuple& t) {
+  const auto table = [](const EmbeddingTable& t) {
     return Table{pointer(std::get<0>(t)), std::get<1>(t), pointer(std::get<2>(t)), std::get<3>(t)};
   };
   bool outside = false;

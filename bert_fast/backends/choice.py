@@ -34,7 +34,6 @@ class Support:
     device: str
     dtypes: tuple = LOW_PRECISION
     backward: bool = True
-    position_bias: bool = False  # attention's argument
     largest: float = float("inf")  # head_dim of attention, the last dimension of others
     largest_before_80: float = float("inf")  # on chips of compute capability 7.5
 
@@ -45,14 +44,14 @@ COMPOSED = ("linear_gelu", "embedding_layer_norm")
 SUPPORT = {
     "cpu": {op: Support("cpu") for op in (*OPS, "embedding_layer_norm")},
     "triton": {
-        "attention": Support("cuda", position_bias=True, largest=256, largest_before_80=128),
+        "attention": Support("cuda", largest=256, largest_before_80=128),
         "layer_norm": Support("cuda", largest=16384),
         "gelu": Support("cuda"),
         "linear_gelu": Support("cuda"),
         "embedding_layer_norm": Support("cuda", largest=16384),
     },
     "cuda": {
-        "attention": Support("cuda", position_bias=True, largest=256, largest_before_80=128),
+        "attention": Support("cuda", largest=256, largest_before_80=128),
         "layer_norm": Support("cuda", largest=8192),
         "gelu": Support("cuda"),
     },
@@ -139,7 +138,7 @@ def why_unavailable(name: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def why_not(name, op, device, dtype, needs_grad, size=0, position_bias=False):
+def why_not(name, op, device, dtype, needs_grad, size=0):
     """Why the backend cannot run this call, or None where it can; as :func:`choose` takes them."""
     if name == "eager":
         return None
@@ -157,8 +156,6 @@ def why_not(name, op, device, dtype, needs_grad, size=0, position_bias=False):
         return f"its {op} takes {known}, not {str(dtype).removeprefix('torch.')}"
     if needs_grad and not support.backward:
         return f"its {op} has no backward yet"
-    if position_bias and not support.position_bias:
-        return f"its {op} has no position_bias yet"
     largest = support.largest
     if size > support.largest_before_80 and _capability(device) < (8, 0):
         largest = support.largest_before_80
@@ -174,12 +171,11 @@ def check_name(name, source):
     return name
 
 
-def choose(op, device, dtype, needs_grad, backend=None, size=0, position_bias=False):
+def choose(op, device, dtype, needs_grad, backend=None, size=0):
     """The backend's name for one call. An argument beats :func:`use_backend`, which beats the
     environment's BERT_FAST_BACKEND, which beats the table ``AUTO``. ``device`` is the tensors' own,
     which need not be the current one, or its type. ``size`` is attention's head_dim, layer_norm's
-    last dimension; ``position_bias``, whether attention has one. Of an op in ``COMPOSED``, "eager"
-    means: call the others.
+    last dimension. Of an op in ``COMPOSED``, "eager" means: call the others.
 
     Raises:
         BackendUnavailableError: a backend was asked for by name and cannot run this call.
@@ -194,9 +190,7 @@ def choose(op, device, dtype, needs_grad, backend=None, size=0, position_bias=Fa
     if name != "auto":
         if op in COMPOSED and op not in SUPPORT.get(name, ()):
             return "eager"
-        if (
-            reason := why_not(name, op, device, dtype, needs_grad, size, position_bias)
-        ) is not None:
+        if (reason := why_not(name, op, device, dtype, needs_grad, size)) is not None:
             raise BackendUnavailableError(f"backend {name!r} cannot run {op} here: {reason}")
         return name
     if op in ONLY_WHERE_MEASURED and _capability(device) not in ONLY_WHERE_MEASURED[op]:
@@ -205,7 +199,7 @@ def choose(op, device, dtype, needs_grad, backend=None, size=0, position_bias=Fa
     if _capability(device) < (8, 0):
         order = ("cuda", "triton", "eager")
     for name in order:
-        if why_not(name, op, device, dtype, needs_grad, size, position_bias) is None:
+        if why_not(name, op, device, dtype, needs_grad, size) is None:
             return name
     return "eager"
 

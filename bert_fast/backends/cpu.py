@@ -77,23 +77,29 @@ def _seed(seed):
     return 0 if seed is None else int(seed) & 0xFFFFFFFFFFFFFFFF
 
 
-def attention_shape(q, k, cu_q, cu_k, scale, causal, dropout_p, seed=0, module=_C):
+def attention_shape(
+    q, k, cu_q, cu_k, scale, causal, dropout_p, seed=0, module=_C, table=None, dtable=None
+):
+    rows, columns = (0, 0) if table is None else table.shape[1:]
     return module.AttentionShape(
         dtype=DTYPES[q.dtype], batch=cu_q.numel() - 1, num_heads=q.shape[1], head_dim=q.shape[2],
         total_q=q.shape[0], total_k=k.shape[0], cu_q=cu_q.data_ptr(), cu_k=cu_k.data_ptr(),
         scale=scale, causal=causal, dropout_p=dropout_p, seed=seed,
-        num_threads=num_threads(),
+        num_threads=num_threads(), position_bias=(address(table), rows, columns, address(dtable)),
     )  # fmt: skip
 
 
 def attention_forward(
-    q, k, v, cu_q, cu_k, max_q, max_k, bias, scale, causal, dropout_p, seed, out=None
-):
+    q, k, v, cu_q, cu_k, max_q, max_k, bias, scale, causal, dropout_p, seed, out=None,
+    position_bias=None,
+):  # fmt: skip
     cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
     out = q.new_empty(q.shape) if out is None else out
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    shape = attention_shape(q, k, cu_q, cu_k, scale, causal, dropout_p, _seed(seed))
-    bias = as_float32(bias)
+    table, bias = as_float32(position_bias), as_float32(bias)
+    shape = attention_shape(
+        q, k, cu_q, cu_k, scale, causal, dropout_p, _seed(seed), table=table
+    )  # fmt: skip
     _C.attention_forward(
         shape, strided(q), strided(k), strided(v), strided(out), address(bias), address(lse)
     )
@@ -102,11 +108,13 @@ def attention_forward(
 
 def attention_backward(
     dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, bias, scale, causal, dropout_p, seed,
-    dq, dk, dv,
+    dq, dk, dv, position_bias=None, dposition_bias=None,
 ):  # fmt: skip
     cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
-    shape = attention_shape(q, k, cu_q, cu_k, scale, causal, dropout_p, _seed(seed))
-    bias = as_float32(bias)
+    table, bias = as_float32(position_bias), as_float32(bias)
+    shape = attention_shape(
+        q, k, cu_q, cu_k, scale, causal, dropout_p, _seed(seed), table=table, dtable=dposition_bias
+    )
     _C.attention_backward(
         shape, *map(strided, (q, k, v, out, dout, dq, dk, dv)), address(bias), address(lse)
     )

@@ -74,7 +74,6 @@ def attention(
         position_bias: (num_heads, at least max_seqlen, at least max_seqlen_k), any float dtype:
             entry (h, i, j) is added to head h's score, after the scale, of every sequence's query i
             and key j. What lies past max_seqlen is ignored, with zero gradient; -inf hides a key.
-            A backend without it says so, and "auto" goes to one that has it.
 
     Returns:
         (total_tokens, num_heads, head_dim); with ``return_lse`` the pair (out, lse). A row that
@@ -181,10 +180,7 @@ def _run_attention(
             ),
         )
     needs_grad = needs_grad_of(*tensors, bias, position_bias)
-    name = backends.choose(
-        "attention", q.device, q.dtype, needs_grad, backend, head_dim,
-        position_bias=position_bias is not None,
-    )  # fmt: skip
+    name = backends.choose("attention", q.device, q.dtype, needs_grad, backend, head_dim)
     if out is not None:
         check_out(out, q, needs_grad)
     options = (cu_q, cu_k, max_q, max_k, bias, scale, causal, dropout_p, seed)

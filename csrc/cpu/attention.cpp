@@ -7,9 +7,9 @@
 // bias are dealt with, once; the products and the softmax see plain aligned matrices in L1/L2.
 #include <algorithm>
 #include <cmath>
-#include <utility>
 #include <vector>
 
+#include "blocks.h"
 #include "gemm.h"
 
 namespace bert_fast {
@@ -20,83 +20,6 @@ namespace {
 // the K, V, Q, O blocks 32 KB each: all within a core's L2.
 constexpr int64_t kBlockQ = 128, kBlockK = 128;
 constexpr float kNegative = -1e30f;  // a masked score: finite, so that no inf - inf arises
-
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-template <int... I>
-BERT_FAST_INLINE vf interleave_low(vf a, vf b, std::integer_sequence<int, I...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, (I % 2 ? kWidth : 0) + I / 2 ...);
-#else
-  return __builtin_shuffle(a, b, vi{(I % 2 ? kWidth : 0) + I / 2 ...});
-#endif
-}
-template <int... I>
-BERT_FAST_INLINE vf interleave_high(vf a, vf b, std::integer_sequence<int, I...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, (I % 2 ? kWidth : 0) + kWidth / 2 + I / 2 ...);
-#else
-  return __builtin_shuffle(a, b, vi{(I % 2 ? kWidth : 0) + kWidth / 2 + I / 2 ...});
-#endif
-}
-
-// A kWidth x kWidth transpose: log2(kWidth) rounds, each a perfect shuffle of the rows.
-BERT_FAST_INLINE void transpose(vf (&rows)[kWidth]) {
-  constexpr auto lanes = std::make_integer_sequence<int, kWidth>{};
-  for (int step = 1; step < kWidth; step *= 2) {
-    vf next[kWidth];
-    for (int i = 0; i < kWidth / 2; ++i) {
-      next[2 * i] = interleave_low(rows[i], rows[i + kWidth / 2], lanes);
-      next[2 * i + 1] = interleave_high(rows[i], rows[i + kWidth / 2], lanes);
-    }
-    for (int i = 0; i < kWidth; ++i) rows[i] = next[i];
-  }
-}
-
-template <class T, class Lanes>
-BERT_FAST_INLINE vf load_biased(const T* row, const float* bias, int64_t col, Lanes lanes) {
-  const vf value = load_row(row + col, lanes);
-  return bias ? value + load_row(bias + col, lanes) : value;
-}
-
-// scratch[r][c] = (source[r][c] + bias[c]) * factor, columns past head_dim zero.
-template <class T>
-void pack(const T* source, int64_t stride, int64_t rows, int64_t head_dim, const float* bias,
-          float factor, float* scratch, int64_t ld) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* row = source + r * stride;
-    for_columns(head_dim, [&](int64_t col, auto lanes) {
-      store(scratch + r * ld + col, load_biased(row, bias, col, lanes) * factor);
-    });
-  }
-}
-
-// scratch[c][r] = source[r][c] + bias[c]; rows past `rows`, up to a multiple of kWidth, zero.
-template <class T>
-void pack_transposed(const T* source, int64_t stride, int64_t rows, int64_t head_dim,
-                     const float* bias, float* scratch, int64_t ld) {
-  for (int64_t r = 0; r < rows; r += kWidth) {
-    const int count = static_cast<int>(std::min<int64_t>(kWidth, rows - r));
-    for_columns(head_dim, [&](int64_t col, auto lanes) {
-      vf tile[kWidth];
-      for (int i = 0; i < kWidth; ++i) {
-        tile[i] = i < count ? load_biased(source + (r + i) * stride, bias, col, lanes) : vf{};
-      }
-      transpose(tile);
-      for (int i = 0; i < lanes; ++i) store(scratch + (col + i) * ld + r, tile[i]);
-    });
-  }
-}
-
-template <class T>
-void unpack(const float* scratch, int64_t ld, int64_t rows, int64_t head_dim, float factor,
-            T* target, int64_t stride) {
-  for (int64_t r = 0; r < rows; ++r) {
-    for_columns(head_dim, [&](int64_t col, auto lanes) {
-      store_row(target + r * stride + col, load(scratch + r * ld + col) * factor, lanes);
-    });
-  }
-}
 
 // One sequence's place in the packed rows.
 struct Sequence {
@@ -119,6 +42,16 @@ T* head_data(const Strided& tensor, int64_t token, int64_t head) {
 
 const float* head_bias(const float* bias, int64_t which, const AttentionShape& s, int64_t head) {
   return bias ? bias + (which * s.num_heads + head) * s.head_dim : nullptr;
+}
+
+// Scores in base 2, of one query and the keys from `begin` on, get their position bias.
+void add_position_bias(const PositionBias& bias, int64_t head, int64_t row, int64_t begin,
+                       int64_t count, float* scores) {
+  const float* of_row = bias.data + (head * bias.rows + row) * bias.columns + begin;
+  for_columns(count, [&](int64_t col, auto lanes) {
+    const vf added = load_row(of_row + col, lanes) * static_cast<float>(kLog2e);
+    store_row(scores + col, load_row(scores + col, lanes) + added, lanes);
+  });
 }
 
 // A piece of work, and what it costs in multiples of head_dim.
@@ -173,6 +106,10 @@ class ForwardTask {
       gemm(rows, padded, a_.head_dim, {q_, ld_, 1}, k_, kBlockK, scores_, kBlockK, false);
       for (int64_t row = 0; row < rows; ++row) {
         const int64_t visible = seq.visible(first + row, a_.causal) - begin;
+        if (a_.position_bias.data) {
+          add_position_bias(a_.position_bias, head, first + row, begin, count,
+                            scores_ + row * kBlockK);
+        }
         softmax_row(row, std::clamp<int64_t>(visible, 0, count), padded, begin == 0);
         if (a_.dropout_p > 0.0f) drop_row(seq, head, first + row, row, begin, padded);
       }
@@ -345,8 +282,17 @@ class BackwardTask {
     for (int64_t row = 0; row < rows; ++row) {
       int64_t visible = seq.visible(q_begin + row, a_.causal) - k_begin;
       if (lse[row] == -INFINITY) visible = 0;  // every score that it sees is -inf
+      if (a_.position_bias.data) {
+        add_position_bias(a_.position_bias, head, q_begin + row, k_begin, keys,
+                          p_ + row * kBlockK);
+      }
       gradient_row(seq, head, q_begin + row, row, k_begin, std::clamp<int64_t>(visible, 0, keys),
                    padded, static_cast<float>(lse[row] * kLog2e));
+      if (a_.position_bias.gradient) {
+        float* to = a_.position_bias.gradient + k_begin +
+                    (head * a_.position_bias.rows + q_begin + row) * a_.position_bias.columns;
+        for (int64_t col = 0; col < keys; ++col) to[col] += ds_[row * kBlockK + col];
+      }
     }
     gemm(keys, ld_, rows, {p_, 1, kBlockK}, dout_, ld_, dv_, ld_, true);
     gemm(keys, ld_, rows, {ds_, 1, kBlockK}, q_, ld_, dk_, ld_, true);
@@ -408,11 +354,22 @@ void backward(const AttentionBackward& a) {
     max_q_len = std::max(max_q_len, seq.q_len);
     total_cost += cost * a.num_heads;
   }
-  sort_by_cost(tasks);
+  const PositionBias& position = a.position_bias;
+  // The gradient of the position bias is a sum over sequences: a head's are added in order, by one
+  // thread. (Tasks lie head by head within a sequence.)
+  const int64_t together = position.gradient ? a.batch : 1;
+  if (position.gradient) {
+    fill(position.gradient, a.num_heads * position.rows * position.columns, 0.0f);
+  } else {
+    sort_by_cost(tasks);
+  }
   const int threads = threads_for(total_cost * a.head_dim / 8, a.num_threads);
-  parallel(threads, static_cast<int64_t>(tasks.size()), 1, [&](Work& work) {
+  const int64_t count = static_cast<int64_t>(tasks.size());
+  parallel(threads, count / std::max<int64_t>(1, together), 1, [&](Work& work) {
     BackwardTask<T> worker(a, max_q_len);
-    for (int64_t i, end; work.take(i, end);) worker.run(tasks[i]);
+    for_each_of(work, [&](int64_t item) {
+      for (int64_t b = 0; b < together; ++b) worker.run(tasks[b * a.num_heads + item]);
+    });
   });
   zero_tail<T>(a, a.dq, a.cu_q[a.batch], a.total_q);
   zero_tail<T>(a, a.dk, a.cu_k[a.batch], a.total_k);

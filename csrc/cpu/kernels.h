@@ -14,6 +14,13 @@ struct Strided {
   int64_t token, head;
 };
 
+// (num_heads, rows, columns), added to the scaled scores of every sequence; data may be null.
+struct PositionBias {
+  const float* data;
+  int64_t rows, columns;
+  float* gradient;              // backward: as large, all of it written; or null
+};
+
 struct AttentionShape {
   DType dtype;
   int64_t batch, num_heads, head_dim;
@@ -24,6 +31,7 @@ struct AttentionShape {
   double dropout_p;
   uint64_t seed;
   int num_threads;
+  PositionBias position_bias;   // the CPU's kernels; those of CUDA have it in their Call
 };
 
 struct AttentionForward : AttentionShape {

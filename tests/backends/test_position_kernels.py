@@ -6,7 +6,7 @@ import torch
 from conftest import DTYPES, assert_within, cu_seqlens
 from torch.library import opcheck
 
-from bert_fast import backends, ops
+from bert_fast import ops
 
 DROPPED = {"causal": True, "dropout_p": 0.25}
 # lengths, num_heads, head_dim, options, by how much the table is too long: empty and length-1
@@ -27,8 +27,6 @@ SEED = 9_876_543_210_123
 def kernels(backend):
     if backend == "eager":
         pytest.skip("it is the definition")
-    if not backends.SUPPORT[backend]["attention"].position_bias:
-        pytest.skip(f"{backend} has no position_bias: tests/ops/test_position_bias.py")
     return backend
 
 
