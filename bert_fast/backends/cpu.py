@@ -81,6 +81,13 @@ def attention_shape(
     q, k, cu_q, cu_k, scale, causal, dropout_p, seed=0, module=_C, table=None, dtable=None
 ):
     rows, columns = (0, 0) if table is None else table.shape[1:]
+    if table is not None and cu_q.numel() > 1:  # where max_seqlen was only said, this was not seen
+        longest = int(cu_q.diff().max()), int(cu_k.diff().max())
+        if longest[0] > rows or longest[1] > columns:
+            raise ValueError(
+                f"position_bias is for {rows} queries and {columns} keys; the longest sequences "
+                f"have {longest[0]} and {longest[1]}"
+            )
     return module.AttentionShape(
         dtype=DTYPES[q.dtype], batch=cu_q.numel() - 1, num_heads=q.shape[1], head_dim=q.shape[2],
         total_q=q.shape[0], total_k=k.shape[0], cu_q=cu_q.data_ptr(), cu_k=cu_k.data_ptr(),

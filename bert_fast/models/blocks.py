@@ -63,6 +63,12 @@ PACKED_KEYS = ("weight", "weight_scale", "weight_x_factor")
 
 class Linear(Product, nn.Linear):
     def _apply(self, *args, **kwargs):
+        if self.packed is not None and self.packed.released:  # BertModel has looked at the rest
+            weight = self._parameters.pop("weight")
+            try:
+                return super()._apply(*args, **kwargs)
+            finally:
+                self._parameters["weight"] = weight
         module = super()._apply(*args, **kwargs)
         if self.packed is not None:  # through .data, which nobody could see
             self.prepack()
@@ -85,7 +91,8 @@ class Linear(Product, nn.Linear):
     def _load_from_state_dict(self, *args):
         if self.packed is not None and self.packed.released:
             args[-1].append("for_inference() has replaced this model's weights: load it anew")
-        super()._load_from_state_dict(*args)
+        else:
+            super()._load_from_state_dict(*args)
 
     def forward(self, x):
         """x Wᵀ + bias, for those that do not read the product next by a kernel of ours."""

@@ -19,7 +19,7 @@ namespace {
 // Rows of a query block and columns of a key block. At head_dim 64 a block of scores is 64 KB and
 // the K, V, Q, O blocks 32 KB each: all within a core's L2.
 constexpr int64_t kBlockQ = 128, kBlockK = 128;
-constexpr float kNegative = -1e30f;  // a masked score: finite, so that no inf - inf arises
+constexpr float kNegative = -3.4e38f;  // a masked score: finite, so that no inf - inf arises
 
 // One sequence's place in the packed rows.
 struct Sequence {
@@ -49,8 +49,11 @@ void add_position_bias(const PositionBias& bias, int64_t head, int64_t row, int6
                        int64_t count, float* scores) {
   const float* of_row = bias.data + (head * bias.rows + row) * bias.columns + begin;
   for_columns(count, [&](int64_t col, auto lanes) {
-    const vf added = load_row(of_row + col, lanes) * static_cast<float>(kLog2e);
-    store_row(scores + col, load_row(scores + col, lanes) + added, lanes);
+    const vf bias = load_row(of_row + col, lanes);
+    // As low as a mask may be, but above what is hidden: -inf alone hides.
+    const vf added = vmax(bias * static_cast<float>(kLog2e), splat(-3e38f));
+    const vf score = load_row(scores + col, lanes) + added;
+    store_row(scores + col, select(bias == -INFINITY, bias, score), lanes);
   });
 }
 

@@ -1,0 +1,285 @@
+"""for_inference, accelerate(dtype=) and packed checkpoints: products in fp32, bf16 and int8."""
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import bert_fast
+from bert_fast import _C
+from bert_fast.files import CheckpointError
+from bert_fast.models import inference
+from bert_fast.models.packed_file import FORMAT, PACKED_FILE
+
+# How far from fp32, relative, drawn models of two layers may come: measured 2e-3 and 1e-2.
+ALLOWED = {"float32": 1e-6, "bfloat16": 1e-2, "int8": 4e-2}
+PRECISIONS = list(ALLOWED)
+SIZES = dict(
+    vocab_size=60, hidden_size=36, num_hidden_layers=2, num_attention_heads=3,
+    intermediate_size=70, max_position_embeddings=40, initializer_range=0.2,
+)  # fmt: skip
+
+
+def drawn(kind=bert_fast.BertModel, **sizes):
+    torch.manual_seed(torch.initial_seed())
+    return kind(bert_fast.BertConfig(**{**SIZES, **sizes})).eval()
+
+
+def batch(lengths=(11, 4, 7, 0)):
+    ids = torch.randint(1, 60, (len(lengths), 11))
+    return ids, (torch.arange(11) < torch.tensor(lengths)[:, None]).long()
+
+
+def last(model, *inputs):
+    return model(*inputs).last_hidden_state
+
+
+def distance(found, wanted):
+    return ((found - wanted).norm() / wanted.norm()).item()
+
+
+@pytest.fixture(params=PRECISIONS)
+def precision(request):
+    return request.param
+
+
+def test_near_float32_and_without_the_weights(precision):
+    """In any mode of torch's, for the model needs none; the memory of the weights is gone."""
+    model, inputs = drawn(), batch()
+    with torch.no_grad():
+        wanted = last(model, *inputs)
+    assert model.for_inference(precision) is model
+    found = last(model, *inputs)
+    assert found.dtype == torch.float32
+    assert not found.requires_grad
+    assert distance(found, wanted) < ALLOWED[precision]
+    assert (precision == "float32") == (distance(found, wanted) < ALLOWED["float32"])
+    for mode in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+        with mode:
+            assert torch.equal(last(model, *inputs), found)
+    if _C.linear_min_rows(0) == 1:
+        layers = [p for p in model.layers.parameters() if p.ndim == 2]
+        assert all(p.is_meta for p in layers)
+
+
+def test_in_one_call_or_layer_by_layer(precision):
+    model, inputs = drawn().for_inference(precision), batch()
+    states = model(*inputs, output_hidden_states=True).hidden_states
+    assert torch.equal(states[-1], last(model, *inputs))
+
+
+@pytest.mark.parametrize("others", [0, 5])
+def test_a_text_depends_on_no_other(precision, others):
+    if _C.linear_kind(0) == "amx" and precision == "float32":
+        pytest.skip("with AMX float32 sums depend on the number of rows")
+    model = drawn().for_inference(precision)
+    ids, mask = batch((9, *[11] * others))
+    assert torch.equal(last(model, ids, mask)[0, :9], last(model, ids[:1, :9])[0])
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        bert_fast.BertModel, bert_fast.BertForSequenceClassification,
+        bert_fast.BertForTokenClassification, bert_fast.BertForMaskedLM,
+    ],
+)  # fmt: skip
+def test_packed_checkpoints(precision, kind, tmp_path):
+    model, inputs = drawn(kind).for_inference(precision), batch()
+    output = "last_hidden_state" if kind is bert_fast.BertModel else "logits"
+    wanted = getattr(model(*inputs), output)
+    model.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [PACKED_FILE, "config.json"]
+    again = kind.from_pretrained(tmp_path)
+    assert torch.equal(getattr(again(*inputs), output), wanted)
+    for same in (copy.deepcopy(again), pickle.loads(pickle.dumps(again))):
+        assert torch.equal(getattr(same(*inputs), output), wanted)
+    other = (
+        bert_fast.BertForMaskedLM if kind is not bert_fast.BertForMaskedLM else bert_fast.BertModel
+    )
+    with pytest.raises(CheckpointError, match=f"holds a {kind.__name__}, not a {other.__name__}"):
+        other.from_pretrained(tmp_path)
+
+
+def test_a_packed_file_is_small(tmp_path):
+    model = drawn(hidden_size=96, intermediate_size=400, vocab_size=5)
+    whole = sum(p.numel() * 4 for p in model.layers.parameters() if p.ndim == 2)
+    rest = sum(p.numel() * 4 for p in model.parameters()) - whole
+    model.for_inference("int8").save_pretrained(tmp_path)
+    assert (tmp_path / PACKED_FILE).stat().st_size - rest < whole * 0.35
+
+
+def test_packed_files_that_do_not_fit_are_refused(tmp_path):
+    drawn().for_inference("int8").save_pretrained(tmp_path)
+    path, load = tmp_path / PACKED_FILE, bert_fast.BertModel.from_pretrained
+    about = {"format": FORMAT, "version": "1", "model": "BertModel", "dtype": "int8"}
+    state = load_file(path)
+
+    def write(state, **changes):
+        save_file(state, path, metadata={**about, **changes})
+
+    write(state, version="2")
+    with pytest.raises(CheckpointError, match="version 2; this bert_fast reads 1"):
+        load(tmp_path)
+    write(state, format="another")
+    with pytest.raises(CheckpointError, match="no packed weights of bert_fast"):
+        load(tmp_path)
+    write({name: value for name, value in state.items() if "norm" not in name})
+    with pytest.raises(CheckpointError, match=r"does not fit config.json"):
+        load(tmp_path)
+    write({name: value for name, value in state.items() if name != "layers.1.attention.qkv.weight"})
+    with pytest.raises(CheckpointError, match=r"layers.1.attention.qkv.weight is None"):
+        load(tmp_path)
+    write(state)
+    with pytest.raises(CheckpointError, match=r"packed in int8: it cannot be had in torch.bfloat16"):
+        load(tmp_path, dtype=torch.bfloat16)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 71}))
+    with pytest.raises(CheckpointError, match=r"is \(70, 36\), not \(71, 36\)"):
+        load(tmp_path)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match=r"truncated or corrupt"):
+        load(tmp_path)
+
+
+def test_what_a_packed_model_cannot_do_is_said():
+    model, inputs = drawn().for_inference("int8"), batch()
+    wanted = last(model, *inputs)
+    for change in (model.half, lambda: model.to("meta"), model.bfloat16):
+        with pytest.raises(RuntimeError, match=r"packed this model for the CPU"):
+            change()
+    with pytest.raises(RuntimeError, match=r"replaced this model's weights"):
+        model.load_state_dict(drawn().state_dict())
+    with pytest.raises(ValueError, match=r"called before: the model is packed in int8"):
+        model.for_inference("bfloat16")
+    with bert_fast.use_backend("eager"), pytest.raises(RuntimeError, match=r"backend 'cpu'"):
+        model(*inputs)
+    assert torch.equal(last(model.float().cpu(), *inputs), wanted)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "fp8", torch.float64, None])
+def test_other_dtypes_are_refused(dtype):
+    with pytest.raises(ValueError, match=r"dtype must be one of float32, bfloat16, int8"):
+        drawn().for_inference(dtype)
+
+
+def test_models_that_cannot_be_packed_are_refused():
+    with pytest.raises(ValueError, match=r"float32 models on the CPU, not torch.bfloat16"):
+        drawn().bfloat16().for_inference("int8")
+    model = drawn()
+    with torch.no_grad():
+        model.layers[1].feed_forward.up.weight[3, 5] = torch.nan
+    with pytest.raises(ValueError, match=r"layers.1.feed_forward.up.weight is not finite"):
+        model.for_inference("int8")
+
+
+@pytest.mark.parametrize("calibration", [[], [{"input_ids": torch.zeros(2, 0, dtype=torch.long)}]])
+def test_calibration_on_no_texts_is_refused(calibration):
+    model, inputs = drawn(), batch()
+    wanted = last(model, *inputs).detach()
+    with pytest.raises(ValueError, match=r"calibration needs texts"):
+        model.for_inference("int8", calibration=calibration)
+    torch.testing.assert_close(last(model, *inputs), wanted)  # as it was
+
+
+def test_products_that_lose_much_stay_in_bfloat16():
+    """One number a thousand times the others takes the steps of its row from them."""
+    model = drawn()
+    with torch.no_grad():
+        norm = model.layers[0].attention.norm
+        norm.weight[0], norm.bias[0] = 0.0, 3e4  # the factors see to channels: none is needed
+        norm.weight[1:] = 1e-3
+        model.layers[0].feed_forward.up.weight[:, 0] = 1e-9
+    model.for_inference("int8")
+    feed_forward = model.layers[0].feed_forward
+    assert feed_forward.up.packed.precision in ("int8", "bfloat16")
+    kept = inference.LIMIT
+    try:
+        inference.LIMIT = 0.0
+        strict = drawn().for_inference("int8")
+    finally:
+        inference.LIMIT = kept
+    assert strict.layers[0].feed_forward.up.packed.precision == "bfloat16"
+    assert model.layers[1].attention.qkv.packed.precision == "int8"
+
+
+def test_smoothing_evens_out_what_is_large_in_a_channel():
+    """SmoothQuant's case: two of many channels are a hundred times the others."""
+    x, weight = torch.randn(200, 256), torch.randn(64, 256)
+    x[:, [3, 77]] *= 100
+    exact = x @ weight.t()
+    observer = inference.Observer(weight)
+    observer.forward(x, weight, None, None, torch.empty_like(exact), None)
+    errors = []
+    for factor in (observer._x_factor(weight), None):
+        packed = bert_fast.ops.pack_weight(weight, "int8", factor)
+        out = packed.forward(x, weight, None, None, torch.empty_like(exact), inference.Workspace())
+        errors.append(distance(out, exact))
+    assert errors[0] < errors[1] / 2
+
+
+@pytest.mark.parametrize(
+    "kind", [transformers.BertModel, transformers.RobertaModel, transformers.DistilBertModel]
+)
+def test_accelerate(precision, kind):
+    torch.manual_seed(torch.initial_seed())
+    config = kind.config_class(
+        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=40, initializer_range=0.2,
+        dim=32, n_layers=2, n_heads=2, hidden_dim=64,
+    )  # fmt: skip
+    model, (ids, mask) = kind(config).eval(), batch((11, 4, 7, 1))
+    with torch.no_grad():
+        wanted = model(ids, mask).last_hidden_state * mask[..., None]
+        bert_fast.accelerate(model, dtype=precision)
+        found = model(ids, mask).last_hidden_state
+        assert distance(found, wanted) < ALLOWED[precision]
+        assert (precision == "float32") == (distance(found, wanted) < ALLOWED["float32"])
+        kept = {name: p.clone() for name, p in model.named_parameters()}
+        for parameter in model.parameters():  # a changed weight is seen
+            parameter.mul_(1.1)
+        assert distance(model(ids, mask).last_hidden_state, found) > 1e-3
+        model.load_state_dict(kept, strict=False)
+        assert torch.equal(model(ids, mask).last_hidden_state, found)
+    model(ids, mask).last_hidden_state.sum().backward()  # in float32, by the weights it keeps
+
+
+def test_accelerate_refuses_what_it_cannot_pack():
+    model = transformers.BertModel(transformers.BertConfig(**SIZES))
+    with pytest.raises(ValueError, match=r"call model.eval\(\) first"):
+        bert_fast.accelerate(model, dtype="int8")
+    with pytest.raises(ValueError, match=r"float32 models on the CPU; .* is torch.bfloat16"):
+        bert_fast.accelerate(model.bfloat16().eval(), dtype="int8")
+    with pytest.raises(ValueError, match=r"dtype must be one of"):
+        bert_fast.accelerate(model.float(), dtype="int4")
+
+
+def test_a_processor_without_the_instructions_is_said_once(monkeypatch):
+    monkeypatch.setattr(inference, "_said", set())
+    best = _C.cpu_isa()
+    _C.set_cpu_isa("generic")
+    try:
+        with pytest.warns(UserWarning, match="no instruction for products in int8"):
+            drawn().for_inference("int8")
+        assert inference._said == {"int8"}
+        inference._say_where_slow("int8")  # would be an error: warnings are
+    finally:
+        _C.set_cpu_isa(best)
+
+
+def test_the_instruction_set_may_not_change_under_a_packed_model():
+    model, inputs = drawn().for_inference("int8"), batch()
+    best = _C.cpu_isa()
+    if best == "generic":
+        pytest.skip("this processor has one instruction set")
+    _C.set_cpu_isa("generic")
+    try:
+        with pytest.raises(RuntimeError, match="instruction set has changed"):
+            model(*inputs)
+    finally:
+        _C.set_cpu_isa(best)
+    last(model, *inputs)
