@@ -196,6 +196,13 @@ BERT_FAST_INLINE void store_row(T* p, vf x, AllLanes) { store(p, x); }
 template <class T>
 BERT_FAST_INLINE void store_row(T* p, vf x, int lanes) { store_n(p, x, lanes); }
 
+// Calls step(0) ... step(N - 1), without a loop.
+template <int N, class Step>
+BERT_FAST_INLINE void each(Step step) {
+#pragma GCC unroll 16
+  for (int i = 0; i < N; ++i) step(i);
+}
+
 // ---- functions ----
 
 // 2^x for x <= 0, to 1 ulp or so: 2^n by the exponent bits, 2^r for |r| <= 1/2 by a Taylor series
@@ -323,11 +330,17 @@ struct RowChunks {
 
   int64_t begin(int64_t chunk) const { return chunk * size < rows ? chunk * size : rows; }
 
-  void sum(const float* partial, int64_t width, float* out) const {
-    fill(out, width, 0.0f);
-    for (int64_t chunk = 0; chunk < count; ++chunk) {
-      for (int64_t col = 0; col < width; ++col) out[col] += partial[chunk * width + col];
-    }
+  void sum(const float* partial, int64_t width, float* out, int num_threads) const {
+    constexpr int64_t kColumns = 16 * kWidth;
+    const int threads = threads_for(count * width, num_threads);
+    parallel_for(threads, ceil_div(width, kColumns), 1, [&](int64_t block) {
+      const int64_t end = block * kColumns + kColumns < width ? block * kColumns + kColumns : width;
+      fill(out + block * kColumns, end - block * kColumns, 0.0f);
+      for (int64_t chunk = 0; chunk < count; ++chunk) {
+        const float* row = partial + chunk * width;
+        for (int64_t col = block * kColumns; col < end; ++col) out[col] += row[col];
+      }
+    });
   }
 
   int64_t rows, size, count;
