@@ -51,7 +51,7 @@ void backward(const GeluBackward& a) {
       });
     }
   });
-  if (a.dbias) chunks.sum(partial, a.width, a.dbias, a.num_threads);
+  if (a.dbias) chunks.sum(partial, a.width, a.dbias);
 }
 
 }  // namespace

@@ -330,17 +330,11 @@ struct RowChunks {
 
   int64_t begin(int64_t chunk) const { return chunk * size < rows ? chunk * size : rows; }
 
-  void sum(const float* partial, int64_t width, float* out, int num_threads) const {
-    constexpr int64_t kColumns = 16 * kWidth;
-    const int threads = threads_for(count * width, num_threads);
-    parallel_for(threads, ceil_div(width, kColumns), 1, [&](int64_t block) {
-      const int64_t end = block * kColumns + kColumns < width ? block * kColumns + kColumns : width;
-      fill(out + block * kColumns, end - block * kColumns, 0.0f);
-      for (int64_t chunk = 0; chunk < count; ++chunk) {
-        const float* row = partial + chunk * width;
-        for (int64_t col = block * kColumns; col < end; ++col) out[col] += row[col];
-      }
-    });
+  void sum(const float* partial, int64_t width, float* out) const {
+    fill(out, width, 0.0f);
+    for (int64_t chunk = 0; chunk < count; ++chunk) {
+      for (int64_t col = 0; col < width; ++col) out[col] += partial[chunk * width + col];
+    }
   }
 
   int64_t rows, size, count;
