@@ -12,10 +12,20 @@ void forward(const GeluForward& a) {
   parallel_for(threads, a.rows, grain_for(a.rows, threads), [&](int64_t row) {
     const T* x = static_cast<const T*>(a.x) + row * a.width;
     T* out = static_cast<T*>(a.out) + row * a.width;
-    for_columns(a.width, [&](int64_t col, auto lanes) {
-      vf value = load_row(x + col, lanes);
-      if (a.bias) value += load_row(a.bias + col, lanes);
-      store_row(out + col, gelu<kind>(value), lanes);
+    int64_t done = 0;
+    for (; done + kTogether * kWidth <= a.width; done += kTogether * kWidth) {
+      vf value[kTogether];
+      each<kTogether>([&](int i) {
+        value[i] = load(x + done + i * kWidth);
+        if (a.bias) value[i] += load(a.bias + done + i * kWidth);
+      });
+      gelu<kind>(value);
+      each<kTogether>([&](int i) { store(out + done + i * kWidth, value[i]); });
+    }
+    for_columns(a.width - done, [&](int64_t col, auto lanes) {
+      vf value = load_row(x + done + col, lanes);
+      if (a.bias) value += load_row(a.bias + done + col, lanes);
+      store_row(out + done + col, gelu<kind>(value), lanes);
     });
   });
 }

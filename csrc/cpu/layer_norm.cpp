@@ -54,32 +54,55 @@ void backward(const LayerNormBackward& a) {
   const int64_t sums = a.dlinear_bias ? 3 : 2;
   Buffer partial(chunks.count * sums * a.hidden);
   const int threads = threads_for(a.rows * a.hidden, a.num_threads);
-  parallel(threads, chunks.count, 1, [&](Work& work) {
+  // Runs of chunks, as in forward: neighbouring rows stay in one core's cache (measured with two
+  // cores and 1024 x 384: 108 us; one chunk at a time 133).
+  parallel(threads, chunks.count, grain_for(chunks.count, threads), [&](Work& work) {
     Buffer factors(a.dropout_p > 0.0f ? scratch_width(a.hidden) : 0);
     for_each_of(work, [&](int64_t chunk) {
       float* dweight = partial + chunk * sums * a.hidden;
       fill(dweight, sums * a.hidden, 0.0f);
       float* dbias = dweight + a.hidden;
       float* dlinear_bias = a.dlinear_bias ? dbias + a.hidden : nullptr;
-      for (int64_t row = chunks.begin(chunk); row < chunks.begin(chunk + 1); ++row) {
+      // Several rows at once read and write the sums over rows once, in the rows' order.
+      constexpr int kRows = kVectorRegisters / 8;
+      const auto first_pass = [&](int64_t first, auto rows, float* mean_g, float* mean_gn) {
+        constexpr int R = decltype(rows)::value;
+        const T* dout[R];
+        const T* kept[R];
+        float mean[R], rstd[R];
+        vf total_g[R] = {}, total_gn[R] = {};
+        each<R>([&](int r) {
+          dout[r] = static_cast<const T*>(a.dout) + (first + r) * a.hidden;
+          kept[r] = static_cast<const T*>(a.sum) + (first + r) * a.hidden;
+          mean[r] = a.mean[first + r];
+          rstd[r] = a.rstd[first + r];
+        });
+        for_columns(a.hidden, [&](int64_t col, auto lanes) {
+          const vf weight = load_row(a.weight + col, lanes);
+          vf weight_sum = load_row(dweight + col, lanes), bias_sum = load_row(dbias + col, lanes);
+          each<R>([&](int r) {
+            const vf gradient = load_row(dout[r] + col, lanes);
+            const vf normal = (load_row(kept[r] + col, lanes) - mean[r]) * rstd[r];
+            const vf g = gradient * weight;
+            total_g[r] += g;
+            total_gn[r] += g * normal;
+            weight_sum += gradient * normal;
+            bias_sum += gradient;
+          });
+          store_row(dweight + col, weight_sum, lanes);
+          store_row(dbias + col, bias_sum, lanes);
+        });
+        each<R>([&](int r) {
+          mean_g[r] = sum(total_g[r]) * inverse_width;
+          mean_gn[r] = sum(total_gn[r]) * inverse_width;
+        });
+      };
+      const auto second_pass = [&](int64_t row, float mean_g, float mean_gn) {
         const T* dout = static_cast<const T*>(a.dout) + row * a.hidden;
         const T* kept = static_cast<const T*>(a.sum) + row * a.hidden;
         T* dsum = static_cast<T*>(a.dsum) + row * a.hidden;
         T* dx = a.dx ? static_cast<T*>(a.dx) + row * a.hidden : nullptr;
         const float mean = a.mean[row], rstd = a.rstd[row];
-
-        vf total_g = {}, total_gn = {};
-        for_columns(a.hidden, [&](int64_t col, auto lanes) {
-          const vf gradient = load_row(dout + col, lanes);
-          const vf normal = (load_row(kept + col, lanes) - mean) * rstd;
-          const vf g = gradient * load_row(a.weight + col, lanes);
-          total_g += g;
-          total_gn += g * normal;
-          store_row(dweight + col, load_row(dweight + col, lanes) + gradient * normal, lanes);
-          store_row(dbias + col, load_row(dbias + col, lanes) + gradient, lanes);
-        });
-        const float mean_g = sum(total_g) * inverse_width;
-        const float mean_gn = sum(total_gn) * inverse_width;
         if (dx) {
           dropout_row(factors, a.hidden, a.seed, a.dropout_p, 0, static_cast<uint32_t>(row),
                       0, kLayerNormStream);
@@ -97,6 +120,17 @@ void backward(const LayerNormBackward& a) {
             store_row(dlinear_bias + col, load_row(dlinear_bias + col, lanes) + gradient, lanes);
           }
         });
+      };
+      int64_t row = chunks.begin(chunk);
+      const int64_t end = chunks.begin(chunk + 1);
+      float mean_g[kRows], mean_gn[kRows];
+      for (; row + kRows <= end; row += kRows) {
+        first_pass(row, std::integral_constant<int, kRows>{}, mean_g, mean_gn);
+        for (int r = 0; r < kRows; ++r) second_pass(row + r, mean_g[r], mean_gn[r]);
+      }
+      for (; row < end; ++row) {
+        first_pass(row, std::integral_constant<int, 1>{}, mean_g, mean_gn);
+        second_pass(row, mean_g[0], mean_gn[0]);
       }
     });
   });

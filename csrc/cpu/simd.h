@@ -196,6 +196,13 @@ BERT_FAST_INLINE void store_row(T* p, vf x, AllLanes) { store(p, x); }
 template <class T>
 BERT_FAST_INLINE void store_row(T* p, vf x, int lanes) { store_n(p, x, lanes); }
 
+// Calls step(0) ... step(N - 1), without a loop.
+template <int N, class Step>
+BERT_FAST_INLINE void each(Step step) {
+#pragma GCC unroll 16
+  for (int i = 0; i < N; ++i) step(i);
+}
+
 // ---- functions ----
 
 // 2^x for x <= 0, to 1 ulp or so: 2^n by the exponent bits, 2^r for |r| <= 1/2 by a Taylor series

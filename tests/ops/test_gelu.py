@@ -148,6 +148,19 @@ def test_non_contiguous_and_misaligned(backend):
     torch.testing.assert_close(ops.gelu(shifted), ops.gelu(shifted.clone()))
 
 
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_an_elements_bits_do_not_depend_on_its_column(backend, approximate):
+    """Whether it is one of many vectors that go together, one alone, or a row's end."""
+    if backend != "cpu":
+        pytest.skip("no other backend goes through a row by several vectors")
+    x = torch.randn(4, 165)
+    x[0, :6] = torch.tensor([0.0, -0.0, -9.0, 9.0, math.inf, math.nan])
+    wanted = ops.gelu(x.view(-1, 1), approximate=approximate).view_as(x)
+    torch.testing.assert_close(
+        ops.gelu(x, approximate=approximate), wanted, rtol=0, atol=0, equal_nan=True
+    )
+
+
 def test_bitwise_repeatable_at_any_thread_count():
     x, bias = torch.randn(2000, 64, requires_grad=True), torch.randn(64, requires_grad=True)
     dout = torch.randn(2000, 64)
