@@ -135,7 +135,9 @@ def test_packed_files_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"layers.1.attention.qkv.weight is None"):
         load(tmp_path)
     write(state)
-    with pytest.raises(CheckpointError, match=r"packed in int8: it cannot be had in torch.bfloat16"):
+    with pytest.raises(
+        CheckpointError, match=r"packed in int8: it cannot be had in torch.bfloat16"
+    ):
         load(tmp_path, dtype=torch.bfloat16)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 71}))
