@@ -6,7 +6,7 @@ import torch
 from rich.console import Console
 
 from bert_fast.backends import resolve_device
-from bert_fast.bench import changes, lengths, plots, report, works
+from bert_fast.bench import changes, lengths, plots, protocol_command, report, works
 from bert_fast.bench.run import BLOCKS, ceilings, measure, noise
 from bert_fast.bench.selection import SWEEPS, chosen_peers, with_float32, works_of
 from bert_fast.extras import can_draw
@@ -27,7 +27,9 @@ def add_parser(commands):
         help="Time kernels and models beside their peers.",
         description="Time kernels and models beside their peers, on this machine, in one run.",
     )
-    levels = bench.add_subparsers(dest="level", required=True)
+    protocol_command.add_options(bench)
+    bench.set_defaults(function=protocol_command.run)
+    levels = bench.add_subparsers(dest="level")
     for level, text in LEVELS.items():
         sub = levels.add_parser(level, help=text, description=text)
         sub.set_defaults(function=run)
@@ -77,8 +79,17 @@ def add_parser(commands):
     sub.add_argument("new", help="the later file")
 
 
+def _no_protocol(args):
+    if given := protocol_command.given(args):
+        raise ValueError(
+            f"{', '.join(given)} before {args.level!r}: a protocol takes no level, and a level's "
+            "options stand behind it"
+        )
+
+
 def run_compare(args):
     """What moved beyond the spread between two results."""
+    _no_protocol(args)
     for path in (args.old, args.new):
         if not Path(path).is_file():
             raise ValueError(f"there is no file {path}")
@@ -88,6 +99,7 @@ def run_compare(args):
 
 def run(args):
     """Measures a level. Returns 1 where a result of ours was wrong."""
+    _no_protocol(args)
     args.device = resolve_device(args.device)
     for path in filter(None, (args.json, args.csv, args.plot)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)

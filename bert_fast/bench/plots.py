@@ -81,6 +81,26 @@ def plot_sweep(axis, rows, path):
     _save(figure, path)
 
 
+def plot_quality(summary, path):
+    """Speed-up against quality, a point a backend: further right and higher is better. Backends
+    whose quality was not measured are left out."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, found in summary.items():
+        if "quality" not in found:
+            continue
+        color = "#d9480f" if name.startswith(OURS) else "#5c677d"
+        point = found["speedup"], 100 * found["quality"]
+        axes.scatter(*point, color=color, s=30)
+        axes.annotate(name, point, (5, 4), textcoords="offset points", fontsize=8, color=color)
+    axes.set(xlabel="times as fast as sentence-transformers in float32",
+             ylabel="nDCG@10, % of float32's", xlim=(0, None))  # fmt: skip
+    axes.margins(x=0.2, y=0.15)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
 def _save(figure, path):
     plt = _pyplot()
     Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -110,7 +110,7 @@ class _Contestant:
             return
         backward = work.backward and not self.peer.ceiling
         self.calls = [run.call(backward) for run in self.runs]
-        with _quiet():
+        with quiet():
             self.sample, self.method = clock.sampler(self.calls)
 
     def measured(self, work):
@@ -125,7 +125,7 @@ class _Contestant:
 
 def _make(peer, work, clock):
     copies = clock.copies(work.num_bytes or 1 << 40)
-    with _quiet():
+    with quiet():
         return [getattr(peer, work.kind)(work, work.inputs(number)) for number in range(copies)]
 
 
@@ -143,7 +143,7 @@ def _checked(work, who, clock):
             contestant = _Contestant(peer, _make(peer, work, clock))
             results[peer.name] = {}
             if not peer.ceiling:
-                with _quiet():
+                with quiet():
                     found = contestant.runs[0].results(work.backward)
                 results[peer.name] = judged(found, truth, allowed, peer, work)
                 if "refused" in results[peer.name]:
@@ -215,7 +215,7 @@ def _stream(device):
 
 
 @contextlib.contextmanager
-def _quiet():
+def quiet():
     """Exporters and converters talk; a table is being printed."""
     with (
         contextlib.redirect_stdout(io.StringIO()),

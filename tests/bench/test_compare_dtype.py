@@ -14,6 +14,16 @@ from bert_fast.cli import main
 from bert_fast.models.bert import BertModel
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Nothing here depends on how many there are, and beside busy processes two wait for each
+    other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def directory(tmp_path):
     return small_encoder.save(tmp_path / "model")
