@@ -275,7 +275,8 @@ __global__ void __launch_bounds__(kThreads, 1) dtable_kernel(AttentionBackward a
   }
 }
 
-// What CUDA would say of such a launch; every chip has tensor cores for fp16, so there is no other.
+// What CUDA would say of such a launch; every chip has tensor cores for fp16, so without a table there
+// is no other.
 constexpr const char* kTooWide = "this head_dim needs more shared memory than the chip has";
 
 template <class T>
@@ -284,16 +285,16 @@ const char* attend(const AttentionForward& a, const Dropout& drop, const Call& c
   if constexpr (sizeof(T) == 2) {
     if (forward_mma<T>(a, drop, call)) return nullptr;
   }
-  if constexpr (std::is_same_v<T, fp16>) {
-    return kTooWide;
-  } else {
-    with_table(call.table, [&](auto... table) {
+  return with_table(call.table, [&](auto... table) -> const char* {
+    if constexpr (std::is_same_v<T, fp16> && !sizeof...(table)) {
+      return kTooWide;
+    } else {
       void (*kernel)(AttentionForward, Dropout, decltype(table)...) = forward_kernel<T>;
       launch(kernel, tiles_of(a.total_q, kSide, a), kThreads,
              shared_bytes(static_cast<int>(a.head_dim), 3, 1), call.stream, a, drop, table...);
-    });
-  }
-  return nullptr;
+      return nullptr;
+    }
+  });
 }
 
 template <class T>
@@ -318,19 +319,19 @@ const char* attend(const AttentionBackward& a, const Dropout& drop, const Call& 
   if constexpr (sizeof(T) == 2) {
     if (backward_mma<T>(a, drop, call)) return nullptr;
   }
-  if constexpr (std::is_same_v<T, fp16>) {
-    return kTooWide;
-  } else {
-    const size_t tiles = shared_bytes(static_cast<int>(a.head_dim), 4, 2);
-    with_table(call.table, [&](auto... table) {
+  return with_table(call.table, [&](auto... table) -> const char* {
+    if constexpr (std::is_same_v<T, fp16> && !sizeof...(table)) {
+      return kTooWide;
+    } else {
       const float* delta = call.scratch;
+      const size_t tiles = shared_bytes(static_cast<int>(a.head_dim), 4, 2);
       void (*dq)(AttentionBackward, Dropout, const float*, decltype(table)...) = dq_kernel<T>;
       void (*dkv)(AttentionBackward, Dropout, const float*, decltype(table)...) = dkv_kernel<T>;
       if (a.total_q) launch(dq, tiles_of(a.total_q, kSide, a), kThreads, tiles, call.stream, a, drop, delta, table...);
       if (a.total_k) launch(dkv, tiles_of(a.total_k, kSide, a), kThreads, tiles, call.stream, a, drop, delta, table...);
-    });
-  }
-  return nullptr;
+      return nullptr;
+    }
+  });
 }
 
 template <class Args>

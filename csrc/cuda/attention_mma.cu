@@ -332,14 +332,15 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(AttentionForward a
   store_rows<T, kD>(total, share[0], share[1], q, local, os, tile.first);
 }
 
-// Rows of a tile of the other side, in backward: what the registers allow.
-template <int kD>
-constexpr int kOther = kD <= 64 ? 64 : kD <= 128 ? 32 : 16;
+// Rows of a tile of the other side, in backward: what the registers allow, of which a table (kBiased)
+// takes some.
+template <int kD, bool kBiased>
+constexpr int kOther = kD <= 64 && !kBiased ? 64 : kD <= 128 ? 32 : 16;
 
 template <class T, int kD, class... Bias>
 __global__ void __launch_bounds__(kThreads, 2) dq_kernel(AttentionBackward a, Dropout drop,
                                                       const float* delta, int wide, Bias... table) {
-  constexpr int kKeys = kOther<kD>, kTiles = kKeys / 8;
+  constexpr int kKeys = kOther<kD, (sizeof...(Bias) > 0)>, kTiles = kKeys / 8;
   const int batch = static_cast<int>(a.batch), head = blockIdx.y;
   const Tile tile = find_tile(blockIdx.x, a.cu_q, batch, static_cast<int>(a.total_q), kRows);
   if (tile.first >= tile.length) return;
@@ -409,7 +410,7 @@ __global__ void __launch_bounds__(kThreads, 2) dq_kernel(AttentionBackward a, Dr
 template <class T, int kD, bool kWantsDk, bool kWantsDv, class... Bias>
 __global__ void __launch_bounds__(kThreads, 2) dkv_kernel(AttentionBackward a, Dropout drop,
                                                        const float* delta, int wide, Bias... table) {
-  constexpr int kQueries = kOther<kD>, kTiles = kQueries / 8;
+  constexpr int kQueries = kOther<kD, (sizeof...(Bias) > 0)>, kTiles = kQueries / 8;
   const int batch = static_cast<int>(a.batch), head = blockIdx.y;
   const Tile tile = find_tile(blockIdx.x, a.cu_k, batch, static_cast<int>(a.total_k), kRows);
   if (tile.first >= tile.length) return;
@@ -492,6 +493,15 @@ bool is_wide(const Strided& t, const AttentionShape& a) {
   return aligned(t.data) && a.head_dim % 8 == 0 && t.token % 8 == 0 && t.head % 8 == 0;
 }
 
+// Wider heads have no register left for a table: those run in plain FMA.
+constexpr int kWidestBiased = 128;
+
+template <int kD, class Run>
+void with_table(const Table& table, const Run& run) {
+  if constexpr (kD <= kWidestBiased) cuda::with_table(table, run);
+  else run();
+}
+
 // Whether the chip has tensor cores for T and so much shared memory.
 template <class T>
 bool fits(size_t bytes, int device) {
@@ -511,7 +521,7 @@ bool run_forward(const AttentionForward& a, const Dropout& drop, const Call& cal
                    is_wide(a.out, a) * kOut;
   dim3 grid = tiles_of(a.total_q, kRows / kTeams, a);
   grid.x = (grid.x + kTeams - 1) / kTeams;
-  with_table(call.table, [&](auto... table) {
+  with_table<kD>(call.table, [&](auto... table) {
     void (*kernel)(AttentionForward, Dropout, int, decltype(table)...) =
         forward_kernel<T, kD, kKeys, kOnce, kTeam>;
     launch(kernel, grid, kThreads, kBytes, call.stream, a, drop, wide, table...);
@@ -521,13 +531,14 @@ bool run_forward(const AttentionForward& a, const Dropout& drop, const Call& cal
 
 template <class T, int kD>
 bool run_backward(const AttentionBackward& a, const Dropout& drop, const Call& call) {
-  constexpr size_t kTiles = (2 * kRows + 2 * kOther<kD>) * kD * sizeof(T);
-  constexpr size_t kBytes = kTiles + 2 * kOther<kD> * sizeof(float);
+  constexpr int kMost = kOther<kD, false>;  // without a table: room enough with one
+  constexpr size_t kTiles = (2 * kRows + 2 * kMost) * kD * sizeof(T);
+  constexpr size_t kBytes = kTiles + 2 * kMost * sizeof(float);
   if (!fits<T>(kBytes, call.device)) return false;
   const int wide = is_wide(a.q, a) * kQ | is_wide(a.k, a) * kK | is_wide(a.v, a) * kV |
                    is_wide(a.dout, a) * kDout | is_wide(a.dq, a) * kDq | is_wide(a.dk, a) * kDk |
                    is_wide(a.dv, a) * kDv;
-  with_table(call.table, [&](auto... table) {
+  with_table<kD>(call.table, [&](auto... table) {
     using Kernel = void (*)(AttentionBackward, Dropout, const float*, int, decltype(table)...);
     const auto run = [&](Kernel kernel, int64_t total, size_t bytes) {
       if (!total) return;
@@ -549,6 +560,7 @@ bool run_backward(const AttentionBackward& a, const Dropout& drop, const Call& c
 
 template <class T>
 bool forward_mma(const AttentionForward& a, const Dropout& drop, const Call& call) {
+  if (call.table.data && a.head_dim > kWidestBiased) return false;
   const bool once = call.longest_k <= 128, tiny = call.longest_k <= 32;
   if (a.head_dim <= 32) {
     if (tiny) return run_forward<T, 32, 32, true, kWarp>(a, drop, call);
@@ -564,6 +576,7 @@ bool forward_mma(const AttentionForward& a, const Dropout& drop, const Call& cal
 
 template <class T>
 bool backward_mma(const AttentionBackward& a, const Dropout& drop, const Call& call) {
+  if (call.table.data && a.head_dim > kWidestBiased) return false;
   if (a.head_dim <= 32) return run_backward<T, 32>(a, drop, call);
   if (a.head_dim <= 64) return run_backward<T, 64>(a, drop, call);
   if (a.head_dim <= 128) return run_backward<T, 128>(a, drop, call);
