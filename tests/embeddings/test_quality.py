@@ -1,0 +1,91 @@
+"""What bfloat16 and int8 cost on real models and texts: MiniLM, and a classifier made of it."""
+
+import json
+
+import numpy as np
+import pytest
+
+import bert_fast
+from bert_fast.bench import data
+from bert_fast.training.finetune import Settings, finetune
+from bert_fast.training.tuned import Tuned
+
+pytestmark = pytest.mark.full
+
+
+def vectors(dtype, texts):
+    return bert_fast.SentenceEncoder(data.minilm(), dtype=dtype).encode(texts, progress=False)
+
+
+@pytest.fixture(scope="module")
+def films():
+    """300 plots, and up to 4 reviews of each."""
+    some = data.films()[:300]
+    plots = [film.plot[:600] for film in some]
+    reviews = [(number, text) for number, film in enumerate(some) for text in film.reviews[:4]]
+    return plots, [text for _, text in reviews], np.array([number for number, _ in reviews])
+
+
+@pytest.fixture(scope="module")
+def exact(films):
+    plots, reviews, _ = films
+    return vectors("float32", plots), vectors("float32", reviews)
+
+
+def ndcg(plots, reviews, films):
+    """nDCG at 10 of finding a plot's reviews."""
+    order = np.argsort(-(plots @ reviews.T), axis=1, kind="stable")[:, :10]
+    gains = 1 / np.log2(np.arange(2, 12))
+    found = (films[order] == np.arange(len(plots))[:, None]) @ gains
+    best = [gains[: (films == number).sum()].sum() for number in range(len(plots))]
+    return float(np.mean(found / np.maximum(best, 1e-9)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mean", "least"), [("bfloat16", 0.9998, 0.9995), ("int8", 0.999, 0.99)]
+)
+def test_minilm(films, exact, dtype, mean, least):
+    plots, reviews, of = films
+    found = vectors(dtype, plots), vectors(dtype, reviews)
+    cosines = np.concatenate([(a * b).sum(1) for a, b in zip(found, exact, strict=True)])
+    assert cosines.mean() >= mean
+    assert cosines.min() >= least
+    assert ndcg(*found, of) >= 0.997 * ndcg(*exact, of)
+
+
+def test_classifier(tmp_path):
+    """Fine-tuned for an epoch on reviews; judged on those of other films. Of some 3,000 rows a few
+    lie so near the border that any rounding moves them, to either side alike: the bar is on the
+    rows whose label stays."""
+    rows = data.reviews()
+    held_out = set(sorted({film for film, _, _ in rows})[::10])
+    parts = {
+        "train": [row for row in rows if row[0] not in held_out][::4][:1200],
+        "test": [row for row in rows if row[0] in held_out],
+    }
+    for name, some in parts.items():
+        lines = (json.dumps({"text": text, "label": label}) + "\n" for _, text, label in some)
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    out = tmp_path / "out"
+    finetune(
+        Settings(
+            task="sentiment", model=str(data.minilm()), train=str(tmp_path / "train.jsonl"),
+            test=str(tmp_path / "test.jsonl"), out=str(out), epochs=1, lr=1e-4, seed=0,
+            max_length=64, device="cpu",
+        )
+    )  # fmt: skip
+    found, right = {}, None
+    for dtype in ("float32", "bfloat16", "int8"):
+        tuned = Tuned.from_pretrained(out, max_length=64, dtype=dtype)
+        examples = tuned.task.read(tmp_path / "test.jsonl", labelled=True)
+        right = np.array([example.label for example in examples])
+        found[dtype] = np.array(
+            [row["label"] for row in map(tuned.task.row, tuned.predict(examples))]
+        )
+    accuracy = {dtype: (labels == right).mean() for dtype, labels in found.items()}
+    print(accuracy, {dtype: (labels == found["float32"]).mean() for dtype, labels in found.items()})
+    assert accuracy["float32"] > 0.6
+    assert (found["bfloat16"] == found["float32"]).mean() >= 0.995
+    assert (found["int8"] == found["float32"]).mean() >= 0.98
+    for dtype in ("bfloat16", "int8"):
+        assert accuracy[dtype] >= 0.997 * accuracy["float32"]
