@@ -219,7 +219,7 @@ def is_fast(precision):
 def quantise(weight):
     """(int8 elements, float32 scales by row): symmetric, a row's greatest becomes 127 or -127."""
     scale = weight.abs().amax(1) / 127
-    scale = torch.where(scale > 0, scale, 1.0)
+    scale = scale.masked_fill(scale == 0, 1.0)  # NaN stays: its column is NaN
     return (weight / scale[:, None]).round().to(torch.int8), scale
 
 
@@ -280,8 +280,8 @@ class PackedWeight:
         elif self.precision == "int8":
             factor = 1.0 if self.x_factor is None else self.x_factor
             dense, self.scale = quantise(dense / factor)
-        self.sample = self._sample(weight)
-        return self._laid_out(dense.contiguous(), self.scale), self._identity(weight)
+        source = *self._identity(weight), self._sample(weight)
+        return self._laid_out(dense.contiguous(), self.scale), source
 
     def _laid_out(self, elements, scale):
         packed = _aligned(_C.linear_packed_size(self.code, *self.shape))
@@ -321,10 +321,10 @@ class PackedWeight:
         packed, source = self.state
         if self.released:
             return source[2] == _C.linear_kind(self.code)
-        if source != self._identity(weight):
+        if source[:3] != self._identity(weight):
             return False
-        if self.sample is not None:
-            return self.sample == self._sample(weight)
+        if self.precision != "float32":
+            return source[3] == self._sample(weight)
         return _C.linear_matches(self.code, *self.shape, weight.data_ptr(), packed.data_ptr())
 
     def scratch(self, rows, threads):
@@ -382,7 +382,7 @@ class Encoder:
                 layers, self.hidden, self.intermediate, self.num_heads,
                 (self.hidden // self.num_heads) ** -0.5, ACTIVATIONS[self.approximate],
             )  # fmt: skip
-            return plan, kept, self._kinds()
+            return plan, kept, self._kinds(), [part.packed.state[0] for part in self.products]
 
     def min_rows(self):
         """Fewer are better left to torch's products."""
@@ -395,7 +395,10 @@ class Encoder:
         """x (total_tokens, hidden), of at least :meth:`min_rows` rows, becomes the last layer's
         output, in its own memory."""
         bound = self.bound  # kept here: another thread may bind anew meanwhile
-        if bound[2] != self._kinds() or not all(p.packed.holds(p.weight) for p in self.products):
+        if bound[2] != self._kinds() or not all(
+            p.packed.holds(p.weight) and p.packed.state[0] is packed
+            for p, packed in zip(self.products, bound[3], strict=True)
+        ):
             bound = self.bound = self._bind()
         rows, threads = x.shape[0], num_threads()
         size = max(packed.scratch(rows, threads) for packed in self.scratches)

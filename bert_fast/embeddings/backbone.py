@@ -13,6 +13,7 @@ from bert_fast.files import CheckpointError
 from bert_fast.models.bert import BertModel
 from bert_fast.models.heads import BertForSequenceClassification
 from bert_fast.models.inference import Precision
+from bert_fast.models.packed_file import packed_alone
 
 
 def load_backbone(directory, dtype=None, device="cpu", kind="AutoModel"):
@@ -86,6 +87,7 @@ class Bert:
 
     def __init__(self, directory, values, dtype, device, kind, options):
         ours = BertModel if kind == "AutoModel" else BertForSequenceClassification
+        dtype = None if packed_alone(directory) else dtype
         model = ours.from_pretrained(directory, dtype, **PLAIN_RESULTS, **options)
         # prepack lays weights out for the CPU: on a GPU it would only take memory.
         on_cpu = torch.device(device).type == "cpu"

@@ -67,6 +67,10 @@ class TextModel(Pools):
         self.takes_types = said.types
         if precision is not None and self.backbone.served_in is None:
             self.backbone.for_inference(precision, None)
+        elif precision not in (None, self.backbone.served_in):
+            raise CheckpointError(
+                f"{inner} is packed in {self.backbone.served_in}: it cannot be had in {precision}"
+            )
         self.prompts = {"query": "", "document": ""} if self.kind == "AutoModel" else {}
         self.prompts |= self.settings.get("prompts") or {}
         self.default_prompt_name = self.settings.get("default_prompt_name")
@@ -82,15 +86,23 @@ class TextModel(Pools):
         return self.directory
 
     def calibrate(self, texts: Iterable[str]) -> None:
-        """Packs the model in int8 anew, by what these texts (some hundred, of the kind that will
-        come) show of its activations.
+        """Loads the weights again and packs them in int8, by what these texts (some hundred, of the
+        kind that will come) show of the model's activations.
 
         Raises:
-            ValueError: there are no texts.
+            ValueError: there are no texts, or the model is not on a CPU.
         """
-        encodings = self._tokenize(list(texts))
-        self.backbone = load_backbone(self.encoder_directory, torch.float32, "cpu", self.kind)
-        self.backbone.for_inference("int8", list(padded_batches(encodings)))
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            raise ValueError("calibrate needs texts")
+        if self.device.type != "cpu":
+            raise ValueError(f"calibrate is for int8 on a CPU; the model is on {self.device}")
+        inputs = list(padded_batches(self._tokenize(texts)))
+        backbone = load_backbone(self.encoder_directory, torch.float32, "cpu", self.kind)
+        if backbone.served_in is not None:
+            raise ValueError(f"{self.encoder_directory} is packed in {backbone.served_in} already")
+        backbone.for_inference("int8", inputs)
+        self.backbone = backbone
 
     def _check_kind(self):
         kind = self.settings.get("model_type", self.model_type)
@@ -255,9 +267,10 @@ class SentenceEncoder(TextModel):
 
     def to(self, device: torch.device | str):
         """Moves the model and its modules."""
+        super().to(device)  # first: it may refuse
         for module in self.modules:
             module.to(device)
-        return super().to(device)
+        return self
 
     @property
     def embedding_dimension(self) -> int:

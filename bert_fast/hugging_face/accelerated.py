@@ -29,7 +29,7 @@ from bert_fast.hugging_face.families import (
     why_not_this_call,
     why_not_this_state,
 )
-from bert_fast.hugging_face.precision import is_plain, pack_layers
+from bert_fast.hugging_face.precision import check_arguments, is_plain, pack_layers
 from bert_fast.models.blocks import (
     GELU_APPROXIMATE,
     Called,
@@ -75,6 +75,7 @@ def accelerate(
         ValueError: there is no encoder that can be accelerated, or one that cannot, and why;
             ``dtype`` for a model in training, not in float32 or not on the CPU.
     """
+    check_arguments(model, dtype, calibration)
     # An encoder's own class tells its family; an accelerated one has been here before.
     found = [m for m in model.modules() if family_of(m) and not isinstance(m, _Accelerated)]
     done = any(isinstance(m, _Model) for m in model.modules())
@@ -97,12 +98,14 @@ def accelerate(
         encoder._bert_fast = family.output, Workspace(), family.position_bias
         _change_class(base, _Model)
         base._bert_fast = family, classes  # type: ignore[assignment]
+    layers: list[tuple[str, Any]]
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, _Layer)]
     if dtype is not None:
         bases = [module for module in model.modules() if isinstance(module, _Model)]
         pack_layers(layers, bases, dtype, calibration)
     elif prepack:
         for _, layer in layers:
+            layer._bert_fast.how.clear()
             layer.prepack()
     return model
 
@@ -311,15 +314,13 @@ class _LayerSettings:
         self.family = family
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.approximate = GELU_APPROXIMATE[getattr(config, family.activation)]
-        self.packed = {}
+        self.packed, self.how = {}, {}  # how: each product's precision and factors
 
     def prepack(self, layer):
         for path in self.family.linears():
             linear = layer.get_submodule(path)
             if is_plain(linear):
-                was = self.packed.get(path)
-                how = () if was is None else (was.precision, was.x_factor)
-                self.packed[path] = ops.pack_weight(linear.weight, *how)
+                self.packed[path] = ops.pack_weight(linear.weight, *self.how.get(path, ()))
 
     def view(self, layer, path):
         linear = layer.get_submodule(path)

@@ -1,10 +1,17 @@
 """``accelerate(dtype=...)``: the products of accelerated layers in fp32, bf16 or int8."""
 
+import warnings
+
 import torch
 from torch import nn
 
 from bert_fast import ops
-from bert_fast.models.inference import check_precision, drawn_inputs, pack
+from bert_fast.models.inference import (
+    check_calibration,
+    check_precision,
+    drawn_inputs,
+    pack,
+)
 
 
 def is_plain(linear):
@@ -17,19 +24,35 @@ def is_plain(linear):
     )
 
 
+def check_arguments(model, dtype, calibration):
+    """Before anything has changed."""
+    if dtype is not None:
+        check_calibration(check_precision(dtype), calibration)
+        if model.training:
+            raise ValueError("dtype is for inference: call model.eval() first")
+        if (reason := ops.why_not_packed()) is not None:
+            raise ValueError(f"dtype needs the cpu backend: {reason}")
+    elif calibration is not None:
+        raise ValueError("calibration is for dtype='int8'")
+
+
 def pack_layers(layers, bases, dtype, calibration):
     """``layers``: (name, accelerated layer); ``bases``: the encoders that calibration runs."""
-    precision = check_precision(dtype)
-    if any(base.training for base in bases):
-        raise ValueError("dtype is for inference: call model.eval() first")
-    if (reason := ops.why_not_packed()) is not None:
-        raise ValueError(f"dtype needs the cpu backend: {reason}")
-    products = [
-        (f"{name}.{path}.weight", _Slot(layer._bert_fast, path, layer.get_submodule(path).weight))
-        for name, layer in layers
-        for path in layer._bert_fast.family.linears()
-        if is_plain(layer.get_submodule(path))
-    ]
+    precision, products, others = check_precision(dtype), [], []
+    for name, layer in layers:
+        for path in layer._bert_fast.family.linears():
+            linear = layer.get_submodule(path)
+            if is_plain(linear):
+                slot = _Slot(layer._bert_fast, path, linear.weight)
+                products.append((f"{name}.{path}.weight", slot))
+            else:
+                others.append(f"{name}.{path}, a {type(linear).__name__}")
+    if others:
+        warnings.warn(
+            f"accelerate(dtype={precision!r}): {len(others)} products are modules of their own and "
+            f"compute as they do: {others[0]}{', ...' if len(others) > 1 else ''}",
+            stacklevel=3,
+        )
     for name, slot in products:
         if slot.weight.dtype != torch.float32 or slot.weight.device.type != "cpu":
             raise ValueError(
@@ -59,3 +82,5 @@ class _Slot:
     @packed.setter
     def packed(self, packed):
         self.settings.packed[self.path] = packed
+        if hasattr(packed, "precision"):
+            self.settings.how[self.path] = packed.precision, packed.x_factor

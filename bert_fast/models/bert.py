@@ -202,18 +202,19 @@ class BertModel(nn.Module):
         model, which can then neither be trained nor moved.
 
         What is not a product of an encoder layer stays in float32, and so do inputs and outputs.
-        The layers' weights take as much memory as they did in float32, half in bfloat16 and a
-        quarter in int8; the embeddings are as they were.
+        The layers' weights take as much memory as they did in float32 (2.5 times as much with AMX),
+        half in bfloat16 and a quarter in int8; the embeddings are as they were.
 
         Args:
             dtype: "float32"; "bfloat16" products; or "int8" ones, by token and channel, without
-                those that lose too much: they are left in bfloat16.
+                those that lose too much: they are left in bfloat16, or in float32 where that is
+                faster.
             calibration: for int8: inputs, as keyword arguments of :meth:`encode`. Default: 32
                 sequences of 32 drawn tokens.
 
         Raises:
-            ValueError: the model is not in float32 on the CPU, or has weights that are not finite;
-                calibration has no tokens.
+            ValueError: the model is not in float32 on the CPU, or has weights that are not finite
+                and would be rounded; calibration has no tokens, or ``dtype`` needs none.
         """
         return for_inference(self, self, dtype, calibration)
 
@@ -226,6 +227,11 @@ class BertModel(nn.Module):
                     f"{changed.dtype} on {changed.device}; load it anew"
                 )
         return super()._apply(fn, *args, **kwargs)
+
+    def _load_from_state_dict(self, *args):
+        if self.served_in is not None:  # before anything of it has changed
+            raise RuntimeError("for_inference() has replaced this model's weights: load it anew")
+        super()._load_from_state_dict(*args)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None,

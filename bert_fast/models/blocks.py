@@ -54,22 +54,21 @@ class Product:
             )
 
     def _use_packed(self, x):
-        return self.packed is not None and ops.can_use_packed(self.packed, self.weight, x.shape[0])
+        packed = self.packed
+        if packed is None or x.dtype != torch.float32:
+            return False
+        return ops.can_use_packed(packed, self.weight, x.shape[0])
 
 
 # What a packed weight is in a state dict: see bert_fast.backends.cpu.PackedWeight.elements.
-PACKED_KEYS = ("weight", "weight_scale", "weight_x_factor")
+PACKED_KEYS = ("weight_packed", "weight_scale", "weight_x_factor")
 
 
 class Linear(Product, nn.Linear):
-    def _apply(self, *args, **kwargs):
+    def _apply(self, fn, *args, **kwargs):
         if self.packed is not None and self.packed.released:  # BertModel has looked at the rest
-            weight = self._parameters.pop("weight")
-            try:
-                return super()._apply(*args, **kwargs)
-            finally:
-                self._parameters["weight"] = weight
-        module = super()._apply(*args, **kwargs)
+            return super()._apply(lambda t: t if t.is_meta else fn(t), *args, **kwargs)
+        module = super()._apply(fn, *args, **kwargs)
         if self.packed is not None:  # through .data, which nobody could see
             self.prepack()
         return module
@@ -84,15 +83,10 @@ class Linear(Product, nn.Linear):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.packed is not None and self.packed.released:
+            del destination[prefix + "weight"]
             for name, value in zip(PACKED_KEYS, self.packed.elements(), strict=True):
                 if value is not None:
                     destination[prefix + name] = value
-
-    def _load_from_state_dict(self, *args):
-        if self.packed is not None and self.packed.released:
-            args[-1].append("for_inference() has replaced this model's weights: load it anew")
-        else:
-            super()._load_from_state_dict(*args)
 
     def forward(self, x):
         """x Wᵀ + bias, for those that do not read the product next by a kernel of ours."""

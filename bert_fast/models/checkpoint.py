@@ -13,7 +13,13 @@ from bert_fast.files import CheckpointError, atomic_path
 from bert_fast.models.arguments import DTYPES, take
 from bert_fast.models.config import BertConfig, read_json
 from bert_fast.models.hub import resolve
-from bert_fast.models.packed_file import PACKED_FILE, fill_packed, read_packed, save_packed
+from bert_fast.models.packed_file import (
+    PACKED_FILE,
+    fill_packed,
+    packed_alone,
+    read_packed,
+    save_packed,
+)
 
 # Ours -> Hugging Face's; "N" is the layer. The fused qkv stands for its three parts, in order.
 NAMES = {
@@ -188,8 +194,8 @@ def load(make, name, config_class=BertConfig, head=None, **options):
             config = config_class.from_config(given.config, **changes)
     except (TypeError, ValueError) as error:
         raise CheckpointError(str(error)) from error
-    if (packed := directory / PACKED_FILE).is_file() and not has_weights(directory):
-        return _load_packed(make, config, packed, given.dtype)
+    if packed_alone(directory):
+        return _load_packed(make, config, directory / PACKED_FILE, given).to(given.device)
     state, source = read_weights(directory, given.variant, given.use_safetensors)
     state = _modern(state, source)
     if given.config is not None or "num_hidden_layers" in changes:
@@ -207,8 +213,11 @@ def load(make, name, config_class=BertConfig, head=None, **options):
     return model.eval().to(given.device)
 
 
-def _load_packed(make, config, path, dtype):
+def _load_packed(make, config, path, given):
     state, about = read_packed(path)
+    if given.variant is not None or given.use_safetensors is False:
+        raise CheckpointError(f"{path} is all that there is: no variant, no PyTorch's weights")
+    dtype = given.dtype
     if dtype not in (None, "auto", DTYPES.get(about["dtype"])):
         raise CheckpointError(f"{path} is packed in {about['dtype']}: it cannot be had in {dtype}")
     with torch.device("meta"):
@@ -288,15 +297,6 @@ def _labelled(config, state, head, chosen, source, ignore_mismatched_sizes):
     for part in ("weight", "bias"):
         state.pop(f"{head}.{part}", None)
     return config
-
-
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-
-
-def has_weights(directory):
-    """Whether a directory has weights of its own, and not packed ones alone."""
-    whole = [*WEIGHTS, *(f"{name}.index.json" for name in WEIGHTS)]
-    return any((directory / name).is_file() for name in whole)
 
 
 def read_weights(directory, variant=None, use_safetensors=None):

@@ -34,8 +34,13 @@ def check_precision(precision):
     return name
 
 
+def check_calibration(precision, calibration):
+    if calibration is not None and precision != "int8":
+        raise ValueError(f"calibration is for int8, not for {precision}")
+
+
 def pack(products, precision, calibrate):
-    """Lays products out for inference.
+    """Lays products out for inference. If it fails, they are as they were.
 
     Args:
         products: (name, product) pairs; a product has ``weight`` and takes ``packed``.
@@ -45,12 +50,12 @@ def pack(products, precision, calibrate):
     Raises:
         ValueError: a weight is not finite, or calibration ran no tokens.
     """
-    _say_where_slow(precision)
     for name, product in products:
         if precision != "float32" and not torch.isfinite(product.weight).all():
             raise ValueError(
                 f"{name} is not finite: its rounding to {precision} would mean nothing"
             )
+    _say_where_slow(precision)
     if precision != "int8":
         for _, product in products:
             product.packed = ops.pack_weight(product.weight, precision)
@@ -72,7 +77,10 @@ def pack(products, precision, calibrate):
 def for_inference(model, encoder, precision, calibration):
     """See :meth:`bert_fast.BertModel.for_inference`; ``encoder`` is the BertModel in ``model``."""
     precision = check_precision(precision)
+    check_calibration(precision, calibration)
     weight = encoder.embeddings.word.weight
+    if weight.is_inference():
+        raise ValueError("for_inference cannot pack a model made in torch.inference_mode()")
     if weight.dtype != torch.float32 or weight.device.type != "cpu":
         raise ValueError(
             f"for_inference is for float32 models on the CPU, not {weight.dtype} on {weight.device}"
@@ -83,8 +91,7 @@ def for_inference(model, encoder, precision, calibration):
         )
     if (reason := ops.why_not_packed()) is not None:
         raise ValueError(f"for_inference needs the cpu backend: {reason}")
-    model.eval().requires_grad_(False)
-    model.prepack()
+    model.eval()
     products = [
         (f"layers.{name}.weight", module)
         for name, module in encoder.layers.named_modules()
@@ -92,13 +99,15 @@ def for_inference(model, encoder, precision, calibration):
     ]
 
     def calibrate():
-        with torch.inference_mode():
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             for inputs in drawn_inputs(encoder.config) if calibration is None else calibration:
                 encoder.encode(**inputs)
 
     pack(products, precision, calibrate)
+    model.requires_grad_(False)
     for _, product in products:
         product.release()
+    model.prepack()  # the pooler
     encoder.served_in = precision
     return model
 
@@ -107,8 +116,9 @@ def drawn_inputs(config, texts=32, length=32):
     """Calibration without texts: sequences of drawn tokens. What is large in a channel is so in
     nearly all texts; MiniLM comes out as well as with 200 texts (docs/embeddings.md)."""
     generator = torch.Generator().manual_seed(0)
-    length = min(length, config.max_position_embeddings)
-    shape = texts, length
+    # RoBERTa's positions begin after the padding's.
+    usable = config.max_position_embeddings - (getattr(config, "pad_token_id", None) or 0) - 1
+    shape = texts, max(1, min(length, usable))
     yield {"input_ids": torch.randint(config.vocab_size, shape, generator=generator)}
 
 
@@ -153,7 +163,9 @@ class Observer:
         """The weight packed in int8, with or without the factors, or in bf16, by the error that
         each makes on the rows seen."""
         if self.greatest is None:
-            raise ValueError("calibration needs texts: no token was seen")
+            raise ValueError(
+                "calibration needs texts: no token was seen (are there hooks, or another backend?)"
+            )
         if not torch.isfinite(self.greatest).all():
             raise ValueError(f"calibration: the input of {name} is not finite")
         x, weight = torch.cat(self.rows), self.weight.detach()
@@ -165,10 +177,11 @@ class Observer:
             error = (out - exact).norm() / exact.norm()
             if error < least:
                 best, least = packed, error
-        return best or ops.pack_weight(weight, "bfloat16")
+        return best or ops.pack_weight(weight, "bfloat16" if ops.is_fast("bfloat16") else "float32")
 
     def _x_factor(self, weight):
         columns = weight.abs().amax(0)
-        factor = columns.pow(1 - SMOOTHING) / self.greatest.pow(SMOOTHING)
-        usable = (columns > 0) & (self.greatest > 0)
+        greatest = self.greatest.clamp(min=self.greatest.median())
+        factor = columns.pow(1 - SMOOTHING) / greatest.pow(SMOOTHING)
+        usable = (columns > 0) & (greatest > 0)
         return torch.where(usable, factor, 1.0).contiguous()

@@ -2,10 +2,25 @@
 when it is loaded. The layout is of no processor: weights are laid out anew."""
 
 from pathlib import Path
+from typing import get_args
+
+import torch
 
 from bert_fast import ops
 from bert_fast.files import CheckpointError, atomic_path
 from bert_fast.models.blocks import PACKED_KEYS, Linear
+from bert_fast.models.inference import Precision
+
+WEIGHTS = [f"{stem}{index}" for stem in ("model.safetensors", "pytorch_model.bin")
+           for index in ("", ".index.json")]  # fmt: skip
+
+
+def packed_alone(directory):
+    """Whether a directory has packed weights, and no others."""
+    return (directory / PACKED_FILE).is_file() and not any(
+        (directory / name).is_file() for name in WEIGHTS
+    )
+
 
 PACKED_FILE, FORMAT, VERSION = "bert_fast.safetensors", "bert_fast packed weights", "1"
 
@@ -15,6 +30,11 @@ def save_packed(model, encoder, directory):
     from safetensors.torch import save_file
 
     directory = Path(directory)
+    if plain := [name for name in WEIGHTS if (directory / name).is_file()]:
+        raise ValueError(
+            f"{directory} holds {plain[0]}, which would be loaded in the place of packed weights: "
+            "save them elsewhere"
+        )
     directory.mkdir(parents=True, exist_ok=True)
     state = {name: value.contiguous().clone() for name, value in model.state_dict().items()}
     kind = type(model).__name__
@@ -41,6 +61,8 @@ def read_packed(path):
         raise CheckpointError(
             f"{path} is of version {about.get('version')}; this bert_fast reads {VERSION}"
         )
+    if about.get("dtype") not in get_args(Precision):
+        raise CheckpointError(f"{path} says that it is packed in {about.get('dtype')!r}")
     return state, about
 
 
@@ -57,11 +79,15 @@ def fill_packed(model, encoder, state, about, path):
         shape = None if elements is None else tuple(elements.shape)
         if shape != tuple(module.weight.shape):
             raise CheckpointError(
-                f"{path} does not fit config.json: {name}.weight is {shape}, not "
+                f"{path} does not fit config.json: {name}.weight_packed is {shape}, not "
                 f"{tuple(module.weight.shape)}"
             )
+        if not _fit(elements, *factors):
+            raise CheckpointError(f"{path}: {name}.weight lacks its scales, or they do not fit it")
         weights.append(ops.unpacked_weight(elements, *factors))
         state[f"{name}.weight"] = module.weight
+    if wrong := [n for n, v in state.items() if v.dtype != torch.float32]:
+        raise CheckpointError(f"{path}: {wrong[0]} is {state[wrong[0]].dtype}, not float32")
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
@@ -80,3 +106,17 @@ def fill_packed(model, encoder, state, about, path):
 def _name_of(model, encoder):
     prefix = next(name for name, module in model.named_modules() if module is encoder)
     return f"{prefix}.layers" if prefix else "layers"
+
+
+def _fit(elements, scale, x_factor):
+    if elements.dtype in (torch.float32, torch.bfloat16):
+        return scale is None and x_factor is None
+    rows, columns = elements.shape
+    return (
+        elements.dtype == torch.int8
+        and scale is not None
+        and all(
+            f is None or (f.dtype == torch.float32 and f.shape == (n,) and f.isfinite().all())
+            for f, n in ((scale, rows), (x_factor, columns))
+        )
+    )

@@ -103,7 +103,7 @@ def can_use_packed(packed, weight, rows=None):
     """Whether ``rows`` rows go through a packed weight: enough of them, a weight that is still of
     the right kind, and no other backend asked for."""
     enough = rows is None or rows >= packed.min_rows()
-    if not packed.released and not (enough and packed.possible(weight)):
+    if not (weight.is_meta if packed.released else enough and packed.possible(weight)):
         return False
     return backends.choose("gelu", "cpu", weight.dtype, needs_grad=False) == "cpu"
 

@@ -2,6 +2,7 @@
 under :func:`bert_fast.accelerate`."""
 
 import inspect
+from pathlib import Path
 
 import torch
 
@@ -9,6 +10,7 @@ from bert_fast.extras import require
 from bert_fast.files import CheckpointError
 from bert_fast.hugging_face import accelerate
 from bert_fast.models.config import read_json
+from bert_fast.models.packed_file import packed_alone
 
 
 def load_model(kind, directory, prepack=False, dtype=None, **changes):
@@ -23,7 +25,13 @@ def load_model(kind, directory, prepack=False, dtype=None, **changes):
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{directory}: config.json cannot be read: {error}") from error
     if model_type in ("bert", "encoder-decoder"):
-        model = kind.from_pretrained(directory, torch.float32, **changes)
+        packed = packed_alone(Path(directory))
+        model = kind.from_pretrained(directory, None if packed else torch.float32, **changes)
+        if packed:
+            served = getattr(model, "bert", model).served_in
+            if dtype not in (None, served):
+                raise ValueError(f"--dtype {dtype}: {directory} is packed in {served}")
+            return model
         if dtype is not None and not hasattr(model, "for_inference"):
             raise ValueError(f"--dtype is for encoders; {directory} holds a {kind.__name__}")
         if dtype is not None:

@@ -16,7 +16,7 @@ from bert_fast.models import inference
 from bert_fast.models.packed_file import FORMAT, PACKED_FILE
 
 # How far from fp32, relative, drawn models of two layers may come: measured 2e-3 and 1e-2.
-ALLOWED = {"float32": 1e-6, "bfloat16": 1e-2, "int8": 4e-2}
+ALLOWED = {"float32": 1e-6, "bfloat16": 2e-2, "int8": 4e-2}
 PRECISIONS = list(ALLOWED)
 SIZES = dict(
     vocab_size=60, hidden_size=36, num_hidden_layers=2, num_attention_heads=3,
@@ -131,8 +131,14 @@ def test_packed_files_that_do_not_fit_are_refused(tmp_path):
     write({name: value for name, value in state.items() if "norm" not in name})
     with pytest.raises(CheckpointError, match=r"does not fit config.json"):
         load(tmp_path)
-    write({name: value for name, value in state.items() if name != "layers.1.attention.qkv.weight"})
-    with pytest.raises(CheckpointError, match=r"layers.1.attention.qkv.weight is None"):
+    write(
+        {
+            name: value
+            for name, value in state.items()
+            if name != "layers.1.attention.qkv.weight_packed"
+        }
+    )
+    with pytest.raises(CheckpointError, match=r"layers.1.attention.qkv.weight_packed is None"):
         load(tmp_path)
     write(state)
     with pytest.raises(
@@ -148,14 +154,43 @@ def test_packed_files_that_do_not_fit_are_refused(tmp_path):
         load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s.pop("layers.0.attention.out.weight_scale"),
+        lambda s: s.update({"layers.0.attention.out.weight_scale": torch.ones(3)}),
+        lambda s: s.update({"layers.0.attention.out.weight_scale": torch.ones(36).double()}),
+        lambda s: s.update({"layers.0.attention.out.weight_x_factor": torch.ones(5)}),
+        lambda s: s.update({"embeddings.norm.weight": torch.ones(36).half()}),
+    ],
+)
+def test_packed_files_whose_parts_do_not_fit_are_refused(change, tmp_path):
+    drawn().for_inference("int8").save_pretrained(tmp_path)
+    state = load_file(tmp_path / PACKED_FILE)
+    change(state)
+    about = {"format": FORMAT, "version": "1", "model": "BertModel", "dtype": "int8"}
+    save_file(state, tmp_path / PACKED_FILE, metadata=about)
+    with pytest.raises(CheckpointError, match=r"scales, or they do not fit|not float32"):
+        bert_fast.BertModel.from_pretrained(tmp_path)
+
+
+def test_packed_weights_are_not_saved_beside_others(tmp_path):
+    drawn().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"holds model.safetensors"):
+        drawn().for_inference("int8").save_pretrained(tmp_path)
+
+
 def test_what_a_packed_model_cannot_do_is_said():
     model, inputs = drawn().for_inference("int8"), batch()
     wanted = last(model, *inputs)
     for change in (model.half, lambda: model.to("meta"), model.bfloat16):
         with pytest.raises(RuntimeError, match=r"packed this model for the CPU"):
             change()
+    other = drawn()
+    with torch.no_grad():
+        other.embeddings.word.weight.add_(1)
     with pytest.raises(RuntimeError, match=r"replaced this model's weights"):
-        model.load_state_dict(drawn().state_dict())
+        model.load_state_dict(other.state_dict())
     with pytest.raises(ValueError, match=r"called before: the model is packed in int8"):
         model.for_inference("bfloat16")
     with bert_fast.use_backend("eager"), pytest.raises(RuntimeError, match=r"backend 'cpu'"):
@@ -188,25 +223,38 @@ def test_calibration_on_no_texts_is_refused(calibration):
     torch.testing.assert_close(last(model, *inputs), wanted)  # as it was
 
 
-def test_products_that_lose_much_stay_in_bfloat16():
-    """One number a thousand times the others takes the steps of its row from them."""
-    model = drawn()
+def test_products_that_lose_much_stay_in_bfloat16(monkeypatch):
+    assert {p.packed.precision for p in products(drawn().for_inference("int8"))} == {"int8"}
+    monkeypatch.setattr(inference, "LIMIT", 0.0)
+    wider = "bfloat16" if _C.linear_is_fast(1) else "float32"
+    assert {p.packed.precision for p in products(drawn().for_inference("int8"))} == {wider}
+
+
+def products(model):
+    return [m for m in model.layers.modules() if isinstance(m, torch.nn.Linear)]
+
+
+def test_a_channel_that_calibration_did_not_see():
+    """Near zero in calibration, and then as large as the others: it may not take all the steps."""
+    x, weight = torch.randn(300, 100), torch.randn(80, 100)
+    x[:, 7] *= 1e-6
+    observer = inference.Observer(weight)
+    observer.forward(x, weight, None, None, torch.empty(300, 80), None)
+    packed = observer.choose("weight")
+    later = torch.randn(300, 100)
+    out = packed.forward(later, weight, None, None, torch.empty(300, 80), inference.Workspace())
+    assert distance(out, later @ weight.t()) < inference.LIMIT
+
+
+def test_written_behind_the_back_of_the_one_call():
+    """The layers one by one pack anew; then the one call may not use what it had."""
+    model, inputs = drawn().prepack(), batch()
     with torch.no_grad():
-        norm = model.layers[0].attention.norm
-        norm.weight[0], norm.bias[0] = 0.0, 3e4  # the factors see to channels: none is needed
-        norm.weight[1:] = 1e-3
-        model.layers[0].feed_forward.up.weight[:, 0] = 1e-9
-    model.for_inference("int8")
-    feed_forward = model.layers[0].feed_forward
-    assert feed_forward.up.packed.precision in ("int8", "bfloat16")
-    kept = inference.LIMIT
-    try:
-        inference.LIMIT = 0.0
-        strict = drawn().for_inference("int8")
-    finally:
-        inference.LIMIT = kept
-    assert strict.layers[0].feed_forward.up.packed.precision == "bfloat16"
-    assert model.layers[1].attention.qkv.packed.precision == "int8"
+        last(model, *inputs)
+        for product in products(model):
+            product.weight.data.mul_(2)
+        wanted = model(*inputs, output_hidden_states=True).last_hidden_state
+        assert torch.equal(last(model, *inputs), wanted)
 
 
 def test_smoothing_evens_out_what_is_large_in_a_channel():
@@ -250,6 +298,28 @@ def test_accelerate(precision, kind):
     model(ids, mask).last_hidden_state.sum().backward()  # in float32, by the weights it keeps
 
 
+def test_accelerate_keeps_its_precision_when_moved():
+    model, (ids, mask) = transformers.BertModel(transformers.BertConfig(**SIZES)).eval(), batch()
+    with torch.no_grad():
+        plain = bert_fast.accelerate(model)(ids, mask).last_hidden_state
+        served = bert_fast.accelerate(model, dtype="int8")(ids, mask).last_hidden_state
+        assert not torch.equal(served, plain)
+        model.double().float()
+        assert torch.equal(model(ids, mask).last_hidden_state, served)
+        bert_fast.accelerate(model, prepack=True)
+        assert distance(model(ids, mask).last_hidden_state, plain) < ALLOWED["float32"]
+
+
+def test_accelerate_says_which_products_it_leaves():
+    class Other(torch.nn.Linear):
+        pass
+
+    model = transformers.BertModel(transformers.BertConfig(**SIZES)).eval()
+    model.encoder.layer[1].output.dense.__class__ = Other
+    with pytest.warns(UserWarning, match=r"1 products .*layer.1.output.dense, a Other"):
+        bert_fast.accelerate(model, dtype="bfloat16")
+
+
 def test_accelerate_refuses_what_it_cannot_pack():
     model = transformers.BertModel(transformers.BertConfig(**SIZES))
     with pytest.raises(ValueError, match=r"call model.eval\(\) first"):
@@ -258,6 +328,9 @@ def test_accelerate_refuses_what_it_cannot_pack():
         bert_fast.accelerate(model.bfloat16().eval(), dtype="int8")
     with pytest.raises(ValueError, match=r"dtype must be one of"):
         bert_fast.accelerate(model.float(), dtype="int4")
+    for call in (bert_fast.accelerate, lambda model, **options: drawn().for_inference(**options)):
+        with pytest.raises(ValueError, match="calibration is for int8, not for bfloat16"):
+            call(model, dtype="bfloat16", calibration=[])
 
 
 def test_a_processor_without_the_instructions_is_said_once(monkeypatch):
