@@ -289,8 +289,8 @@ MUTANTS = [
     ("common", "for begin in range(0, count, ROWS):", "for begin in range(0, count - 1, ROWS):"),
 ]  # fmt: skip
 NOTICE = {
-    "attention": ["ops/test_attention", "backends/test_position_kernels"],
-    "attention_tiles": ["ops/test_attention", "backends/test_position_kernels"],
+    "attention": ["backends/test_position_kernels", "ops/test_attention"],  # the small one first
+    "attention_tiles": ["backends/test_position_kernels", "ops/test_attention"],
     "attention_table": ["backends/test_position_kernels"], "layer_norm": ["ops/test_layer_norm"],
     "gelu": ["ops/test_gelu"], "common": ["ops/test_gelu"], "linear": ["ops/test_linear_gelu"],
     "embedding": ["ops/test_embedding"],
