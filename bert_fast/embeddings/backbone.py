@@ -16,13 +16,15 @@ from bert_fast.models.inference import Precision
 from bert_fast.models.packed_file import packed_alone
 
 
-def load_backbone(directory, dtype=None, device="cpu", kind="AutoModel"):
+def load_backbone(directory, dtype=None, device="cpu", kind="AutoModel", calibration=None):
     """:class:`Bert` or :class:`Accelerated`, by config.json's model_type. ``kind``: "AutoModel", or
     "AutoModelForSequenceClassification", whose vectors are logits.
 
-    dtype None: the checkpoint's own, but float32 for one of float16 on a CPU.
+    dtype None: the checkpoint's own, but float32 for one of float16 on a CPU. ``calibration``: for
+    int8, as :meth:`bert_fast.BertModel.for_inference` takes it.
     """
     values = read_json(directory / "config.json")
+    dtype, precision = split_dtype(dtype, device)
     on_cpu = torch.device(device).type == "cpu"
     if dtype is None and not on_cpu:
         dtype = "auto"
@@ -30,7 +32,15 @@ def load_backbone(directory, dtype=None, device="cpu", kind="AutoModel"):
     bare = kind != "AutoModel" and not _is_classifier(values)
     options = {"num_labels": 1} if bare else {}
     ours = values.get("model_type", "bert") == "bert"
-    return (Bert if ours else Accelerated)(directory, values, dtype, device, kind, options)
+    loaded = (Bert if ours else Accelerated)(directory, values, dtype, device, kind, options)
+    packed = loaded.served_in
+    if packed is None and precision is not None:
+        loaded.for_inference(precision, calibration)
+    elif precision not in (None, packed):
+        raise CheckpointError(f"{directory} is packed in {packed}: it cannot be had in {precision}")
+    elif calibration is not None:
+        raise ValueError(f"{directory} is packed in {packed} already")
+    return loaded
 
 
 def split_dtype(dtype, device):

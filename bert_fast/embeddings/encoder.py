@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bert_fast.embeddings import settings, vectors
-from bert_fast.embeddings.backbone import load_backbone, padded_batches, split_dtype
+from bert_fast.embeddings.backbone import load_backbone, padded_batches
 from bert_fast.embeddings.modules import list_modules, load_modules
 from bert_fast.embeddings.pools import Pools, encode_in_pool
 from bert_fast.embeddings.settings import read_settings
@@ -40,7 +40,6 @@ class TextModel(Pools):
     kind, task, model_type = "AutoModel", "feature-extraction", "SentenceTransformer"
 
     def _load(self, name, dtype, device, hub, max_seq_length=None):
-        dtype, precision = split_dtype(dtype, device)
         self.directory = resolve(name, **hub)
         self.settings = read_settings(
             self.directory / "config_sentence_transformers.json", settings.MODEL
@@ -65,12 +64,6 @@ class TextModel(Pools):
         except ValueError as error:
             raise CheckpointError(f"{inner}: {error}") from error
         self.takes_types = said.types
-        if precision is not None and self.backbone.served_in is None:
-            self.backbone.for_inference(precision, None)
-        elif precision not in (None, self.backbone.served_in):
-            raise CheckpointError(
-                f"{inner} is packed in {self.backbone.served_in}: it cannot be had in {precision}"
-            )
         self.prompts = {"query": "", "document": ""} if self.kind == "AutoModel" else {}
         self.prompts |= self.settings.get("prompts") or {}
         self.default_prompt_name = self.settings.get("default_prompt_name")
@@ -87,22 +80,12 @@ class TextModel(Pools):
 
     def calibrate(self, texts: Iterable[str]) -> None:
         """Loads the weights again and packs them in int8, by what these texts (some hundred, of the
-        kind that will come) show of the model's activations.
-
-        Raises:
-            ValueError: there are no texts, or the model is not on a CPU.
-        """
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        if not texts:
-            raise ValueError("calibrate needs texts")
+        kind that will come) show of the model. ValueError: no texts, or the model is on no CPU."""
         if self.device.type != "cpu":
             raise ValueError(f"calibrate is for int8 on a CPU; the model is on {self.device}")
+        texts = [texts] if isinstance(texts, str) else list(texts)
         inputs = list(padded_batches(self._tokenize(texts)))
-        backbone = load_backbone(self.encoder_directory, torch.float32, "cpu", self.kind)
-        if backbone.served_in is not None:
-            raise ValueError(f"{self.encoder_directory} is packed in {backbone.served_in} already")
-        backbone.for_inference("int8", inputs)
-        self.backbone = backbone
+        self.backbone = load_backbone(self.encoder_directory, "int8", "cpu", self.kind, inputs)
 
     def _check_kind(self):
         kind = self.settings.get("model_type", self.model_type)

@@ -19,7 +19,9 @@ from bert_fast.models.blocks import (
     GELU_APPROXIMATE,
     Linear,
     as_autocast_gives,
+    check_ids,
     feed_forward,
+    initialiser,
     project_add_norm,
 )
 from bert_fast.models.checkpoint import load, save
@@ -281,13 +283,17 @@ class BertModel(nn.Module):
     ) -> tuple[list[Tensor], Packing]:  # fmt: skip
         """:meth:`forward` before the padding is put back: hidden states, (total_tokens, hidden), a
         list of the last alone or of all; and their :class:`~bert_fast.models.packing.Packing`."""
-        run = self._encode if self.served_in is None else self._encode_served
+        run = self._encode
+        if self.served_in is not None:
+            run = self._uncompiled() if torch.compiler.is_compiling() else self._encode_served
         return run(
             input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen,
             capacity, output_hidden_states,
         )  # fmt: skip
 
-    @torch.compiler.disable
+    def _uncompiled(self):  # no decorator: that imports all of torch._dynamo
+        return torch.compiler.disable(self._encode_served)
+
     def _encode_served(self, *args):
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             return self._encode(*args)
@@ -387,34 +393,3 @@ class BertModel(nn.Module):
         first = cu_seqlens[:-1].long().clamp(max=x.shape[0] - 1)
         empty = (cu_seqlens.diff() == 0)[:, None]
         return torch.tanh(self.pooler(x[first])).masked_fill(empty, 0)
-
-
-def initialiser(config):
-    """BERT's initialisation of one module, for ``Module.apply``."""
-
-    def initialise(module):
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=config.initializer_range)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            nn.init.zeros_(module.weight[module.padding_idx])
-
-    return initialise
-
-
-def check_ids(name, ids, limit, input_ids=None):
-    """Integers of input_ids' shape; in range where that can be seen without waiting."""
-    if ids is None:
-        return
-    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name} must be an int64 or int32 tensor")
-    if input_ids is not None:
-        wanted, shape = tuple(input_ids.shape), tuple(ids.shape)
-        if shape != wanted and not (name == "position_ids" and shape == (1, *wanted[1:])):
-            raise ValueError(f"{name} must have input_ids' shape {wanted}, not {shape}")
-    if ops.is_concrete(ids) and ids.numel():
-        low, high = (int(bound) for bound in torch.aminmax(ids))
-        if low < 0 or high >= limit:
-            worst = low if low < 0 else high
-            raise ValueError(f"{name} holds {worst}; the model has 0 to {limit - 1}")

@@ -148,3 +148,34 @@ def project_add_norm(x, linear, norm, residual, dropout_p, workspace):
         projected, norm.weight, norm.bias, residual=residual, linear_bias=linear.bias,
         eps=norm.eps, dropout_p=dropout_p, out=workspace.over(residual),
     )  # fmt: skip
+
+
+def initialiser(config):
+    """BERT's initialisation of one module, for ``Module.apply``."""
+
+    def initialise(module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=config.initializer_range)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            nn.init.zeros_(module.weight[module.padding_idx])
+
+    return initialise
+
+
+def check_ids(name, ids, limit, input_ids=None):
+    """Integers of input_ids' shape; in range where that can be seen without waiting."""
+    if ids is None:
+        return
+    if not isinstance(ids, torch.Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name} must be an int64 or int32 tensor")
+    if input_ids is not None:
+        wanted, shape = tuple(input_ids.shape), tuple(ids.shape)
+        if shape != wanted and not (name == "position_ids" and shape == (1, *wanted[1:])):
+            raise ValueError(f"{name} must have input_ids' shape {wanted}, not {shape}")
+    if ops.is_concrete(ids) and ids.numel():
+        low, high = (int(bound) for bound in torch.aminmax(ids))
+        if low < 0 or high >= limit:
+            worst = low if low < 0 else high
+            raise ValueError(f"{name} holds {worst}; the model has 0 to {limit - 1}")

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from bert_fast import ops
-from bert_fast.models.bert import Attention, Embeddings, FeedForward, initialiser
-from bert_fast.models.blocks import Linear, project_add_norm
+from bert_fast.models.bert import Attention, Embeddings, FeedForward
+from bert_fast.models.blocks import Linear, initialiser, project_add_norm
 from bert_fast.models.heads import PreTrainingHeads
 from bert_fast.models.workspace import NoWorkspace, Workspace, can_reuse_memory
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from bert_fast import ops
 from bert_fast.models import checkpoint
-from bert_fast.models.bert import BertModel, exportable, initialiser
-from bert_fast.models.blocks import GELU_APPROXIMATE
+from bert_fast.models.bert import BertModel, exportable
+from bert_fast.models.blocks import GELU_APPROXIMATE, initialiser
 from bert_fast.models.config import BertConfig
 from bert_fast.models.inference import Precision, for_inference
 from bert_fast.ops.cross_entropy import IGNORED, linear_cross_entropy

@@ -2,7 +2,6 @@
 
 import re
 
-import numpy as np
 import pytest
 import small_encoder
 import torch
@@ -11,7 +10,6 @@ from sentence_transformers import SentenceTransformer
 from bert_fast.bench import compare as comparison
 from bert_fast.bench import quality
 from bert_fast.cli import main
-from bert_fast.models.bert import BertModel
 
 
 @pytest.fixture(autouse=True)
@@ -52,24 +50,6 @@ def test_bfloat16_stands_beside_float32(directory, texts, capsys):
     shared = quality.recall(rows[-1].embeddings, theirs)
     found = re.search(r"10 nearest neighbours: ([\d.]+)%", out)[1]
     assert float(found) / 100 == pytest.approx(shared, abs=0.07)
-
-
-def test_int8_is_asked_for_or_said_to_be_missing(directory, texts, monkeypatch):
-    asked, right = [], comparison.SentenceEncoder
-
-    def encoder(directory, dtype, device):
-        asked.append(dtype)
-        return right(directory, dtype="float32", device=device)
-
-    monkeypatch.setattr(comparison, "SentenceEncoder", encoder)
-    monkeypatch.delattr(BertModel, "for_inference", raising=False)
-    with pytest.raises(ValueError, match="no int8 for inference in this version"):
-        comparison.served(directory, "int8", "cpu")
-    monkeypatch.setattr(BertModel, "for_inference", None, raising=False)
-    rows, _ = comparison.compare(directory, texts, rounds=1, dtype="int8")
-    assert asked == ["float32", "int8"]
-    assert rows[-1].name == "bert_fast int8"
-    assert np.allclose(rows[-1].embeddings, rows[-2].embeddings, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -97,13 +97,10 @@ def test_the_same_model_without_a_fault_is_timed(dtype):
     assert result["cosine"]["least"] > 0.99999
 
 
-def test_ours_in_int8_is_served_or_said_to_be_missing(monkeypatch):
+def test_ours_in_int8_is_served(monkeypatch):
     work = model(torch.int8)
     row = measured(work, Ours())
-    if hasattr(BertModel, "for_inference"):
-        assert row["results"]["bert_fast"]["cosine"]["mean"] > 0.99
-    else:
-        assert "no int8 for inference in this version" in row["absent"]["bert_fast"]
+    assert row["results"]["bert_fast"]["cosine"]["mean"] > 0.99
     asked = []
 
     def for_inference(self, dtype):

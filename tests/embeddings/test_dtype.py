@@ -51,7 +51,7 @@ def test_calibrate(tmp_path):
     encoder = bert_fast.SentenceEncoder(directory, dtype="int8")
     wanted, before = bert_fast.SentenceEncoder(directory).encode(TEXTS), encoder.encode(TEXTS)
     for nothing in ([], iter(())):
-        with pytest.raises(ValueError, match="calibrate needs texts"):
+        with pytest.raises(ValueError, match="calibration needs texts"):
             encoder.calibrate(nothing)
     assert np.array_equal(encoder.encode(TEXTS), before)
     encoder.calibrate(TEXTS)

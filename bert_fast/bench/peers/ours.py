@@ -95,15 +95,11 @@ class Ours(Peer):
         """The model in a cheaper format: weights packed, results in float32."""
         name = str(work.dtype).removeprefix("torch.")
         model = bert_fast.BertModel.from_pretrained(work.checkpoint, torch.float32)
-        if not hasattr(model, "for_inference"):
-            raise Absent(f"there is no {name} for inference in this version")
         return model.for_inference(dtype=name)
 
     def load(self, work):
         served = work.kind == "model" and work.device == "cpu" and self.prepack
-        if served and (work.dtype == torch.int8 or (
-            work.dtype == torch.bfloat16 and hasattr(bert_fast.BertModel, "for_inference")
-        )):  # fmt: skip
+        if served and work.dtype in (torch.int8, torch.bfloat16):
             return self._served(work)
         model = bert_fast.BertModel.from_pretrained(work.checkpoint, work.compute).to(work.device)
         return model.prepack() if self.prepack and not work.backward else model
