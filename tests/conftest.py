@@ -149,6 +149,15 @@ def gradients():
     return run_with_gradients
 
 
+@pytest.fixture
+def one_thread():
+    """Of torch's: beside busy processes two wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def cu_seqlens(lengths):
     return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()] if lengths else [0]).int()
 

@@ -104,9 +104,7 @@ def attention_forward(
     out = q.new_empty(q.shape) if out is None else out
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32)
     table, bias = as_float32(position_bias), as_float32(bias)
-    shape = attention_shape(
-        q, k, cu_q, cu_k, scale, causal, dropout_p, _seed(seed), table=table
-    )  # fmt: skip
+    shape = attention_shape(q, k, cu_q, cu_k, scale, causal, dropout_p, _seed(seed), table=table)
     _C.attention_forward(
         shape, strided(q), strided(k), strided(v), strided(out), address(bias), address(lse)
     )

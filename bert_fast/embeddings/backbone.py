@@ -12,7 +12,7 @@ from bert_fast.extras import missing
 from bert_fast.files import CheckpointError
 from bert_fast.models.bert import BertModel
 from bert_fast.models.heads import BertForSequenceClassification
-from bert_fast.models.inference import Precision
+from bert_fast.models.inference import Precision, encoder_of
 from bert_fast.models.packed_file import packed_alone
 
 
@@ -108,7 +108,7 @@ class Bert:
     @property
     def served_in(self):
         """The precision that the model was packed in, or None."""
-        return getattr(self.model, "bert", self.model).served_in
+        return encoder_of(self.model).served_in
 
     def for_inference(self, precision, calibration):
         self.model.for_inference(precision, calibration)
@@ -123,7 +123,7 @@ class Bert:
 
     def around(self, numbers):
         """A context for what is done with so many numbers of the result."""
-        return getattr(self.model, "bert", self.model).one_call.around(numbers)
+        return encoder_of(self.model).one_call.around(numbers)
 
 
 class Accelerated:

@@ -123,11 +123,13 @@ def lower_case(tokenizer):
         tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), given])
 
 
-def batches_by_tokens(lengths, budget, most=None):
-    """Indices in batches of similar length, each of at most ``budget`` tokens or one sequence, and
-    of at most ``most`` sequences."""
+def batches_by_tokens(lengths, budget, most=None, order=None):
+    """Indices in batches, each of at most ``budget`` tokens or one sequence, and of at most
+    ``most`` sequences; in ``order``, or by default by length, so that a batch's are similar."""
+    if order is None:
+        order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     batch, used = [], 0
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+    for i in order:
         if batch and (used + lengths[i] > budget or len(batch) == most):
             yield batch
             batch, used = [], 0

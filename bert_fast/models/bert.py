@@ -218,7 +218,7 @@ class BertModel(nn.Module):
             ValueError: the model is not in float32 on the CPU, or has weights that are not finite
                 and would be rounded; calibration has no tokens, or ``dtype`` needs none.
         """
-        return for_inference(self, self, dtype, calibration)
+        return for_inference(self, dtype, calibration)
 
     def _apply(self, fn, *args, **kwargs):
         if self.served_in is not None:  # before anything of it has changed

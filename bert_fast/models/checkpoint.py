@@ -13,6 +13,7 @@ from bert_fast.files import CheckpointError, atomic_path
 from bert_fast.models.arguments import DTYPES, take
 from bert_fast.models.config import BertConfig, read_json
 from bert_fast.models.hub import resolve
+from bert_fast.models.inference import encoder_of
 from bert_fast.models.packed_file import (
     PACKED_FILE,
     fill_packed,
@@ -222,7 +223,7 @@ def _load_packed(make, config, path, given):
         raise CheckpointError(f"{path} is packed in {about['dtype']}: it cannot be had in {dtype}")
     with torch.device("meta"):
         model = make(config, state)
-    return fill_packed(model, getattr(model, "bert", model), state, about, path)
+    return fill_packed(model, state, about, path)
 
 
 def _leave_out_layers(state, count, source):
@@ -360,9 +361,8 @@ def save(model, directory):
     """See :meth:`bert_fast.BertModel.save_pretrained`. Files appear whole or not at all."""
     from safetensors.torch import save_file
 
-    encoder = getattr(model, "bert", model)
-    if getattr(encoder, "served_in", None) is not None:
-        return save_packed(model, encoder, directory)
+    if getattr(encoder_of(model), "served_in", None) is not None:
+        return save_packed(model, directory)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     state = {k: v.contiguous().clone() for k, v in to_hugging_face(model.state_dict()).items()}

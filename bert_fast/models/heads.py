@@ -134,7 +134,7 @@ class _BertWithHead(nn.Module):
         calibration: Iterable[dict[str, torch.Tensor]] | None = None,
     ) -> Self:  # fmt: skip
         """As :meth:`bert_fast.BertModel.for_inference`."""
-        return for_inference(self, self.bert, dtype, calibration)
+        return for_inference(self, dtype, calibration)
 
 
 class _Dropout(nn.Dropout):

@@ -60,23 +60,25 @@ def pack(products, precision, calibrate):
         for _, product in products:
             product.packed = ops.pack_weight(product.weight, precision)
         return
-    before = [product.packed for _, product in products]
+    chosen = [product.packed for _, product in products]
     try:
         for _, product in products:
             product.packed = Observer(product.weight)
         calibrate()
         chosen = [product.packed.choose(name) for name, product in products]
-    except BaseException:
-        chosen = before
-        raise
     finally:
         for (_, product), packed in zip(products, chosen, strict=True):
             product.packed = packed
 
 
-def for_inference(model, encoder, precision, calibration):
-    """See :meth:`bert_fast.BertModel.for_inference`; ``encoder`` is the BertModel in ``model``."""
-    precision = check_precision(precision)
+def encoder_of(model):
+    """The BertModel in a model with a head, or the model itself."""
+    return getattr(model, "bert", model)
+
+
+def for_inference(model, precision, calibration):
+    """See :meth:`bert_fast.BertModel.for_inference`."""
+    encoder, precision = encoder_of(model), check_precision(precision)
     check_calibration(precision, calibration)
     weight = encoder.embeddings.word.weight
     if weight.is_inference():

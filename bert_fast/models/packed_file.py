@@ -9,7 +9,7 @@ import torch
 from bert_fast import ops
 from bert_fast.files import CheckpointError, atomic_path
 from bert_fast.models.blocks import PACKED_KEYS, Linear
-from bert_fast.models.inference import Precision
+from bert_fast.models.inference import Precision, encoder_of
 
 WEIGHTS = [f"{stem}{index}" for stem in ("model.safetensors", "pytorch_model.bin")
            for index in ("", ".index.json")]  # fmt: skip
@@ -25,7 +25,7 @@ def packed_alone(directory):
 PACKED_FILE, FORMAT, VERSION = "bert_fast.safetensors", "bert_fast packed weights", "1"
 
 
-def save_packed(model, encoder, directory):
+def save_packed(model, directory):
     """Writes a packed model's weights and config, for this package alone."""
     from safetensors.torch import save_file
 
@@ -38,7 +38,12 @@ def save_packed(model, encoder, directory):
     directory.mkdir(parents=True, exist_ok=True)
     state = {name: value.contiguous().clone() for name, value in model.state_dict().items()}
     kind = type(model).__name__
-    about = {"format": FORMAT, "version": VERSION, "model": kind, "dtype": encoder.served_in}
+    about = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": kind,
+        "dtype": encoder_of(model).served_in,
+    }
     with atomic_path(directory / PACKED_FILE) as path:
         save_file(state, path, metadata=about)
     with atomic_path(directory / "config.json") as path:
@@ -66,12 +71,14 @@ def read_packed(path):
     return state, about
 
 
-def fill_packed(model, encoder, state, about, path):
+def fill_packed(model, state, about, path):
     """Gives ``model``, on the meta device, the weights that :func:`read_packed` read."""
     if about.get("model") != type(model).__name__:
         raise CheckpointError(f"{path} holds a {about.get('model')}, not a {type(model).__name__}")
     packed, weights = {}, []
-    for name, module in encoder.layers.named_modules(prefix=_name_of(model, encoder)):
+    encoder = encoder_of(model)
+    prefix = "layers" if encoder is model else "bert.layers"
+    for name, module in encoder.layers.named_modules(prefix=prefix):
         if isinstance(module, Linear):
             packed[name] = module
     for name, module in packed.items():
@@ -101,11 +108,6 @@ def fill_packed(model, encoder, state, about, path):
         if isinstance(module, Linear) and module.packed is None:
             module.prepack()
     return model
-
-
-def _name_of(model, encoder):
-    prefix = next(name for name, module in model.named_modules() if module is encoder)
-    return f"{prefix}.layers" if prefix else "layers"
 
 
 def _fit(elements, scale, x_factor):

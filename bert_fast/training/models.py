@@ -10,6 +10,7 @@ from bert_fast.extras import require
 from bert_fast.files import CheckpointError
 from bert_fast.hugging_face import accelerate
 from bert_fast.models.config import read_json
+from bert_fast.models.inference import encoder_of
 from bert_fast.models.packed_file import packed_alone
 
 
@@ -28,7 +29,7 @@ def load_model(kind, directory, prepack=False, dtype=None, **changes):
         packed = packed_alone(Path(directory))
         model = kind.from_pretrained(directory, None if packed else torch.float32, **changes)
         if packed:
-            served = getattr(model, "bert", model).served_in
+            served = encoder_of(model).served_in
             if dtype not in (None, served):
                 raise ValueError(f"--dtype {dtype}: {directory} is packed in {served}")
             return model

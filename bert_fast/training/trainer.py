@@ -13,6 +13,7 @@ import time
 import numpy as np
 import torch
 
+from bert_fast.embeddings.tokenizer import batches_by_tokens
 from bert_fast.files import atomic_path
 from bert_fast.text import DataError
 from bert_fast.training.optim import parameter_groups, warmup_then_linear_decay
@@ -32,9 +33,9 @@ class Trainer:
             raise DataError(f"{settings.train}: no row has a label that counts")
         self.weights = [task.weight(f) for f in self.features]
         lengths = np.array([task.tokens(f) for f in self.features])
+        orders = (rng.permutation(len(lengths)) for _ in range(settings.epochs or task.epochs))
         self.epochs = [
-            list(_shuffled_batches(lengths, settings.batch_tokens, rng))
-            for _ in range(settings.epochs or task.epochs)
+            list(batches_by_tokens(lengths, settings.batch_tokens, order=order)) for order in orders
         ]
         self.steps = sum(map(len, self.epochs))
         # Some families' models have parameters that a task does not use.
@@ -139,15 +140,3 @@ class Trainer:
         self.records = json.loads(state["records"])
         for name in ("step", "epoch", "place", "losses", "seconds", "best", "highest", "kept"):
             setattr(self, name, state[name])
-
-
-def _shuffled_batches(lengths, budget, rng):
-    batch, used = [], 0
-    for i in rng.permutation(len(lengths)):
-        if batch and used + lengths[i] > budget:
-            yield batch
-            batch, used = [], 0
-        batch.append(i)
-        used += lengths[i]
-    if batch:
-        yield batch

@@ -121,8 +121,12 @@ BERT_FAST_INLINE void for_each(const Call& a, float* y, int64_t row, int64_t row
                                int64_t columns, Activate activate) {
   for_columns(columns, [&](int64_t at, auto lanes) {
     const vf bias = a.bias ? load_row(a.bias + column + at, lanes) : vf{};
-    const vf scale = kIsInt8<P> ? load(a.by.scale + column + at) : vf{};
-    const vi sum = kIsInt8<P> ? bit_cast<vi>(load(a.by.scale + padded(a.out_features) + column + at)) : vi{};
+    vf scale = {};
+    vi sum = {};
+    if constexpr (kIsInt8<P>) {
+      scale = load(a.by.scale + column + at);
+      std::memcpy(&sum, a.by.sum + column + at, sizeof(sum));
+    }
     for (int64_t i = 0; i < rows; ++i) {
       float* to = y + i * a.out_features + at;
       vf value = load_row(to, lanes);

@@ -18,7 +18,8 @@ constexpr bool k512 = kVectorRegisters == 32;
 constexpr int64_t kPanel = 2 * kWidth;
 constexpr int64_t kBlockSteps = 384;
 
-// Columns [begin, end) of a packed weight's factors, which follow its panels: see linear_pack.
+// What int8 is scaled by, which follows a packed weight's panels: of each column its scale and the
+// sum of its elements; of x its factors, or null.
 struct Factors {
   const float *scale, *x_factor;
   const int32_t* sum;

@@ -11,15 +11,8 @@ from bert_fast.bench import compare as comparison
 from bert_fast.bench import quality
 from bert_fast.cli import main
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Nothing here depends on how many there are, and beside busy processes two wait for each
-    other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# Nothing here depends on how many there are.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -16,14 +16,8 @@ from bert_fast.cli import main
 TEXTS = [" ".join(small_encoder.WORDS[: 1 + i]) for i in range(len(small_encoder.WORDS))]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Nothing here depends on how many there are, and beside busy processes two wait for each
-    other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# Nothing here depends on how many there are.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
