@@ -68,6 +68,19 @@ CUDA = [
 ]  # fmt: skip
 
 
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(
+        not HAS_GPU, reason="needs an NVIDIA GPU; the same test ran on the CPU")]),
+]  # fmt: skip
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    """Where whole models are computed, by ``auto``."""
+    return request.param
+
+
 @pytest.fixture(params=["eager", *(f"cpu-{isa}" for isa in ISAS), *TRITON, *CUDA])
 def backend(request):
     """Every backend: C++ in each instruction set, Triton interpreted, CUDA compiled for the CPU; or

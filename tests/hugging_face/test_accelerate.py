@@ -111,6 +111,28 @@ def test_outputs_and_gradients(family, head):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mask_on", ["cpu", "device"])
+def test_on_its_device(family, device, mask_on):
+    theirs = build(family)
+    ours = bert_fast.accelerate(copy.deepcopy(theirs)).to(device)
+    here = batch(theirs, lengths=[*LENGTHS, 5, 9])
+    weights = torch.randn(*here["input_ids"].shape, 36).double()
+
+    def run(model, inputs):
+        model.zero_grad()
+        out = model(**inputs)[0].cpu()
+        (real(out, here) * real(weights, here).to(out.dtype)).sum().backward()
+        return [real(out, here).detach(), model.get_input_embeddings().weight.grad.cpu()]
+
+    truth = run(copy.deepcopy(theirs).double(), here)
+    there = {name: value.to(device) for name, value in here.items()}
+    torchs = run(theirs.to(device), there)
+    if mask_on == "cpu":
+        there["attention_mask"] = here["attention_mask"]
+    assert_within(run(ours, there), torchs, truth, name="output, gradient of word embeddings")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_restored(family):
     theirs = build(family)
     ours = bert_fast.accelerate(copy.deepcopy(theirs), prepack=True)
