@@ -65,13 +65,13 @@ class Attention(nn.Module):
 
     def forward(self, x, packing, workspace):
         (tokens, hidden), take = x.shape, workspace.take
-        qkv = self.qkv.matmul(x, take("qkv", tokens, 3 * hidden, x), workspace)
+        qkv, bias = self.qkv.project(x, take("qkv", tokens, 3 * hidden, x), workspace)
         context = take("hidden", tokens, hidden, x)
         context = ops.attention_qkv(
             qkv.view(tokens, 3, self.num_heads, self.head_dim),
             packing.cu_seqlens,
             max_seqlen=packing.max_seqlen,
-            bias=self.qkv.bias.view(3, self.num_heads, self.head_dim),
+            bias=None if bias is None else bias.view(3, self.num_heads, self.head_dim),
             causal=self.causal,
             dropout_p=self.dropout_p if self.training else 0.0,
             padded_tail=packing.padded_tail,

@@ -10,6 +10,16 @@ import torch
 from torch import Tensor
 
 
+def is_captured(device):
+    """Whether a CUDA graph captures what is done on a device now, by its own current stream."""
+    if device.type != "cuda":
+        return False
+    if device.index in (None, torch.cuda.current_device()):
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 @dataclass(frozen=True)
 class Packing:
     """Where the real tokens of a (batch, seqlen) batch are.
