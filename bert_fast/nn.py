@@ -161,5 +161,5 @@ def _pack(x, key_padding_mask, cu_seqlens, max_seqlen):
         raise ValueError(
             f"key_padding_mask must be {tuple(x.shape[:2])}, not {tuple(key_padding_mask.shape)}"
         )
-    packing = Packing.of_mask(key_padding_mask == 0)
+    packing = Packing.of_mask(key_padding_mask == 0).to(x.device)
     return packing, packing.pack(x)

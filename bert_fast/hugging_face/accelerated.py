@@ -255,11 +255,11 @@ def _why_no_distances(packing):
     """Why the distance of two packed tokens may not be that of their columns, or None."""
     if torch.compiler.is_compiling() or packing.padded_tail:
         return "a mask whose holes cannot be looked for"
-    if packing.index is not None and len(packing.index) > 1:
-        last = packing.cu_seqlens[1:-1].long() - 1
-        steps = packing.index.diff()
-        steps[last[(last >= 0) & (last < len(steps))]] = 1  # from one sequence to the next
-        if not bool((steps == 1).all()):
+    if packing.index is not None and (tokens := len(packing.index)) > 1:
+        ends, lengths = packing.cu_seqlens.clamp(max=tokens - 1), packing.cu_seqlens.diff()
+        last = packing.index[(packing.cu_seqlens[1:] - 1).clamp(min=0)]
+        columns = last - packing.index[ends[:-1]] + 1  # from the first to the last
+        if not bool(((columns == lengths) | (lengths == 0)).all()):
             return "a mask with holes"
     return None
 
@@ -270,9 +270,6 @@ def packing_of(mask, shape, device):
     if tuple(mask.shape) != tuple(shape):
         raise ValueError(f"attention_mask must have the input's shape {tuple(shape)}, "
                          f"not {tuple(mask.shape)}")  # fmt: skip
-    # The number of real tokens is worth a wait for the device, where waiting is possible.
-    if not torch.compiler.is_compiling() and not is_captured(device):
-        mask = mask.cpu()
     return Packing.of_mask(mask.bool()).to(device)
 
 
