@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from bert_fast.kernels.launch import kernel
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, for tests
 
 MULTIPLIER_0, MULTIPLIER_1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
@@ -47,7 +49,7 @@ def keep_mask(seed, cut, rows, group, c2, c3, ROWS: tl.constexpr, GROUPS: tl.con
     return words.to(tl.int64) >= cut
 
 
-@triton.jit(do_not_specialize=["count"])
+@kernel(do_not_specialize=["count"])
 def sum_partials(partials, out, count, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """out[c] = sum over count of partials[count, c], always in the same order.
 

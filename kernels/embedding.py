@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from bert_fast.devices import on_own_device
+from bert_fast.kernels.launch import kernel
 from bert_fast.kernels.layer_norm import normalise, tile
 
 
@@ -22,7 +23,7 @@ def _row_of(table, ids, row, rows, col, width, size):
     return tl.load(table + i[:, None] * width + col[None, :], inside, 0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel(do_not_specialize=["rows"])
 def _forward(
     input_ids, position_ids, token_type_ids,  # (rows,) int32 or int64
     word,  # (vocab_size, width)

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from bert_fast.devices import on_own_device
 from bert_fast.kernels.common import processors, summed
+from bert_fast.kernels.launch import kernel
 
 ROOT_HALF = tl.constexpr(0.7071067811865476)
 DENSITY = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
@@ -49,7 +50,7 @@ def gelu_gradient(u, TANH: tl.constexpr):
     return 0.5 * (1.0 + tl.erf(u * ROOT_HALF)) + u * DENSITY * tl.exp(-0.5 * u * u)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel(do_not_specialize=["rows"])
 def _forward(
     x,  # (rows * width,)
     bias,  # (width,)
@@ -69,7 +70,7 @@ def _forward(
     tl.store(out + at, gelu(u, TANH).to(out.dtype.element_ty), at < size)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel(do_not_specialize=["rows"])
 def _backward(
     dout,  # (rows, width)
     x,  # (rows, width)

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from bert_fast.devices import on_own_device
 from bert_fast.kernels.common import keep_mask, processors, seed_or, summed, threshold
+from bert_fast.kernels.launch import kernel
 
 STREAM = tl.constexpr(0xFFFFFFFF)  # dropout's fourth counter word: no attention's sequence
 
@@ -39,7 +40,7 @@ def normalise(s, weight, bias, out, mean, rstd, row, col, rows, width, eps, SAVE
     tl.store(out + at, y.to(out.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=["rows", "cut"])
+@kernel(do_not_specialize=["rows", "cut"])
 def _forward(
     x,  # (rows, width)
     residual,  # (rows, width)
@@ -82,7 +83,7 @@ def _forward(
     normalise(s, weight, bias, out, mean, rstd, row, col, rows, width, eps, SAVE_STATISTICS)
 
 
-@triton.jit(do_not_specialize=["rows", "cut"])
+@kernel(do_not_specialize=["rows", "cut"])
 def _backward(
     dout,  # (rows, width)
     total,  # (rows, width)

@@ -24,6 +24,7 @@ from bert_fast.devices import on_own_device
 from bert_fast.kernels import tuning
 from bert_fast.kernels.common import INTERPRETED, capability, dot, precision, processors, summed
 from bert_fast.kernels.gelu import gelu, gelu_gradient
+from bert_fast.kernels.launch import kernel
 
 GROUP = tl.constexpr(8)
 
@@ -60,7 +61,7 @@ def _store(a, x, row, col, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr, T
         tl.store(a + at, x.to(a.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel(do_not_specialize=["rows"])
 def _forward(
     x,  # (rows, width)
     weight,  # (out_width, width)
@@ -100,7 +101,7 @@ def _forward(
             _store(out, gelu(u, TANH), row, at, rows, out_width, BLOCK_M, HALF, TMA)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel(do_not_specialize=["rows"])
 def _backward(
     dout, product,  # (rows, out_width)
     bias,  # (out_width,)

@@ -20,6 +20,8 @@ from bert_fast.ops.checks import (
 )
 from bert_fast.ops.library import (
     autocast,
+    call,
+    call_backward,
     contiguous_like,
     define,
     fake,
@@ -152,7 +154,7 @@ def _run_attention(
     _, num_heads, head_dim = q.shape
     check(head_dim >= 1, "q must have a head_dim of at least 1")
     check(
-        bias is None or shape_of(bias) == (3, num_heads, head_dim),
+        bias is None or bias.shape == (3, num_heads, head_dim),
         lambda: f"bias must be (3, {num_heads}, {head_dim}), not {shape_of(bias)}",
     )
     same = cu_k is cu_q
@@ -167,7 +169,7 @@ def _run_attention(
     )
     seed = check_dropout(dropout_p, seed, q.device)
     scale = 1.0 / math.sqrt(head_dim) if softmax_scale is None else float(softmax_scale)
-    check(math.isfinite(scale), f"softmax_scale must be finite, not {softmax_scale}")
+    check(math.isfinite(scale), lambda: f"softmax_scale must be finite, not {softmax_scale}")
     if position_bias is not None:
         check(
             position_bias.ndim == 3
@@ -197,7 +199,7 @@ def _run_attention(
         options = (*options, name, position_bias)
         result, lse = _attention_forward(q, k, v, options, out=out)
     else:
-        result, lse = getattr(torch.ops.bert_fast, op)(*tensors, *options, name, position_bias)
+        result, lse = call(op, needs_grad, *tensors, *options, name, position_bias)
     return (result, lse) if return_lse else result
 
 
@@ -221,7 +223,7 @@ def _attention_forward(q, k, v, options, **keywords):
 def _run_backward(tensors, options, gradients):
     """Writes the gradients of q, k and v; returns position_bias's."""
     *options, name, position_bias, wanted = (*options, None, None)[:12]
-    position, dposition_bias = {}, tensors[0].new_empty(0, dtype=torch.float32)
+    position, dposition_bias = {}, None
     if wanted:
         dposition_bias = position_bias.new_empty(position_bias.shape, dtype=torch.float32)
         position["dposition_bias"] = dposition_bias
@@ -243,7 +245,8 @@ def _attention_qkv(qkv, *options):
 
 @define(
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_BACKWARD_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"{_BACKWARD_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    absent=(None, None, None, torch.float32),
 )
 def _attention_backward(dout, q, k, v, out, lse, *options):
     dout, q, k, v = map(rows_contiguous, (dout, q, k, v))
@@ -253,7 +256,8 @@ def _attention_backward(dout, q, k, v, out, lse, *options):
 
 @define(
     "attention_qkv_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, "
-    f"{_BACKWARD_OPTIONS}) -> (Tensor, Tensor)"
+    f"{_BACKWARD_OPTIONS}) -> (Tensor, Tensor)",
+    absent=(None, torch.float32),
 )
 def _attention_qkv_backward(dout, qkv, out, lse, *options):
     dout, qkv = rows_contiguous(dout), rows_contiguous(qkv)
@@ -310,7 +314,7 @@ def _differentiate(ctx, dout, backward):
     bias, position_bias = options[4], options[10]
     needed = ctx.needs_input_grad[len(tensors) - 2 :]  # without the options left at their defaults
     wanted = position_bias is not None and needed[10]
-    *gradients, dposition_bias = backward(dout, *tensors, *options, wanted)
+    *gradients, dposition_bias = call_backward(backward, dout, *tensors, *options, wanted)
     of_options = [None] * 11
     if bias is not None and needed[4]:
         sums = [g.sum(0, dtype=torch.float32) for g in gradients]
@@ -321,11 +325,11 @@ def _differentiate(ctx, dout, backward):
 
 
 def _attention_autograd(ctx, dout, dlse):
-    return _differentiate(ctx, dout, torch.ops.bert_fast.attention_backward)
+    return _differentiate(ctx, dout, "attention_backward")
 
 
 def _attention_qkv_autograd(ctx, dout, dlse):
-    return _differentiate(ctx, dout, torch.ops.bert_fast.attention_qkv_backward)
+    return _differentiate(ctx, dout, "attention_qkv_backward")
 
 
 register_autograd("attention", _attention_autograd, _save_attention)

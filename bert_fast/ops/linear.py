@@ -19,6 +19,8 @@ from bert_fast.ops.checks import (
 from bert_fast.ops.gelu import gelu
 from bert_fast.ops.library import (
     autocast,
+    call,
+    call_backward,
     contiguous_like,
     define,
     fake,
@@ -65,7 +67,8 @@ def linear_gelu(
         like = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device="meta")
         check_out(out, like, needs_grad, x.device)
     if name != "eager":
-        result, _ = torch.ops.bert_fast.linear_gelu(x, weight, bias, approximate, needs_grad, name)
+        args = x, weight, bias, approximate, needs_grad, name
+        result, _ = call("linear_gelu", needs_grad, *args)
         return result if out is None else out.copy_(result)
     if out is None:
         return gelu(F.linear(x, weight), bias, approximate=approximate, backend=backend)
@@ -110,7 +113,8 @@ def can_use_packed(packed, weight, rows=None):
 
 @define(
     "linear_gelu(Tensor x, Tensor weight, Tensor? bias, str approximate, bool training, "
-    "str backend) -> (Tensor, Tensor)"
+    "str backend) -> (Tensor, Tensor)",
+    absent=(None, None),
 )
 def _linear_gelu(x, weight, bias, approximate, training, backend):
     rows = x.reshape(-1, x.shape[-1]).contiguous()
@@ -118,12 +122,13 @@ def _linear_gelu(x, weight, bias, approximate, training, backend):
         rows, weight.contiguous(), bias, approximate, training
     )
     out = out.view(*x.shape[:-1], weight.shape[0])
-    return out, x.new_empty(0) if product is None else product.view_as(out)
+    return out, None if product is None else product.view_as(out)
 
 
 @define(
     "linear_gelu_backward(Tensor dout, Tensor product, Tensor? bias, Tensor weight, "
-    "str approximate, str backend) -> (Tensor, Tensor, Tensor)"
+    "str approximate, str backend) -> (Tensor, Tensor, Tensor)",
+    absent=(None, None, torch.float32),
 )
 def _linear_gelu_backward(dout, product, bias, weight, approximate, backend):
     width = dout.shape[-1]
@@ -132,7 +137,6 @@ def _linear_gelu_backward(dout, product, bias, weight, approximate, backend):
         approximate,
     )  # fmt: skip
     dx = dx.view(*dout.shape[:-1], weight.shape[1])
-    dbias = dout.new_empty(0, dtype=torch.float32) if dbias is None else dbias
     return dx, dproduct.view(dout.shape), dbias
 
 
@@ -161,8 +165,8 @@ def _save_linear_gelu(ctx, inputs, output):
 
 def _linear_gelu_autograd(ctx, dout, _):
     x, weight, bias, product = ctx.saved_tensors
-    dx, dproduct, dbias = torch.ops.bert_fast.linear_gelu_backward(
-        dout, product, bias, weight, ctx.approximate, ctx.backend
+    dx, dproduct, dbias = call_backward(
+        "linear_gelu_backward", dout, product, bias, weight, ctx.approximate, ctx.backend
     )
     dweight = None
     if ctx.needs_input_grad[1]:
