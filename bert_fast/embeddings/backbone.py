@@ -161,7 +161,10 @@ class Accelerated:
         if self.takes_types:
             options["token_type_ids"] = torch.zeros_like(ids).masked_scatter_(mask, types)
         out = self.model(ids, mask.long(), **options)
-        return out.logits if hasattr(out, "logits") else out.last_hidden_state[mask]
+        if hasattr(out, "logits"):
+            return out.logits
+        index = torch.nonzero_static(mask.reshape(-1), size=len(tokens)).squeeze(1)  # no wait
+        return out.last_hidden_state.flatten(0, 1).index_select(0, index)
 
     def around(self, numbers):
         return contextlib.nullcontext()

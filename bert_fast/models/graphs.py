@@ -70,6 +70,10 @@ def positions(model):
     return longest - (pad + 1 if counts_from_padding else 0)
 
 
+class CaptureError(RuntimeError):
+    """CUDA cannot capture what a model does, or has no memory left for it."""
+
+
 class CudaGraphs:
     """See :func:`cudagraph`. ``captured`` counts the graphs that were made.
 
@@ -101,6 +105,14 @@ class CudaGraphs:
 
     @torch.inference_mode()
     def __call__(self, input_ids, attention_mask=None, token_type_ids=None):
+        found = self.replayed(input_ids, attention_mask, token_type_ids)
+        if found is None:
+            return self._directly(input_ids, token_type_ids, attention_mask)
+        return found
+
+    @torch.inference_mode()
+    def replayed(self, input_ids, attention_mask=None, token_type_ids=None):
+        """The same by a graph; None where there is none for these inputs, or not yet."""
         self._check(input_ids, attention_mask, token_type_ids)
         inputs = input_ids, token_type_ids, attention_mask
         (batch, seqlen), tokens = input_ids.shape, input_ids.numel()
@@ -116,7 +128,7 @@ class CudaGraphs:
                 found = self._found(graph.outputs, batch, seqlen, tokens)
                 self._end_turn()
                 return found
-        return self._directly(*inputs)
+        return None
 
     def _check(self, input_ids, attention_mask, token_type_ids):
         if self.model.training:
@@ -208,7 +220,7 @@ class CudaGraphs:
             return _Graph(inputs, *self.capture(run))
         except Exception as error:
             name = type(self.model).__name__
-            raise RuntimeError(f"cudagraph cannot capture {name}: {error}") from error
+            raise CaptureError(f"cudagraph cannot capture {name}: {error}") from error
 
     def _compute(self, ids, types, mask, capacity):
         if self.ours:
