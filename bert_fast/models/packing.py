@@ -125,7 +125,7 @@ class Packing:
             return packed.view(shape)
         # One row more than the batch: the tail's rows all land there.
         flat = packed.new_zeros(self.batch * self.seqlen + 1, *packed.shape[1:])
-        return flat.index_copy(0, self.index, packed)[:-1].view(shape)
+        return flat.index_copy_(0, self.index, packed)[:-1].view(shape)
 
 
 def check_mask(mask):
