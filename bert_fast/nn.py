@@ -86,9 +86,10 @@ class Attention(nn.Module):
     def attend(self, x, packing, is_causal):
         """Packed, and without the last projection."""
         shape = 3, self.num_heads, self.embed_dim // self.num_heads
+        qkv, bias = View(self.in_proj_weight, self.in_proj_bias).project(x, None, NoWorkspace())
         return ops.attention_qkv(
-            F.linear(x, self.in_proj_weight).view(-1, *shape), packing.cu_seqlens,
-            max_seqlen=packing.max_seqlen, bias=self.in_proj_bias.view(shape), causal=is_causal,
+            qkv.view(-1, *shape), packing.cu_seqlens, max_seqlen=packing.max_seqlen,
+            bias=None if bias is None else bias.view(shape), causal=is_causal,
             dropout_p=self.dropout if self.training else 0.0, padded_tail=packing.padded_tail,
         ).view(-1, self.embed_dim)  # fmt: skip
 
@@ -160,5 +161,5 @@ def _pack(x, key_padding_mask, cu_seqlens, max_seqlen):
         raise ValueError(
             f"key_padding_mask must be {tuple(x.shape[:2])}, not {tuple(key_padding_mask.shape)}"
         )
-    packing = Packing.of_mask(key_padding_mask == 0)
+    packing = Packing.of_mask(key_padding_mask == 0).to(x.device)
     return packing, packing.pack(x)

@@ -98,7 +98,7 @@ def _forward(
             if HAS_BIAS:
                 c = at + tl.arange(0, HALF)
                 u += tl.load(bias + c, c < out_width, 0.0).to(tl.float32)[None, :]
-            _store(out, gelu(u, TANH), row, at, rows, out_width, BLOCK_M, HALF, TMA)
+            _store(out, gelu(u, TANH, tl.float32), row, at, rows, out_width, BLOCK_M, HALF, TMA)
 
 
 @kernel(do_not_specialize=["rows"])
@@ -130,7 +130,7 @@ def _backward(
             c = k + tl.arange(0, BLOCK_K)
             if HAS_BIAS:
                 u += tl.load(bias + c, c < out_width, 0.0).to(tl.float32)[None, :]
-            dz = dy.to(tl.float32) * gelu_gradient(u, TANH)
+            dz = dy.to(tl.float32) * gelu_gradient(u, TANH, tl.float32)
             if col_tile == 0:
                 _store(dproduct, dz, row, k, rows, out_width, BLOCK_M, BLOCK_K, TMA)
                 if HAS_BIAS:

@@ -13,7 +13,6 @@ import contextvars
 import functools
 import inspect
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -24,22 +23,23 @@ from bert_fast.hugging_face.families import (
     FAMILIES,
     classes_inside,
     family_of,
+    kept_of,
     warn_once,
     why_not,
     why_not_this_call,
     why_not_this_state,
 )
+from bert_fast.hugging_face.parts import Parts, probability, whereabouts
 from bert_fast.hugging_face.precision import check_arguments, is_plain, pack_layers
 from bert_fast.models.blocks import (
     GELU_APPROXIMATE,
-    Called,
-    View,
     as_autocast_gives,
     feed_forward,
+    product_adds_bias,
     project_add_norm,
 )
 from bert_fast.models.inference import Precision
-from bert_fast.models.packing import Packing
+from bert_fast.models.packing import Packing, is_captured
 from bert_fast.models.workspace import NoWorkspace, Workspace, can_reuse_memory
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -64,7 +64,11 @@ def accelerate(
         calibration: for int8: keyword arguments of calls of the encoder; as there.
 
     Returns:
-        ``model``. At padding it gives zeros where Hugging Face computes what nobody reads.
+        ``model``. At padding it gives zeros where Hugging Face computes what nobody reads. On a GPU
+        it keeps a copy of the weights of queries, keys and values side by side, for inference: a
+        quarter of a layer's memory again. What PyTorch sees changing, and what is moved, replaced
+        or set to training and back, is copied anew; what is written through ``.data`` between two
+        calls in inference it does not see.
 
     Calls that want attention weights, head masks, masks by pair of tokens, a cache or
     cross-attention run as before, and a warning says so once; so does a model that has hooks, or
@@ -120,26 +124,32 @@ def restore(model: Model) -> Model:
     return model
 
 
-@dataclass(frozen=True)
 class _Run:
     """One forward's tokens: layers get it in the place of their attention mask."""
 
-    packing: Packing
-    workspace: object
-    position_bias: torch.Tensor | None = None
+    def __init__(self, packing, workspace, position_bias, parts, where):
+        self.packing, self.workspace, self.position_bias = packing, workspace, position_bias
+        self.parts, self.where = parts, where
+
+    def parts_of(self, layer):
+        if torch.compiler.is_compiling():
+            return Parts(layer, layer._bert_fast.family)
+        if (parts := self.parts.get(layer)) is None:
+            parts = self.parts[layer] = Parts(layer, layer._bert_fast.family)
+        return parts
 
 
 # From _Model to _Encoder. torch.compile cannot trace a ContextVar; what it traces uses the list,
 # and so does what runs beside it after a graph break.
 _packing = contextvars.ContextVar("bert_fast_packing", default=None)
-_traced: list[Packing | None] = [None]
+_traced: list[tuple[Packing, dict] | None] = [None]
 
 
-def _hand_over(packing):
+def _hand_over(packing_and_parts):
     if torch.compiler.is_compiling():
-        _traced[0] = packing
+        _traced[0] = packing_and_parts
         return None
-    return _packing.set(packing)
+    return _packing.set(packing_and_parts)
 
 
 def _take_back(token):
@@ -225,7 +235,7 @@ def _forward_model(self, *args, **kwargs):
         return leave(reason)
     as_dict = arguments.pop("return_dict", None)
     as_dict = getattr(self.config, "return_dict", True) if as_dict is None else as_dict
-    token = _hand_over(packing)
+    token = _hand_over((packing, kept_of(self)))
     try:
         # No mask: nothing is left to hide. A dictionary: hidden states are found by their name.
         out = original(self, **arguments, return_dict=True)
@@ -245,11 +255,11 @@ def _why_no_distances(packing):
     """Why the distance of two packed tokens may not be that of their columns, or None."""
     if torch.compiler.is_compiling() or packing.padded_tail:
         return "a mask whose holes cannot be looked for"
-    if packing.index is not None and len(packing.index) > 1:
-        last = packing.cu_seqlens[1:-1].long() - 1
-        steps = packing.index.diff()
-        steps[last[(last >= 0) & (last < len(steps))]] = 1  # from one sequence to the next
-        if not bool((steps == 1).all()):
+    if packing.index is not None and (tokens := len(packing.index)) > 1:
+        ends, lengths = packing.cu_seqlens.clamp(max=tokens - 1), packing.cu_seqlens.diff()
+        last = packing.index[(packing.cu_seqlens[1:] - 1).clamp(min=0)]
+        columns = last - packing.index[ends[:-1]] + 1  # from the first to the last
+        if not bool(((columns == lengths) | (lengths == 0)).all()):
             return "a mask with holes"
     return None
 
@@ -260,10 +270,6 @@ def packing_of(mask, shape, device):
     if tuple(mask.shape) != tuple(shape):
         raise ValueError(f"attention_mask must have the input's shape {tuple(shape)}, "
                          f"not {tuple(mask.shape)}")  # fmt: skip
-    # The number of real tokens is worth a wait for the device, where waiting is possible.
-    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if not torch.compiler.is_compiling() and not captured:
-        mask = mask.cpu()
     return Packing.of_mask(mask.bool()).to(device)
 
 
@@ -275,11 +281,12 @@ class _Encoder(_Accelerated):
     """Loops over layers, on packed tokens."""
 
     def forward(self, *args, **kwargs):
-        packing = _handed_over()
-        if packing is None:  # called by others than its model
+        handed = _handed_over()
+        if handed is None:  # called by others than its model
             return super().forward(*args, **kwargs)
         from transformers import modeling_outputs
 
+        packing, parts = handed
         output, workspace, bias_of = self._bert_fast
         arguments = _arguments(self, args, kwargs)
         hidden_states = arguments[self.parameters_by_place[0]]
@@ -294,7 +301,8 @@ class _Encoder(_Accelerated):
         bias = None
         if bias_of is not None:
             bias = getattr(self, bias_of)(x.new_empty(1, packing.max_seqlen, 1))[0]
-        run = _Run(packing, workspace if reuse else NoWorkspace(), bias)
+        where = whereabouts(x, is_captured(x.device)) if product_adds_bias(x) else None
+        run = _Run(packing, workspace if reuse else NoWorkspace(), bias, parts, where)
         states = []
         for layer in self.layer:
             if recorded:
@@ -315,25 +323,18 @@ class _LayerSettings:
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.approximate = GELU_APPROXIMATE[getattr(config, family.activation)]
         self.packed, self.how = {}, {}  # how: each product's precision and factors
+        self.changed()
+
+    def changed(self):
+        """What was made of the layer's parameters is made anew."""
+        self.state = object()
 
     def prepack(self, layer):
         for path in self.family.linears():
             linear = layer.get_submodule(path)
             if is_plain(linear):
                 self.packed[path] = ops.pack_weight(linear.weight, *self.how.get(path, ()))
-
-    def view(self, layer, path):
-        linear = layer.get_submodule(path)
-        if not is_plain(linear):
-            return Called(linear)
-        return View(linear.weight, linear.bias, self.packed.get(path))
-
-    @staticmethod
-    def dropout_p(layer, path, trains=None):
-        """Of the dropout there, if it, or the module ``trains``, is in training."""
-        if path is None or not layer.get_submodule(trains or path).training:
-            return 0.0
-        return layer.get_submodule(path).p
+        self.changed()
 
 
 class _Layer(_Accelerated):
@@ -344,45 +345,59 @@ class _Layer(_Accelerated):
 
     def _apply(self, *args, **kwargs):
         module = super()._apply(*args, **kwargs)
+        self._bert_fast.changed()
         if self._bert_fast.packed:  # through .data, which nobody could see
             self.prepack()
         return module
 
+    def train(self, mode=True):
+        self._bert_fast.changed()  # weights are exchanged between training and use
+        return super().train(mode)
+
     def forward(self, x, *args, **kwargs):
         if not args or not isinstance(args[0], _Run):
             return super().forward(x, *args, **kwargs)
-        packing, workspace = args[0].packing, args[0].workspace
-        settings, family = self._bert_fast, self._bert_fast.family
-        q, k, v = (settings.view(self, path) for path in family.qkv)
+        run, settings = args[0], self._bert_fast
+        packing, workspace, parts = run.packing, run.workspace, run.parts_of(self)
+        q, k, v, out, up, down = products = parts.products(settings)
         tokens, width = x.shape[0], q.out_features
-        heads = (tokens, width // settings.head_dim, settings.head_dim)
-        projected = [
-            linear.matmul(x, workspace.take(name, tokens, width, x), workspace).view(heads)
-            for name, linear in (("q", q), ("k", k), ("v", v))
-        ]
+        heads = width // settings.head_dim, settings.head_dim
         context = workspace.take("hidden", tokens, width, x)
-        context = ops.attention(
-            *projected, packing.cu_seqlens, max_seqlen=packing.max_seqlen,
-            bias=_stacked(q, k, v, heads),
-            dropout_p=settings.dropout_p(self, family.attention_dropout, family.attention_trains),
-            padded_tail=packing.padded_tail, out=None if context is None else context.view(heads),
-            position_bias=args[0].position_bias,
-        ).view(tokens, width)  # fmt: skip
+        options = dict(
+            max_seqlen=packing.max_seqlen, dropout_p=probability(parts.attention_dropout),
+            padded_tail=packing.padded_tail, position_bias=run.position_bias,
+            out=None if context is None else context.view(tokens, *heads),
+        )  # fmt: skip
+        if (fused := parts.fused(x, products, run.where)) is not None:
+            context = ops.attention_qkv(
+                fused.view(tokens, 3, *heads), packing.cu_seqlens, **options
+            )
+        else:
+            projected, biases = zip(
+                *(
+                    linear.project(x, workspace.take(name, tokens, width, x), workspace)
+                    for name, linear in (("q", q), ("k", k), ("v", v))
+                ),
+                strict=True,
+            )
+            context = ops.attention(
+                *(p.view(tokens, *heads) for p in projected), packing.cu_seqlens,
+                bias=_stacked(biases, heads), **options,
+            )  # fmt: skip
         x = project_add_norm(
-            context, settings.view(self, family.out), self.get_submodule(family.attention_norm), x,
-            settings.dropout_p(self, family.out_dropout), workspace,
+            context.view(tokens, width), out, parts.attention_norm, x,
+            probability(parts.out_dropout), workspace,
         )  # fmt: skip
         return feed_forward(
-            x, settings.view(self, family.up), settings.view(self, family.down),
-            self.get_submodule(family.norm), settings.approximate,
-            settings.dropout_p(self, family.down_dropout), workspace,
+            x, up, down, parts.norm, settings.approximate, probability(parts.down_dropout),
+            workspace,
         )  # fmt: skip
 
 
-def _stacked(q, k, v, heads):
+def _stacked(biases, heads):
     """The biases of q, k and v, as attention adds them; those that were added already are zero."""
-    if q.bias is None and k.bias is None and v.bias is None:
+    given = next((bias for bias in biases if bias is not None), None)
+    if given is None:
         return None
-    given = next(p.bias for p in (q, k, v) if p.bias is not None)
-    zero = torch.zeros_like(given)
-    return torch.stack([zero if p.bias is None else p.bias for p in (q, k, v)]).view(3, *heads[1:])
+    zero = None if all(bias is not None for bias in biases) else torch.zeros_like(given)
+    return torch.stack([zero if bias is None else bias for bias in biases]).view(3, *heads)

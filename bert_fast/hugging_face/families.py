@@ -132,8 +132,17 @@ def is_linear(module):
     )
 
 
-# What was found right of a model's modules when they were last looked at in full.
+# What was found right of a model's modules when they were last looked at in full; and what of its
+# layers was kept since: gone with the first change.
 _seen: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def kept_of(base):
+    """A dictionary to keep things of a model's layers in, as long as :func:`why_not_this_state`
+    finds its modules as they were."""
+    if torch.compiler.is_compiling() or (seen := _seen.get(base)) is None:
+        return {}
+    return seen[1]
 
 
 def _is_theirs(function):
@@ -156,10 +165,10 @@ def why_not_this_state(base, family, classes):
         if known.kind.forward is not known.forward or not _is_theirs(known.forward):
             return f"a forward of somebody's own in {known.kind.__name__}"
     seen = _seen.get(base)
-    if seen is not None and all(map(_is_as_seen, seen)):
+    if seen is not None and all(map(_is_as_seen, seen[0])):
         return None
     if (reason := _why_not(encoder, family, classes)) is None:
-        _seen[base] = _look(encoder)
+        _seen[base] = _look(encoder), {}
     return reason
 
 

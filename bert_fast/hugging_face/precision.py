@@ -82,5 +82,6 @@ class _Slot:
     @packed.setter
     def packed(self, packed):
         self.settings.packed[self.path] = packed
+        self.settings.changed()
         if hasattr(packed, "precision"):
             self.settings.how[self.path] = packed.precision, packed.x_factor

@@ -65,13 +65,13 @@ class Attention(nn.Module):
 
     def forward(self, x, packing, workspace):
         (tokens, hidden), take = x.shape, workspace.take
-        qkv = self.qkv.matmul(x, take("qkv", tokens, 3 * hidden, x), workspace)
+        qkv, bias = self.qkv.project(x, take("qkv", tokens, 3 * hidden, x), workspace)
         context = take("hidden", tokens, hidden, x)
         context = ops.attention_qkv(
             qkv.view(tokens, 3, self.num_heads, self.head_dim),
             packing.cu_seqlens,
             max_seqlen=packing.max_seqlen,
-            bias=self.qkv.bias.view(3, self.num_heads, self.head_dim),
+            bias=None if bias is None else bias.view(3, self.num_heads, self.head_dim),
             causal=self.causal,
             dropout_p=self.dropout_p if self.training else 0.0,
             padded_tail=packing.padded_tail,
@@ -246,12 +246,13 @@ class BertModel(nn.Module):
         Args:
             input_ids: (batch, seqlen); or packed, (total_tokens,), with ``cu_seqlens``.
             attention_mask: (batch, seqlen), ones for real tokens and zeros in any pattern.
-                Best on the CPU, where a tokenizer makes it: padding is then really dropped. A
-                mask on a GPU is not waited for; ``capacity`` says how many rows to keep.
+                Padding is dropped. Of a mask on a GPU the number of real tokens is waited for; not
+                with ``capacity``, nor while a CUDA graph is captured or torch.compile traces.
             token_type_ids, position_ids: like input_ids; default 0, and the column (packed: the
                 position in the sequence).
             cu_seqlens, max_seqlen: of packed input; see :func:`bert_fast.attention`.
-            capacity: rows of the packed buffer, fixed: shapes then depend on nothing in the mask.
+            capacity: rows of the packed buffer, fixed: shapes then depend on nothing in the mask,
+                whose values and count are checked on the CPU alone, or by an assertion on the GPU.
             output_hidden_states: also return the embeddings' output and every layer's; default
                 what the config says.
 

@@ -16,11 +16,24 @@ GELU_APPROXIMATE = {
 }  # fmt: skip
 
 
+def product_adds_bias(x):
+    """Whether a product in front of attention adds its bias itself. On a GPU cuBLASLt's epilogue
+    does so for nothing, and attention would for every tile that reads keys and values."""
+    return x.device.type == "cuda"
+
+
 class Product:
     """What a linear layer does here: its bias is left to the kernel that reads its result next.
     ``weight`` and ``bias`` are the heir's."""
 
     packed = None  # by prepack
+
+    def project(self, x, out, workspace):
+        """What attention reads: (x Wᵀ, the bias that is left to it), or (x Wᵀ + bias, None)."""
+        if not product_adds_bias(x):
+            return self.matmul(x, out, workspace), self.bias
+        self._check_weight()
+        return F.linear(x, self.weight, self.bias), None
 
     def matmul(self, x, out, workspace):
         """x Wᵀ"""
@@ -111,13 +124,16 @@ class Called:
     """Another module in the place of a linear layer: an adapter around one, a quantised one. It
     adds its bias itself."""
 
-    bias = None
+    weight = bias = None
 
     def __init__(self, module):
         self.module, self.out_features = module, module.out_features
 
     def matmul(self, x, out, workspace):
         return self.module(x)
+
+    def project(self, x, out, workspace):
+        return self.module(x), None
 
     def gelu(self, x, approximate, out, workspace):
         return ops.gelu(self.module(x), approximate=approximate)

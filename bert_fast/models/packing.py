@@ -4,10 +4,20 @@ ByteTransformer's idea (Zhai et al. 2023): a batch of B padded rows of S tokens 
 tokens alone, one sequence after another, with ``cu_seqlens`` (B + 1 offsets) to tell them apart.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+
+def is_captured(device):
+    """Whether a CUDA graph captures what is done on a device now, by its own current stream."""
+    if device.type != "cuda":
+        return False
+    if device.index in (None, torch.cuda.current_device()):
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 @dataclass(frozen=True)
@@ -32,44 +42,22 @@ class Packing:
     def of_mask(mask, capacity=None):
         """The packing of a (batch, seqlen) mask of ones (real) and zeros, in any pattern.
 
-        A mask on the CPU is counted there. One on a device is never waited for: the packed buffer
-        gets ``capacity`` rows (default batch * seqlen), the ones past the last real token inert,
-        and shapes depend on nothing in the mask, as CUDA graphs and torch.compile want it.
+        A mask on the CPU is counted there; of one on a device count, longest and validity are
+        read at once, a few bytes, which is all that is waited for. Nothing is while a CUDA graph is
+        captured or torch.compile traces, or with ``capacity``: the packed buffer then has
+        ``capacity`` rows (default batch * seqlen), those past the last real token inert, and shapes
+        depend on nothing in the mask.
 
         Raises:
-            TypeError, ValueError: the mask has another shape, or other values (CPU only), or more
-                real tokens than ``capacity`` (on a device: an assertion there).
+            TypeError, ValueError: the mask has another shape, or other values (where nothing is
+                waited for: on the CPU only), or more real tokens than ``capacity`` (on a device: an
+                assertion there).
         """
-        if mask.ndim != 2:
-            raise ValueError(
-                f"attention_mask must be (batch, seqlen), not {tuple(mask.shape)}: "
-                "masks by pair of tokens are not supported"
-            )
-        if mask.is_complex():
-            raise TypeError(f"attention_mask must hold ones and zeros, not {mask.dtype}")
-        (batch, seqlen), flat = mask.shape, mask.reshape(-1).bool()
-        host = mask.device.type == "cpu" and not torch.compiler.is_compiling()
-        if host and mask.dtype != torch.bool and not torch.equal(mask, mask.bool().to(mask.dtype)):
-            raise ValueError("attention_mask must hold ones and zeros alone")
-        lengths = flat.view(batch, seqlen).sum(1, dtype=torch.int32)
-        cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-
-        if host and capacity is None:
-            max_seqlen = int(lengths.max()) if batch else 0
-            index = flat.nonzero().squeeze(1)
-            full = len(index) == len(flat)
-            return Packing(cu_seqlens, max_seqlen, None if full else index, batch, seqlen)
-
-        capacity = flat.numel() if capacity is None else capacity
-        if host and int(cu_seqlens[-1]) > capacity:
-            raise ValueError(f"capacity is {capacity}, but {int(cu_seqlens[-1])} tokens are real")
-        if not host:
-            torch._assert_async(cu_seqlens[-1] <= capacity, "capacity is below the real tokens")
-        # Every real token writes its place into its packed row, every other into a row that is cut.
-        row = torch.where(flat, flat.cumsum(0) - 1, capacity)
-        index = torch.full((capacity + 1,), flat.numel(), dtype=torch.int64, device=mask.device)
-        index.scatter_(0, row, torch.arange(flat.numel(), device=mask.device))
-        return Packing(cu_seqlens, seqlen, index[:-1], batch, seqlen, padded_tail=True)
+        check_mask(mask)
+        compiled = torch.compiler.is_compiling()
+        if capacity is not None or mask.is_meta or compiled or is_captured(mask.device):
+            return _of_fixed_size(mask, capacity, is_on_host(mask) and not compiled)
+        return _counted(mask) if is_on_host(mask) else _by_one_read(mask)
 
     @staticmethod
     def of_full(batch, seqlen, device):
@@ -78,14 +66,22 @@ class Packing:
         return Packing(cu_seqlens, seqlen, None, batch, seqlen)
 
     def to(self, device):
-        """On another device, without waiting for it."""
-        if self.cu_seqlens.device == device:
+        """On another device, without waiting for it: offsets and places of the real tokens cross
+        together, as int32."""
+        own = self.cu_seqlens
+        if own.device == device:
             return self
-        return Packing(
-            self.cu_seqlens.to(device, non_blocking=True), self.max_seqlen,
-            None if self.index is None else self.index.to(device, non_blocking=True),
-            self.batch, self.seqlen, self.padded_tail,
-        )  # fmt: skip
+        index, places = self.index, self.batch * self.seqlen
+        if index is None or places >= 2**31 or not is_on_host(own):
+            own = own.to(device, non_blocking=True)
+            index = None if index is None else index.to(device, non_blocking=True)
+        else:
+            both = torch.cat([own, index.to(torch.int32)])
+            both = (both.pin_memory() if device.type == "cuda" else both).to(
+                device, non_blocking=True
+            )
+            own, index = both[: own.numel()], both[own.numel() :].long()
+        return replace(self, cu_seqlens=own, index=index)
 
     def pack(self, padded):
         """(batch, seqlen, ...) -> (total_tokens, ...). Rows of the tail repeat the last place."""
@@ -110,3 +106,83 @@ class Packing:
         # One row more than the batch: the tail's rows all land there.
         flat = packed.new_zeros(self.batch * self.seqlen + 1, *packed.shape[1:])
         return flat.index_copy(0, self.index, packed)[:-1].view(shape)
+
+
+def check_mask(mask):
+    if mask.ndim != 2:
+        raise ValueError(
+            f"attention_mask must be (batch, seqlen), not {tuple(mask.shape)}: "
+            "masks by pair of tokens are not supported"
+        )
+    if mask.is_complex():
+        raise TypeError(f"attention_mask must hold ones and zeros, not {mask.dtype}")
+
+
+def is_on_host(tensor):
+    """Whether looking at its values waits for nothing."""
+    return tensor.device.type == "cpu"
+
+
+def look_at(mask):
+    """(what is not zero, offsets of the sequences, number of real tokens, longest) of a mask on a
+    device: two tensors, bool and int32 (batch + 1,), and two integers, which are all that is waited
+    for.
+
+    Raises:
+        ValueError: the mask holds something else than ones and zeros.
+    """
+    real = mask if mask.dtype == torch.bool else mask != 0
+    lengths = real.sum(1, dtype=torch.int32)
+    offsets = lengths.new_zeros(len(lengths) + 1)
+    torch.cumsum(lengths, 0, dtype=torch.int32, out=offsets[1:])
+    if mask.numel() == 0:
+        return real, offsets, 0, 0
+    wrong = offsets[0] if real is mask else (mask != real).sum(dtype=torch.int32)
+    count, longest, wrong = torch.stack([offsets[-1], lengths.max(), wrong]).tolist()  # one read
+    if wrong:
+        raise ValueError("attention_mask must hold ones and zeros alone")
+    return real, offsets, count, longest
+
+
+def _by_one_read(mask):
+    real, offsets, count, longest = look_at(mask)
+    (batch, seqlen), index = mask.shape, None
+    if count < mask.numel():
+        index = torch.nonzero_static(real.reshape(-1), size=count).squeeze(1)
+    return Packing(offsets, longest, index, batch, seqlen)
+
+
+def _counted(mask):
+    _check_values(mask)
+    (batch, seqlen), flat = mask.shape, mask.reshape(-1).bool()
+    lengths = flat.view(batch, seqlen).sum(1, dtype=torch.int32)
+    max_seqlen = int(lengths.max()) if batch else 0
+    index = flat.nonzero().squeeze(1)
+    full = len(index) == len(flat)
+    return Packing(_offsets(lengths), max_seqlen, None if full else index, batch, seqlen)
+
+
+def _of_fixed_size(mask, capacity, host):
+    if host:
+        _check_values(mask)
+    (batch, seqlen), flat = mask.shape, mask.reshape(-1).bool()
+    cu_seqlens = _offsets(flat.view(batch, seqlen).sum(1, dtype=torch.int32))
+    capacity = flat.numel() if capacity is None else capacity
+    if host and int(cu_seqlens[-1]) > capacity:
+        raise ValueError(f"capacity is {capacity}, but {int(cu_seqlens[-1])} tokens are real")
+    if not host:
+        torch._assert_async(cu_seqlens[-1] <= capacity, "capacity is below the real tokens")
+    # Every real token writes its place into its packed row, every other into a row that is cut.
+    row = torch.where(flat, flat.cumsum(0) - 1, capacity)
+    index = torch.full((capacity + 1,), flat.numel(), dtype=torch.int64, device=mask.device)
+    index.scatter_(0, row, torch.arange(flat.numel(), device=mask.device))
+    return Packing(cu_seqlens, seqlen, index[:-1], batch, seqlen, padded_tail=True)
+
+
+def _check_values(mask):
+    if mask.dtype != torch.bool and not torch.equal(mask, mask.bool().to(mask.dtype)):
+        raise ValueError("attention_mask must hold ones and zeros alone")
+
+
+def _offsets(lengths):
+    return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))

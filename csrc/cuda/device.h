@@ -38,6 +38,15 @@ V shuffle_xor(V value, int mask) {
   return found;
 }
 
+// The warp's lanes where it holds, as bits.
+inline uint32_t ballot(bool holds) {
+  const unsigned char* all = host::exchange(&holds, sizeof(holds), "ballot");
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kWarp; ++lane) bits |= static_cast<uint32_t>(all[lane]) << lane;
+  return bits;
+}
+inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
+
 inline void store_16(void* global, const void* from) {
   host::check_aligned(global, 16);
   std::memcpy(global, from, 16);
@@ -110,6 +119,9 @@ template <class V>
 __device__ __forceinline__ V shuffle_xor(V value, int mask) {
   return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
 }
+
+__device__ __forceinline__ uint32_t ballot(bool holds) { return __ballot_sync(0xFFFFFFFFu, holds); }
+__device__ __forceinline__ int count_bits(uint32_t bits) { return __popc(bits); }
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
@@ -258,9 +270,11 @@ __device__ __forceinline__ Words philox(uint64_t seed, uint32_t c0, uint32_t c1,
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
 #pragma unroll
   for (int i = 0; i < kPhiloxRounds; ++i) {
-    const uint32_t high0 = multiply_high(kPhiloxM0, c0), high1 = multiply_high(kPhiloxM1, c2);
-    const uint32_t low0 = kPhiloxM0 * c0, low1 = kPhiloxM1 * c2;
-    c0 = high1 ^ c1 ^ key0, c1 = low1, c2 = high0 ^ c3 ^ key1, c3 = low0;
+    // One product of 64 bits, which nvcc does not make of its halves.
+    const uint64_t first = static_cast<uint64_t>(kPhiloxM0) * c0;
+    const uint64_t second = static_cast<uint64_t>(kPhiloxM1) * c2;
+    c0 = static_cast<uint32_t>(second >> 32) ^ c1 ^ key0, c1 = static_cast<uint32_t>(second);
+    c2 = static_cast<uint32_t>(first >> 32) ^ c3 ^ key1, c3 = static_cast<uint32_t>(first);
     key0 += kPhiloxW0, key1 += kPhiloxW1;
   }
   return {{c0, c1, c2, c3}};

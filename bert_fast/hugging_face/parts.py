@@ -1,0 +1,151 @@
+"""What an accelerated layer computes with: its modules, found once, and the product of queries,
+keys and values in one."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from operator import is_
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bert_fast.hugging_face.precision import is_plain
+from bert_fast.models.blocks import Called, View
+
+
+class Parts:
+    """The modules of a layer as it was when it was last looked at (``why_not_this_state``), and a
+    product for each of its linear layers, made anew when a parameter is another."""
+
+    def __init__(self, layer, family):
+        at = layer.get_submodule
+        self.paths = family.linears()
+        self.linears = [at(path) for path in self.paths]
+        self.attention_norm, self.norm = map(at, family.norms())
+        self.attention_dropout = at(family.attention_dropout), at(family.attention_trains)
+        self.out_dropout = None if family.out_dropout is None else (at(family.out_dropout),) * 2
+        self.down_dropout = (at(family.down_dropout),) * 2
+        self._made = (), ()  # the state, and the products that were made of it
+        self._fused = None, None, None  # the state, weight and bias of the one product
+
+    def products(self, settings):
+        """Those of q, k, v, out, up and down."""
+        now = [settings.state]
+        for linear in self.linears:
+            weight = linear._parameters.get("weight")
+            if weight is None:  # another module; or a replica of DataParallel: looked at each time
+                weight = linear if type(linear) is not nn.Linear else object()
+            now += weight, linear._parameters.get("bias"), getattr(weight, "dtype", None)
+        known, products = self._made
+        if len(known) != len(now) or not all(map(is_, now, known)):
+            products = [
+                View(linear.weight, linear.bias, settings.packed.get(path))
+                if is_plain(linear) else Called(linear)
+                for path, linear in zip(self.paths, self.linears, strict=True)
+            ]  # fmt: skip
+            self._made = now, products
+            self._fused = None, None, None
+        return products
+
+    def fused(self, x, products, where):
+        """x [Wq; Wk; Wv]ᵀ + [bq; bk; bv], in one product: where the three lie together in memory,
+        and where nothing is learned of them by a copy that is kept until one of them is seen to
+        change: written to (but through ``.data``), replaced, put back into its place (peft merges
+        through ``.data``), or the layer moved or set to training or not. None where neither is so.
+        ``where``: of :func:`whereabouts`."""
+        tensors = [t for p in products[:3] for t in (p.weight, p.bias)] if where else ()
+        if not tensors or any(type(t) is not nn.Parameter for t in tensors):
+            return None
+        weights, biases = tensors[::2], tensors[1::2]
+        learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        if lie_together(weights):
+            as_one = Together.apply if learns else together
+            bias = as_one(*biases) if lie_together(biases) else torch.cat(biases)
+            return F.linear(x, as_one(*weights), bias)
+        if learns or any(t.is_inference() for t in tensors):
+            self._fused = None, None, None
+            return None
+        state = [where, *(n for t in tensors for n in (t._version, t.data_ptr(), t.requires_grad))]
+        known, weight, bias = self._fused
+        if known != state:
+            # Outside inference mode, for it is used in others; under autocast cast once.
+            with torch.inference_mode(False), torch.no_grad():
+                dtype = where[1] or weights[0].dtype
+                weight, bias = (torch.cat(list(ts)).to(dtype) for ts in (weights, biases))
+            self._fused = state, weight, bias
+            _notice_what_is_put_back(self)
+        return F.linear(x, weight, bias)
+
+
+_kept: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of a linear layer, its Parts
+
+
+def _notice_what_is_put_back(parts):
+    if not _kept:
+        _said_to_torch()
+    for linear in parts.linears[:3]:
+        _kept[linear] = weakref.ref(parts)
+
+
+@functools.cache
+def _said_to_torch():
+    """Once: torch tells of every module that becomes another's child."""
+
+    def put_back(parent, name, child):
+        if type(child) is nn.Linear and (found := _kept.get(child)) and (parts := found()):
+            parts._fused = None, None, None
+
+    nn.modules.module.register_module_module_registration_hook(put_back)
+
+
+def probability(dropout):
+    """Of (dropout, the module that says whether it drops)."""
+    return dropout[0].p if dropout is not None and dropout[1].training else 0.0
+
+
+def whereabouts(x, captured):
+    """(stream, dtype of autocast or None) of a call whose layers may keep copies of their weights;
+    None where they may not: what is traced or captured must see weights change."""
+    if captured or torch.compiler.is_compiling():
+        return None
+    device = x.device.type
+    stream = torch.cuda.current_stream(x.device).cuda_stream if device == "cuda" else 0
+    on = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return stream, torch.get_autocast_dtype(device) if on else None
+
+
+def lie_together(tensors):
+    """Whether tensors of one width follow one another in memory, as rows of one."""
+    first, end = tensors[0], tensors[0].data_ptr()
+    for t in tensors:
+        if (
+            t.data_ptr() != end
+            or not t.is_contiguous()
+            or t.dtype != first.dtype
+            or t.shape[1:] != first.shape[1:]
+            or t.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+        ):
+            return False
+        end += t.numel() * t.element_size()
+    return True
+
+
+def together(*tensors):
+    """A view of tensors that lie together."""
+    first, rows = tensors[0].detach(), sum(len(t) for t in tensors)
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
+
+
+class Together(torch.autograd.Function):
+    """:func:`together`; its gradient is theirs, side by side."""
+
+    @staticmethod
+    def forward(ctx, *tensors):
+        ctx.rows = [len(t) for t in tensors]
+        return together(*tensors)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.split(ctx.rows)
