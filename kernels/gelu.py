@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from bert_fast.devices import on_own_device
-from bert_fast.kernels.common import processors, summed
+from bert_fast.kernels.common import cdiv, power_of_2, processors, summed
 from bert_fast.kernels.launch import kernel
 
 ROOT_HALF = tl.constexpr(0.7071067811865476)
@@ -162,7 +162,7 @@ def _tile(x, num_bytes):
     """Rows and columns of a tile of about so many bytes, for four warps: each thread has the same
     columns of all its rows, so that the bias is read once and sums of columns need no exchange."""
     block = 2048 // x.element_size()
-    BLOCK = max(16, min(block, triton.next_power_of_2(x.shape[-1])))
+    BLOCK = max(16, min(block, power_of_2(x.shape[-1])))
     return max(1, min(32, num_bytes // (BLOCK * x.element_size()))), BLOCK
 
 
@@ -172,7 +172,7 @@ def gelu_forward(x, bias, approximate, out=None):
     rows = x.numel() // width
     if rows:
         ROWS, BLOCK = _tile(x, FORWARD_BYTES)
-        _forward[(triton.cdiv(rows, ROWS) * triton.cdiv(width, BLOCK),)](
+        _forward[(cdiv(rows, ROWS) * cdiv(width, BLOCK),)](
             x, x if bias is None else bias, out, rows, width, HAS_BIAS=bias is not None,
             TANH=approximate == "tanh", ROWS=ROWS, BLOCK=BLOCK, enable_fp_fusion=True,
         )  # fmt: skip
@@ -185,11 +185,11 @@ def gelu_backward(dout, x, bias, approximate):
     dx, width = torch.empty_like(x), x.shape[-1]
     rows = x.numel() // width
     ROWS, BLOCK = _tile(x, BACKWARD_BYTES)
-    columns = triton.cdiv(width, BLOCK)
+    columns = cdiv(width, BLOCK)
     # Each program's rows are its own sum: their order depends on the device and the width alone,
     # for programs without rows would add zeros.
-    programs = triton.cdiv(PROGRAMS * processors(x.device), columns)
-    programs = max(1, min(programs, triton.cdiv(rows, ROWS)))
+    programs = cdiv(PROGRAMS * processors(x.device), columns)
+    programs = max(1, min(programs, cdiv(rows, ROWS)))
     partials = None if bias is None else x.new_empty(1, programs, width, dtype=torch.float32)
     _backward[(columns, programs)](
         dout, x, x if bias is None else bias, dx, x if bias is None else partials, rows, width,

@@ -9,6 +9,7 @@ multiples of 16, constants, options, the device. Whatever is new or unusual goes
 
 import functools
 import inspect
+import itertools
 
 import torch
 import triton
@@ -17,6 +18,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 _RUN = JITFunction.run
+_numbers = itertools.count()  # of readers: keys of two are never equal
 # What a launch is in Triton 3.6 to 3.9. Where it is another, nothing here is used.
 _KNOWN = (
     "kernel.run(grid_0, grid_1, grid_2, stream, kernel.function, kernel.packed_metadata, "
@@ -47,7 +49,7 @@ def _as_known():
 
 
 def _is_idle(hook):
-    return hook is None or getattr(hook, "calls", True) == []
+    return hook is None or not getattr(hook, "calls", True)
 
 
 class Kernel(JITFunction):
@@ -56,13 +58,24 @@ class Kernel(JITFunction):
     def __init__(self, function, **options):
         super().__init__(function, **options)
         self._readers = {}  # number of arguments and names of constants -> _reader's
+        self._read = _unknown  # the latest of them
         self._compiled = {}  # device and key -> what a launch needs
 
     def __getitem__(self, grid):
         return functools.partial(self._launch, grid)
 
     def _launch(self, grid, *args, **constants):
-        key, given = self._read(args, constants)
+        runtime = knobs.runtime
+        if (
+            JITFunction.run is not _RUN  # somebody looks on
+            or self.pre_run_hooks
+            or not (_is_idle(runtime.launch_enter_hook) and _is_idle(runtime.launch_exit_hook))
+        ):
+            return self.run(*args, grid=grid, warmup=False, **constants)
+        try:
+            key, given = self._read(*args, **constants)
+        except (AttributeError, TypeError):  # of other names or types than when it was made
+            key, given = self._read_anew(args, constants)
         if key is None:
             return self.run(*args, grid=grid, warmup=False, **constants)
         active = driver.active
@@ -72,34 +85,27 @@ class Kernel(JITFunction):
         if found is None:
             compiled = self.run(*args, grid=grid, warmup=False, **constants)
             if _is_plain(compiled):
-                self._compiled[key] = compiled, compiled.run, compiled.function
+                launched = compiled, compiled.run, compiled.function, compiled.packed_metadata
+                self._compiled[key] = launched
             return compiled
-        compiled, run, function = found
+        compiled, run, function, metadata = found
         x, y, z = (*grid, 1, 1)[:3]
-        run(
-            x, y, z, active.get_current_stream(device), function, compiled.packed_metadata, None,
-            None, None, *given,
-        )  # fmt: skip
+        stream = active.get_current_stream(device)
+        run(x, y, z, stream, function, metadata, None, None, None, *given)
         return compiled
 
-    def _read(self, args, constants):
-        """A launch's key and its values; None and None for one that goes Triton's own way."""
-        runtime = knobs.runtime
-        if (
-            JITFunction.run is not _RUN  # somebody looks on
-            or self.pre_run_hooks
-            or not (_is_idle(runtime.launch_enter_hook) and _is_idle(runtime.launch_exit_hook))
-            or not _as_known()
-        ):
+    def _read_anew(self, args, constants):
+        """By a reader for arguments of this number and constants of these names."""
+        if not _as_known():
             return None, None
         kind = (len(args), *constants)
-        try:
-            read = self._readers[kind]
-        except KeyError:
+        read = self._readers.get(kind)
+        if read is None:
             read = self._readers[kind] = _reader(self, args, constants)
+        self._read = read
         try:
             return read(*args, **constants)
-        except (AttributeError, TypeError):  # of other types than when it was made
+        except (AttributeError, TypeError):
             return None, None
 
 
@@ -110,7 +116,7 @@ def _is_plain(compiled):
 
 
 def _unknown(*args, **constants):
-    return None, None
+    raise TypeError
 
 
 def _reader(kernel, args, constants):
@@ -156,7 +162,7 @@ def _reader(kernel, args, constants):
         *(f" _{name} = {name}.data_ptr()" for name in pointers),
         f" if ({wide}) >> 32: return None, None",
         f" aligned = (({anded}) & 15) and ({each},)",
-        f" return (aligned, {', '.join(key)}), ({', '.join(given)},)",
+        f" return ({next(_numbers)}, aligned, {', '.join(key)}), ({', '.join(given)},)",
     ]
     scope: dict = {}
     exec("\n".join(lines), scope)

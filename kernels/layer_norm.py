@@ -16,7 +16,15 @@ import triton
 import triton.language as tl
 
 from bert_fast.devices import on_own_device
-from bert_fast.kernels.common import keep_mask, processors, seed_or, summed, threshold
+from bert_fast.kernels.common import (
+    cdiv,
+    keep_mask,
+    power_of_2,
+    processors,
+    seed_or,
+    summed,
+    threshold,
+)
 from bert_fast.kernels.launch import kernel
 
 # Bytes of a tile in backward and its programs a multiprocessor: of the reads under way, which are
@@ -146,7 +154,7 @@ def _backward(
 def tile(width, elements):
     """Rows and columns of a program's tile, of about so many elements, and its warps. Not measured:
     what spills no register (`bert-fast inspect`)."""
-    block = max(16, triton.next_power_of_2(width))
+    block = max(16, power_of_2(width))
     return max(1, min(16, elements // block)), block, min(16, max(4, block // 256))
 
 
@@ -166,7 +174,7 @@ def layer_norm_forward(
     )
     ROWS, BLOCK, warps = tile(width, 8192 // x.element_size())
     if rows:
-        _forward[(triton.cdiv(rows, ROWS),)](
+        _forward[(cdiv(rows, ROWS),)](
             x, x if residual is None else residual, x if linear_bias is None else linear_bias,
             weight, bias, out, x if total is None else total, x if mean is None else mean,
             x if rstd is None else rstd, seed_or(seed, x), rows, width, eps, threshold(dropout_p),
@@ -189,7 +197,7 @@ def layer_norm_backward(dout, total, mean, rstd, weight, has_linear_bias, dropou
     ROWS, BLOCK, warps = tile(width, BACKWARD_BYTES // total.element_size())
     # Their number is the order of the sums: it depends on the device alone, for programs without
     # rows would add zeros.
-    programs = max(1, min(PROGRAMS * processors(total.device), triton.cdiv(rows, ROWS)))
+    programs = max(1, min(PROGRAMS * processors(total.device), cdiv(rows, ROWS)))
     sums = 3 if has_linear_bias else 2
     partials = total.new_empty(sums, programs, width, dtype=torch.float32)
     _backward[(programs,)](

@@ -104,7 +104,7 @@ def attention(
         )
         cu_seqlens_k, max_seqlen_k = cu_seqlens, max_seqlen_k or max_seqlen
     return _run_attention(
-        (q, k, v), (q, k, v), reference.attention, "attention", cu_seqlens, cu_seqlens_k,
+        (q, k, v), "attention", cu_seqlens, cu_seqlens_k,
         max_seqlen, max_seqlen_k, bias, softmax_scale, causal, dropout_p, seed, padded_tail,
         return_lse, backend, out, position_bias,
     )  # fmt: skip
@@ -135,23 +135,19 @@ def attention_qkv(
         qkv.ndim == 4 and qkv.shape[1] == 3,
         lambda: f"qkv must be (total_tokens, 3, num_heads, head_dim), not {shape_of(qkv)}",
     )
-
-    def eager(qkv, *options):
-        return reference.attention(*qkv.unbind(1), *options)
-
     return _run_attention(
-        (qkv,), qkv.unbind(1), eager, "attention_qkv", cu_seqlens, cu_seqlens, max_seqlen,
+        (qkv,), "attention_qkv", cu_seqlens, cu_seqlens, max_seqlen,
         max_seqlen, bias, softmax_scale, causal, dropout_p, seed, padded_tail, return_lse,
         backend, out, position_bias,
     )  # fmt: skip
 
 
 def _run_attention(
-    tensors, qkv, eager, op, cu_q, cu_k, max_q, max_k, bias, softmax_scale, causal, dropout_p,
+    tensors, op, cu_q, cu_k, max_q, max_k, bias, softmax_scale, causal, dropout_p,
     seed, padded_tail, return_lse, backend, out, position_bias,
 ):  # fmt: skip
-    q, k, v = qkv
-    _, num_heads, head_dim = q.shape
+    q, k = tensors[0], tensors[:2][-1]  # or both qkv: what is asked of them it has, too
+    num_heads, head_dim = q.shape[-2:]
     check(head_dim >= 1, "q must have a head_dim of at least 1")
     check(
         bias is None or bias.shape == (3, num_heads, head_dim),
@@ -183,21 +179,22 @@ def _run_attention(
         )
     needs_grad = needs_grad_of(*tensors, bias, position_bias)
     name = backends.choose("attention", q.device, q.dtype, needs_grad, backend, head_dim)
+    if out is not None or name == "eager":
+        tensors = tensors if len(tensors) > 1 else q.unbind(1)
     if out is not None:
-        check_out(out, q, needs_grad)
+        check_out(out, tensors[0], needs_grad)
     options = (cu_q, cu_k, max_q, max_k, bias, scale, causal, dropout_p, seed)
     if name == "eager":
         if bias is not None:
             bias = bias.to(q.dtype)
         if position_bias is not None:
             position_bias = position_bias.to(q.dtype)
-        result, lse = eager(*tensors, *options[:4], bias, *options[5:], position_bias)
+        result, lse = reference.attention(*tensors, *options[:4], bias, *options[5:], position_bias)
         if out is not None:
             result = out.copy_(result)
     elif out is not None:
-        q, k, v = map(rows_contiguous, (q, k, v))
         options = (*options, name, position_bias)
-        result, lse = _attention_forward(q, k, v, options, out=out)
+        result, lse = _attention_forward(*map(rows_contiguous, tensors), options, out=out)
     else:
         result, lse = call(op, needs_grad, *tensors, *options, name, position_bias)
     return (result, lse) if return_lse else result
@@ -240,7 +237,7 @@ def _attention(q, k, v, *options):
 
 @define(f"attention_qkv(Tensor qkv, {_ATTENTION_OPTIONS}) -> (Tensor, Tensor)")
 def _attention_qkv(qkv, *options):
-    return _attention(*rows_contiguous(qkv).unbind(1), *options)
+    return _attention_forward(*rows_contiguous(qkv).unbind(1), options)
 
 
 @define(

@@ -48,7 +48,7 @@ def check_same_dtype(first, **others):
 
 def check_vector(name, tensor, width):
     check(
-        tensor is None or tensor.shape == (width,),
+        tensor is None or shape_of(tensor) == (width,),
         lambda: f"{name} must have shape ({width},), not {shape_of(tensor)}",
     )
 

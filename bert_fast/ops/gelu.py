@@ -47,9 +47,16 @@ def gelu(
         BackendUnavailableError: the backend asked for cannot run this.
     """
     check_tensors(("x", x), bias=bias)
-    check(x.ndim >= 1 and x.shape[-1] >= 1, lambda: f"x must be (..., width), not {shape_of(x)}")
-    check_vector("bias", bias, x.shape[-1])
+    width = x.shape[-1:]
+    if not (width and width[0] >= 1 and (bias is None or bias.shape == width)):
+        check(x.ndim >= 1 and x.shape[-1] >= 1, f"x must be (..., width), not {shape_of(x)}")
+        check_vector("bias", bias, x.shape[-1])
     check_approximate(approximate)
+    return checked_gelu(x, bias, approximate, backend, out)
+
+
+def checked_gelu(x, bias, approximate, backend, out):
+    """:func:`gelu`, of arguments that fit."""
     needs_grad = needs_grad_of(x, bias)
     name = backends.choose("gelu", x.device, x.dtype, needs_grad, backend)
     if out is not None:

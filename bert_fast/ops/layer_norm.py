@@ -54,18 +54,24 @@ def layer_norm(
     """
     check_tensors(("x", x), weight=weight, bias=bias, residual=residual, linear_bias=linear_bias)
     x, residual = autocast(x, residual)
-    check(x.ndim >= 1 and x.shape[-1] >= 1, lambda: f"x must be (..., hidden), not {shape_of(x)}")
-    check_same_dtype(("x", x), residual=residual)
-    check_vector("weight", weight, x.shape[-1])
-    check_vector("bias", bias, x.shape[-1])
-    check_vector("linear_bias", linear_bias, x.shape[-1])
-    check(
-        residual is None or residual.shape == x.shape,
-        lambda: f"residual must have x's shape {shape_of(x)}, not {shape_of(residual)}",
-    )
+    shape, width = x.shape, x.shape[-1:]
+    if not (
+        width and width[0] >= 1 and weight.shape == width and bias.shape == width
+        and (linear_bias is None or linear_bias.shape == width)
+        and (residual is None or (residual.dtype == x.dtype and residual.shape == shape))
+    ):  # fmt: skip
+        check(x.ndim >= 1 and x.shape[-1] >= 1, f"x must be (..., hidden), not {shape_of(x)}")
+        check_same_dtype(("x", x), residual=residual)
+        check_vector("weight", weight, x.shape[-1])
+        check_vector("bias", bias, x.shape[-1])
+        check_vector("linear_bias", linear_bias, x.shape[-1])
+        check(
+            residual is None or residual.shape == x.shape,
+            lambda: f"residual must have x's shape {shape_of(x)}, not {shape_of(residual)}",
+        )
     seed = check_dropout(dropout_p, seed, x.device)
     needs_grad = needs_grad_of(x, weight, bias, residual, linear_bias)
-    name = backends.choose("layer_norm", x.device, x.dtype, needs_grad, backend, x.shape[-1])
+    name = backends.choose("layer_norm", x.device, x.dtype, needs_grad, backend, width[0])
     if out is not None:
         check_out(out, x, needs_grad)
     if name == "eager":

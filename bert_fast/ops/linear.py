@@ -16,7 +16,7 @@ from bert_fast.ops.checks import (
     check_vector,
     shape_of,
 )
-from bert_fast.ops.gelu import gelu
+from bert_fast.ops.gelu import checked_gelu
 from bert_fast.ops.library import (
     autocast,
     call,
@@ -53,13 +53,18 @@ def linear_gelu(
     """
     check_tensors(("x", x), weight=weight, bias=bias)
     x, weight = autocast(x, weight)
-    check(x.ndim >= 1 and x.shape[-1] >= 1, lambda: f"x must be (..., width), not {shape_of(x)}")
-    check_same_dtype(("x", x), weight=weight)
-    check(
-        weight.ndim == 2 and weight.shape[0] >= 1 and weight.shape[1] == x.shape[-1],
-        lambda: f"weight must be (out_width, {x.shape[-1]}), not {shape_of(weight)}",
-    )
-    check_vector("bias", bias, weight.shape[0])
+    width, shape = x.shape[-1:], weight.shape
+    if not (
+        width and width[0] >= 1 and x.dtype == weight.dtype and len(shape) == 2 and shape[0] >= 1
+        and shape[1] == width[0] and (bias is None or bias.shape == shape[:1])
+    ):  # fmt: skip
+        check(x.ndim >= 1 and x.shape[-1] >= 1, f"x must be (..., width), not {shape_of(x)}")
+        check_same_dtype(("x", x), weight=weight)
+        check(
+            weight.ndim == 2 and weight.shape[0] >= 1 and weight.shape[1] == x.shape[-1],
+            f"weight must be (out_width, {x.shape[-1]}), not {shape_of(weight)}",
+        )
+        check_vector("bias", bias, weight.shape[0])
     check_approximate(approximate)
     needs_grad = needs_grad_of(x, weight, bias)
     name = backends.choose("linear_gelu", x.device, x.dtype, needs_grad, backend)
@@ -71,11 +76,9 @@ def linear_gelu(
         result, _ = call("linear_gelu", needs_grad, *args)
         return result if out is None else out.copy_(result)
     if out is None:
-        return gelu(F.linear(x, weight), bias, approximate=approximate, backend=backend)
+        return checked_gelu(F.linear(x, weight), bias, approximate, backend, None)
     product = torch.mm(x.reshape(-1, x.shape[-1]), weight.t(), out=out.view(-1, weight.shape[0]))
-    return gelu(product, bias, approximate=approximate, backend=backend, out=product).view(
-        out.shape
-    )
+    return checked_gelu(product, bias, approximate, backend, product).view(out.shape)
 
 
 def pack_weight(weight, precision="float32", x_factor=None):
