@@ -97,9 +97,6 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float normal_cdf(float x) { return 0.5f * erfcf(x * -0.70710678f); }
-inline uint32_t multiply_high(uint32_t a, uint32_t b) {
-  return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32);
-}
 template <class P>
 void check_pack(const void* address) { host::check_aligned(address, sizeof(P)); }
 
@@ -210,7 +207,6 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 __device__ __forceinline__ float normal_cdf(float x) { return normcdff(x); }
-__device__ __forceinline__ uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 template <class P>
 __device__ __forceinline__ void check_pack(const void*) {}
 
@@ -264,20 +260,47 @@ struct Words {
   uint32_t w[4];
 };
 
-// Philox4x32-10, see ../philox.h.
-__device__ __forceinline__ Words philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2,
+// Philox4x32-10, see ../philox.h: its rounds' keys, and a draw by them. Kernels that draw again and
+// again keep the keys in registers.
+struct PhiloxKeys {
+  uint32_t words[2 * kPhiloxRounds];
+};
+
+__device__ __forceinline__ PhiloxKeys philox_keys(uint64_t seed) {
+  PhiloxKeys keys;
+#pragma unroll
+  for (int i = 0; i < kPhiloxRounds; ++i) {
+    keys.words[2 * i] = static_cast<uint32_t>(seed) + i * kPhiloxW0;
+    keys.words[2 * i + 1] = static_cast<uint32_t>(seed >> 32) + i * kPhiloxW1;
+  }
+  return keys;
+}
+
+__device__ __forceinline__ Words philox(const PhiloxKeys& keys, uint32_t c0, uint32_t c1, uint32_t c2,
                                         uint32_t c3) {
-  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
 #pragma unroll
   for (int i = 0; i < kPhiloxRounds; ++i) {
     // One product of 64 bits, which nvcc does not make of its halves.
     const uint64_t first = static_cast<uint64_t>(kPhiloxM0) * c0;
     const uint64_t second = static_cast<uint64_t>(kPhiloxM1) * c2;
-    c0 = static_cast<uint32_t>(second >> 32) ^ c1 ^ key0, c1 = static_cast<uint32_t>(second);
-    c2 = static_cast<uint32_t>(first >> 32) ^ c3 ^ key1, c3 = static_cast<uint32_t>(first);
-    key0 += kPhiloxW0, key1 += kPhiloxW1;
+    c0 = static_cast<uint32_t>(second >> 32) ^ c1 ^ keys.words[2 * i];
+    c1 = static_cast<uint32_t>(second);
+    c2 = static_cast<uint32_t>(first >> 32) ^ c3 ^ keys.words[2 * i + 1];
+    c3 = static_cast<uint32_t>(first);
   }
   return {{c0, c1, c2, c3}};
+}
+
+__device__ __forceinline__ Words philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2,
+                                        uint32_t c3) {
+  return philox(philox_keys(seed), c0, c1, c2, c3);
+}
+
+// The same, of a value that nvcc then keeps in its register rather than find it anew.
+__device__ __forceinline__ void keep(uint32_t& value) {
+#ifndef BERT_FAST_HOST
+  asm volatile("" : "+r"(value));
+#endif
 }
 
 struct Dropout {
