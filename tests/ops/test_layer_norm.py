@@ -98,7 +98,12 @@ def test_each_parameter_has_a_dtype_of_its_own(backend, dtype, width):
 
     wanted = run(weight.float(), bias.float(), linear_bias.float())
     full, low = torch.Tensor.float, lambda parameter: parameter
-    for casts in [(low, low, low), (full, low, shifted), (low, shifted, full), (shifted, full, low)]:
+    for casts in [
+        (low, low, low),
+        (full, low, shifted),
+        (low, shifted, full),
+        (shifted, full, low),
+    ]:
         parameters = [c(p) for c, p in zip(casts, (weight, bias, linear_bias), strict=True)]
         for found, right in zip(run(*parameters), wanted, strict=True):
             if any(cast is shifted for cast in casts) and backend == "cuda":  # sums in other orders
