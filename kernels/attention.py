@@ -145,6 +145,8 @@ def _backward_q(
     if first >= q_length:
         return
     k_begin, k_length = span(cu_k, sequence, batch)
+    if KEEPS == "stored":
+        tl.device_assert(k_length <= 8 * keep_width, "max_seqlen is below the longest sequence")
     queries = load_rows(q, q_begin, first, q_length, q_stride, q_head, bias, 0, heads, HAS_BIAS,
                         HEAD_DIM, BLOCK_D, BLOCK_M, True)  # fmt: skip
     douts = load_rows(dout, q_begin, first, q_length, dout_stride, dout_head, bias, 0, heads, False,
@@ -379,6 +381,7 @@ def attention_backward(
             *inputs, out, lse, work, keeps, dq, cu_q, cu_k, seed, *_strides(dout, q, k, v, out, dq),
             batch, total_q, width, *numbers, **common, KEEPS=keeps_q, BLOCK_M=BLOCK_M,
             BLOCK_N=BLOCK_N, num_warps=warps, num_stages=stages, maxnreg=registers(warps),
+            debug=True, sanitize_overflow=False,
         )  # fmt: skip
 
     def launch_kv(chosen):

@@ -191,6 +191,35 @@ def test_a_max_seqlen_that_is_too_small(backend, asserting):
         assert not bf16
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_a_max_seqlen_that_is_too_small_for_backward(asserting, dropout_p):
+    """As above: short sequences are one tile in Triton, and what dropout keeps has room for so many
+    keys."""
+    if not TRITON or HAS_GPU:
+        pytest.skip("Triton's interpreter is not here")
+    cu, stopped = cu_seqlens([300, 7]), []
+    q, k, v, dout = torch.randn(4, 307, 1, 16).bfloat16()
+    module, seed = backends.module("triton"), torch.tensor([5])
+    rest = None, 0.25, False, dropout_p, seed if dropout_p else None
+    out, lse = module.attention_forward(q, k, v, cu, cu, 300, 300, *rest)
+
+    def run(said):
+        grads = [torch.empty_like(q) for _ in range(3)]
+        module.attention_backward(dout, q, k, v, out, lse, cu, cu, said, said, *rest, *grads)
+        return grads
+
+    wanted = run(300)
+    for said in (7, 128, 129, 256, 257):
+        try:
+            found = run(said)
+        except Exception as error:
+            stopped.append((said, f"{error} {error.__cause__}"))
+        else:
+            assert all(map(torch.equal, found, wanted))
+    assert [said for said, _ in stopped] == ([7, 128, 129, 256] if dropout_p else [7, 128])
+    assert all(TOO_SMALL in message for _, message in stopped)
+
+
 STOPPED = """
 import sys
 import torch

@@ -178,14 +178,43 @@ def test_out_is_written_in_full(backend):
     torch.testing.assert_close(out, ops.attention_qkv(qkv, cu), rtol=1e-6, atol=1e-6)
 
 
-def test_padded_tail_is_zero_forward_and_backward(backend):
-    qkv = torch.randn(20, 3, 2, 16, requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_padded_tail_is_zero_forward_and_backward(backend, dtype):
+    qkv = torch.randn(60, 3, 2, 16, dtype=dtype, requires_grad=True)
     out = ops.attention_qkv(qkv, cu_seqlens([4, 9]), padded_tail=True)
     assert out[13:].eq(0).all()
     (dqkv,) = torch.autograd.grad(out.sum(), qkv)
     assert dqkv[13:].eq(0).all()
     alone = ops.attention_qkv(qkv[:13], cu_seqlens([4, 9]))
     torch.testing.assert_close(out[:13], alone)
+    torch.testing.assert_close(dqkv[:13], torch.autograd.grad(alone.sum(), qkv)[0][:13])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True, "dropout_p": 0.25, "seed": SEED}], ids=str
+)
+def test_short_sequences_and_keys_of_another_number(backend, gradients, options):
+    """In 16 bits, where kernels have schedules of their own: no queries, no keys, one of each."""
+    q_lengths, k_lengths = [40, 0, 9, 1, 100, 33], [64, 5, 0, 1, 70, 128]
+    q, k, v = (
+        torch.randn(sum(n), 2, 32, dtype=torch.float64).bfloat16().double()
+        for n in (q_lengths, k_lengths, k_lengths)
+    )
+    dout = torch.randn_like(q).bfloat16().double()
+
+    def run(q, k, v, backend=None):
+        cu = cu_seqlens(q_lengths), cu_seqlens(k_lengths)
+        return ops.attention(q, k, v, *cu, backend=backend, **options)
+
+    def eager(*qkv):
+        return run(*qkv, "eager")
+
+    assert_within(
+        gradients(run, (q, k, v), dout, torch.bfloat16),
+        gradients(eager, (q, k, v), dout, torch.bfloat16),
+        gradients(eager, (q, k, v), dout, torch.float64),
+        name="out, dq, dk, dv",
+    )
 
 
 def test_nan_and_large_scores_are_not_hidden(backend):
