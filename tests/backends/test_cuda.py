@@ -21,6 +21,7 @@ from conftest import NO_CUDA_HOST, assert_within, cu_seqlens
 
 import bert_fast
 from bert_fast import _C, ops
+from bert_fast.inspect.sass import OPCODE
 
 ROOT = Path(__file__).resolve().parents[2]
 NVCC = shutil.which("nvcc")
@@ -329,6 +330,8 @@ def test_compiles_without_spills(file, arch, tmp_path):
     if not tool:
         pytest.skip("no cuobjdump, of CUDA's or of Triton's, to read instructions with")
     sass = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    if file in ("gelu", "layer_norm") and arch == "90a":
+        check_lean(sass)
     if file.startswith("attention_mma"):
         assert sass.count("HMMA") > 1000
         assert arch == "75" or "LDGSTS" in sass  # cp.async
@@ -342,6 +345,19 @@ def test_compiles_without_spills(file, arch, tmp_path):
         assert wide.removesuffix(".128") in sass
         assert ".128" in sass
         assert "STG.E.128" in sass
+
+
+def check_lean(sass):
+    """Of bf16's kernels: few instructions an element in exact GELU (a thread of forward has 64,
+    one of backward 32 at a time), no narrow loads of layer-norm's parameters."""
+    kernels = [part.partition("\n") for part in sass.split("Function : ")[1:]]
+    code = {name: OPCODE.findall(body) for name, _, body in kernels}
+    gelu = {name: len(ops) for name, ops in code.items() if "bfloat16Li8ELNS_4GeluE0" in name}
+    for name, count in gelu.items():
+        assert count <= (20 * 64 if "7forward" in name else 27 * 32), name
+    norm = [ops for name, ops in code.items() if "7forwardI13__nv_bfloat16Li8ELi32" in name]
+    assert len(gelu) == 2 or len(norm) == 1
+    assert not any(op in ("LDG.E", "LDG.E.U16") for ops in norm for op in ops)
 
 
 @pytest.mark.skipif(_C.cuda_archs is None, reason="needs an extension built with nvcc")
