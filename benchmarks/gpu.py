@@ -1,68 +1,89 @@
 """make gpu: what only a GPU can show, in one command, offline, within a time limit.
 
-Builds the extension for this GPU (or uses one that was carried here), then runs the parts in order,
-each in a process of its own that is stopped when time is up. Whatever a part has written by then
-stays: every file in the output folder is complete or ends at a whole line.
+Builds the extension for this GPU (or uses one that was carried here), then runs the parts: first
+what checks, side by side, then what measures, one after another. Each is a process of its own that
+is stopped when time is up. Whatever a part has written by then stays: every file in the output
+folder is complete or ends at a whole line.
 
-    make gpu OUT=DIR [PARTS="test op model layer train sweep sanitize"] [LIMIT=540]
+    make gpu OUT=DIR [PARTS="test memcheck model op rows layer train sweep ..."] [LIMIT=540]
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+CHECKS = ("test", *SANITIZER_TOOLS)  # they run side by side; what measures has the machine alone
+CHECKS_LIMIT = 0.45  # of the time
+PATIENCE = 5  # seconds, with what was asked to end
+GPU_TESTS = ("tests/ops", "tests/models", "tests/backends", "tests/bench", "tests/embeddings",
+             "tests/hugging_face", "tests/training")  # fmt: skip
 
 
 def parts(out):
-    """Name -> commands, in the order of their worth. Each command's output goes to NAME.log."""
+    """Name -> command: checks, then measurements in the order of their worth. Each command's output
+    goes to NAME.log."""
     python = sys.executable
     bench = [python, "-m", "bert_fast.cli", "bench"]
+    compiled = ["torch.compile default", "torch.compile reduce-overhead"]
     options = {
-        "op": ["--seconds", "2"],
-        "model": ["--seconds", "3", "--peers", "HF", "torch.compile default"],
-        "layer": ["--seconds", "2"],
-        "train": ["--seconds", "4", "--peers", "HF", "torch.compile default"],
-        "sweep": ["seqlen", "--seconds", "1"],
-    }
-    tests = [python, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"]
-    measured = {
-        level: [[*bench, level, *some, "--device", "cuda", "--json", str(out / f"{level}.json"),
-                 "--plot", str(out / f"{level}.png")]]
-        for level, some in options.items()
+        "model": ["model", "--seconds", "2", "--peers", "HF sdpa", *compiled],
+        "op": ["op", "--ops", "attention", "--models", "bert-base", "--seqlen", "128", "512",
+               "2048", "--seconds", "1", "--peers", "SDPA", "flash"],
+        "rows": ["op", "--ops", "layer_norm", "gelu", "linear_gelu", "--seconds", "1",
+                 "--peers", "torch.nn.functional", "torch.compile default"],
+        "train": ["train", "--seconds", "3", "--peers", "HF sdpa", "torch.compile default"],
+        "layer": ["layer", "--seconds", "1", "--peers", "HF sdpa", "TransformerEncoderLayer"],
+        "sweep": ["sweep", "seqlen", "--seconds", "1"],
     }  # fmt: skip
-    checked = ["-k", "cuda-gpu and forward_and_backward", "tests"]
-    sanitized = [
-        ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *tests, *checked]
+    measured = {
+        name: [*bench, *some, "--device", "cuda", "--json", str(out / f"{name}.json"),
+               "--plot", str(out / f"{name}.png")]
+        for name, some in options.items()
+    }  # fmt: skip
+    tests = [python, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"]
+    # Most of a test's time is Triton's compiler, on one core.
+    workers = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    sanitized = {
+        tool: ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *tests,
+               "-k", "cuda-gpu and forward_and_backward and bfloat16", "tests/ops"]
         for tool in SANITIZER_TOOLS
-    ]
-    return {"test": [[*tests, "-v"]], **measured, "sanitize": sanitized}
+    }  # fmt: skip
+    return {"test": [*tests, *workers, "--tb=short", *GPU_TESTS], **sanitized, **measured}
 
 
 def run_parts(chosen, commands, out, limit):
     """Runs the chosen parts; returns name -> "ok", "failed", "out of time" or "not started", which
     summary.json also says, after every part."""
-    end, status = time.monotonic() + limit, dict.fromkeys(chosen, "not started")
-    for name in chosen:
-        for command in commands[name]:
-            if time.monotonic() >= end:
-                break
-            status[name] = _run(command, out / f"{name}.log", end - time.monotonic())
-            if status[name] != "ok":
-                break
-        (out / "summary.json").write_text(json.dumps(status, indent=1) + "\n", encoding="utf-8")
-        print(f"{name}: {status[name]}", flush=True)
+    begin, status = time.monotonic(), dict.fromkeys(chosen, "not started")
+    measurements = [name for name in chosen if name not in CHECKS]
+
+    def run(name):
+        share = CHECKS_LIMIT if name in CHECKS and measurements else 1.0
+        left = begin + share * limit - time.monotonic()
+        if left > 0:
+            status[name] = _run(commands[name], out / f"{name}.log", left)
+            summary = json.dumps(dict(status), indent=1) + "\n"
+            (out / "summary.json").write_text(summary, encoding="utf-8")
+        print(f"{name}: {status[name]}, {time.monotonic() - begin:.0f} s", flush=True)
+
+    with ThreadPoolExecutor(len(CHECKS)) as pool:
+        list(pool.map(run, [name for name in chosen if name in CHECKS]))
+    for name in measurements:
+        run(name)
     return status
 
 
 def _run(command, log, seconds):
-    with open(log, "a", encoding="utf-8") as file:
+    with open(log, "w", encoding="utf-8") as file:
         print(f"$ {' '.join(command)}", file=file, flush=True)
         try:
             # A session of its own, so that at the limit its children end with it.
@@ -76,8 +97,12 @@ def _run(command, log, seconds):
         try:
             return "ok" if process.wait(timeout=seconds) == 0 else "failed"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            os.killpg(process.pid, signal.SIGINT)  # pytest then says what it has found
+            try:
+                process.wait(timeout=PATIENCE)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
             return "out of time"
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import threading
 
 import torch
 from torch import Tensor
@@ -21,26 +22,41 @@ def on_own_device(backend):
         @functools.wraps(function)
         def run(*args, **options):
             device = args[0].device
-            if device.type != "cuda":
+            index = device.index  # None: no GPU
+            if index is None:
                 return function(*args, **options)
-            with torch.cuda.device(device):
-                try:
+            try:
+                if _is_current(index):
                     return function(*args, **options)
-                except Exception as error:
-                    if not _of_triton(error):
-                        raise
-                    given = inspect.signature(function).bind(*args, **options).arguments
-                    shapes = ", ".join(
-                        f"{name} {tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}"
-                        for name, t in given.items() if isinstance(t, Tensor)
-                    )  # fmt: skip
-                    raise RuntimeError(
-                        f"{backend}_{function.__name__} ({shapes}) on {device}: {error}"
-                    ) from error
+                with torch.cuda.device(device):
+                    return function(*args, **options)
+            except Exception as error:
+                if not _of_triton(error):
+                    raise
+                given = inspect.signature(function).bind(*args, **options).arguments
+                shapes = ", ".join(
+                    f"{name} {tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}"
+                    for name, t in given.items() if isinstance(t, Tensor)
+                )  # fmt: skip
+                raise RuntimeError(
+                    f"{backend}_{function.__name__} ({shapes}) on {device}: {error}"
+                ) from error
 
         return run
 
     return decorate
+
+
+_threads = threading.local()
+
+
+def _is_current(index):
+    """Whether that GPU is this thread's current one, with a context. A thread's first call says no:
+    the context manager gives it one."""
+    if index in getattr(_threads, "seen", ()):
+        return torch.cuda.current_device() == index
+    _threads.seen = {*getattr(_threads, "seen", ()), index}
+    return False
 
 
 def _of_triton(error):

@@ -47,9 +47,10 @@ from bert_fast.kernels.common import (
     seed_or,
     threshold,
 )
+from bert_fast.kernels.launch import kernel
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@kernel(do_not_specialize=COUNTS)
 def _forward(
     q, k, v,  # (total, heads, head_dim), any strides but the last
     bias,  # (3, heads, head_dim)
@@ -128,7 +129,7 @@ def _forward(
     tl.store(lse + head.to(tl.int64) * total_q + q_begin + row, log, row < q_length)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@kernel(do_not_specialize=COUNTS)
 def _delta(
     dout, out,  # (total_q, heads, head_dim)
     delta,  # (heads, total_q) float32
@@ -148,7 +149,7 @@ def _delta(
     tl.store(at + row, total, row < left)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@kernel(do_not_specialize=COUNTS)
 def _backward_q(
     dout, q, k, v, bias, table, lse, delta, dq, cu_q, cu_k, seed,
     dout_stride, dout_head, q_stride, q_head, k_stride, k_head, v_stride, v_head, dq_stride,
@@ -199,7 +200,7 @@ def _backward_q(
     store_rows(dq, total * scale, q_begin, row, q_length, dq_stride, dq_head, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=COUNTS)
+@kernel(do_not_specialize=COUNTS)
 def _backward_kv(
     dout, q, k, v, bias, table, lse, delta, dk, dv, cu_q, cu_k, seed,
     dout_stride, dout_head, q_stride, q_head, k_stride, k_head, v_stride, v_head, dk_stride,

@@ -17,9 +17,10 @@ from bert_fast.kernels.attention_tiles import (
     statistics,
 )
 from bert_fast.kernels.common import dot, keep_mask, processors, summed
+from bert_fast.kernels.launch import kernel
 
 
-@triton.jit(do_not_specialize=[*COUNTS, "cols"])
+@kernel(do_not_specialize=[*COUNTS, "cols"])
 def _backward(
     dout, q, k, v, bias, table, lse, delta,
     dtable,  # (chunks, heads, table_rows, cols) float32

@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from bert_fast.kernels.launch import kernel
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, for tests
 
 MULTIPLIER_0, MULTIPLIER_1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
@@ -47,31 +49,59 @@ def keep_mask(seed, cut, rows, group, c2, c3, ROWS: tl.constexpr, GROUPS: tl.con
     return words.to(tl.int64) >= cut
 
 
-@triton.jit(do_not_specialize=["count"])
-def sum_partials(partials, out, count, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """out[c] = sum over count of partials[count, c], always in the same order.
-
-    partials: (count, width) float32; out: (width,) float32. Grid: blocks of columns.
-    """
+@kernel(do_not_specialize=["count"])
+def sum_partials(
+    partials,  # (sums, count, width) float32
+    out0, out1, out2,  # (width,) float32, one a sum
+    count, width,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out[c] = sum over count of partials[count, c], always in the same order, for up to three sums
+    of a kind. Grid: (blocks of columns, sums)."""
+    number = tl.program_id(1)
     col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    first = partials + number.to(tl.int64) * count * width
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     for begin in range(0, count, ROWS):
         row = begin + tl.arange(0, ROWS)
         inside = (row < count)[:, None] & (col < width)[None, :]
-        total += tl.load(partials + row.to(tl.int64)[:, None] * width + col[None, :], inside, 0.0)
-    tl.store(out + col, tl.sum(total, 0), col < width)
+        total += tl.load(first + row.to(tl.int64)[:, None] * width + col[None, :], inside, 0.0)
+    found = tl.sum(total, 0)
+    if number == 0:
+        tl.store(out0 + col, found, col < width)
+    elif number == 1:
+        tl.store(out1 + col, found, col < width)
+    else:
+        tl.store(out2 + col, found, col < width)
 
 
 def summed(partials, out=None):
-    """The column sums of a (count, width) float32 tensor, by one kernel, in a fixed order."""
-    count, width = partials.shape
+    """The column sums of a (count, width) float32 tensor, or those of each part of a (sums, count,
+    width) one, as a list of up to three: by one kernel, in a fixed order."""
+    *sums, count, width = partials.shape
     if out is None:
-        out = torch.empty(width, dtype=torch.float32, device=partials.device)
+        outs = [partials.new_empty(width) for _ in range(sums[0] if sums else 1)]
+    else:
+        outs = [out]
     if width:
-        sum_partials[(triton.cdiv(width, 64),)](
-            partials, out, count, width, ROWS=32, BLOCK=64, enable_fp_fusion=True
-        )
-    return out
+        # Narrow sums have few programs: many rows at once, or these would wait for each in turn.
+        ROWS, BLOCK, warps = (256, 16, 8) if width <= 65536 else (4, 512, 4)
+        sum_partials[(cdiv(width, BLOCK), len(outs))](
+            partials, outs[0], outs[min(1, len(outs) - 1)], outs[-1], count, width, ROWS=ROWS,
+            BLOCK=BLOCK, num_warps=warps, enable_fp_fusion=True,
+        )  # fmt: skip
+    return outs if sums else outs[0]
+
+
+def cdiv(a, b):
+    """a / b rounded up. Triton's own may be called in kernels, too, for which it takes 2 us."""
+    return -(-a // b)
+
+
+def power_of_2(n):
+    """The least that is not below n, at least 1."""
+    return 1 << max(n - 1, 0).bit_length()
 
 
 @functools.cache

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 
 from bert_fast.devices import on_own_device
+from bert_fast.kernels.common import cdiv
+from bert_fast.kernels.launch import kernel
 from bert_fast.kernels.layer_norm import normalise, tile
 
 
@@ -22,7 +24,7 @@ def _row_of(table, ids, row, rows, col, width, size):
     return tl.load(table + i[:, None] * width + col[None, :], inside, 0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel(do_not_specialize=["rows"])
 def _forward(
     input_ids, position_ids, token_type_ids,  # (rows,) int32 or int64
     word,  # (vocab_size, width)
@@ -65,7 +67,7 @@ def embedding_forward(
     mean, rstd = (word.new_empty(rows, dtype=torch.float32) if training else None for _ in range(2))
     ROWS, BLOCK, warps = tile(width, 4096 // word.element_size())
     if rows:
-        _forward[(triton.cdiv(rows, ROWS),)](
+        _forward[(cdiv(rows, ROWS),)](
             input_ids, position_ids, input_ids if token_type_ids is None else token_type_ids, word,
             position, token_type, weight, bias, out, *(out if t is None else t for t in
             (total, mean, rstd)), rows, width, word.shape[0], position.shape[0],

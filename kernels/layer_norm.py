@@ -16,8 +16,20 @@ import triton
 import triton.language as tl
 
 from bert_fast.devices import on_own_device
-from bert_fast.kernels.common import keep_mask, processors, seed_or, summed, threshold
+from bert_fast.kernels.common import (
+    cdiv,
+    keep_mask,
+    power_of_2,
+    processors,
+    seed_or,
+    summed,
+    threshold,
+)
+from bert_fast.kernels.launch import kernel
 
+# Bytes of a tile in backward and its programs a multiprocessor: of the reads under way, which are
+# two tiles a program, an H100 wants some 16 KB a multiprocessor. Not measured.
+BACKWARD_BYTES, PROGRAMS = 4096, 4
 STREAM = tl.constexpr(0xFFFFFFFF)  # dropout's fourth counter word: no attention's sequence
 
 
@@ -39,7 +51,7 @@ def normalise(s, weight, bias, out, mean, rstd, row, col, rows, width, eps, SAVE
     tl.store(out + at, y.to(out.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=["rows", "cut"])
+@kernel(do_not_specialize=["rows", "cut"])
 def _forward(
     x,  # (rows, width)
     residual,  # (rows, width)
@@ -82,7 +94,7 @@ def _forward(
     normalise(s, weight, bias, out, mean, rstd, row, col, rows, width, eps, SAVE_STATISTICS)
 
 
-@triton.jit(do_not_specialize=["rows", "cut"])
+@kernel(do_not_specialize=["rows", "cut"])
 def _backward(
     dout,  # (rows, width)
     total,  # (rows, width)
@@ -117,9 +129,12 @@ def _backward(
         dy = tl.load(dout + at, inside, 0.0).to(tl.float32)
         center = tl.load(mean + row, row < rows, 0.0)[:, None]
         inverse = tl.load(rstd + row, row < rows, 0.0)[:, None]
-        xhat = tl.where(inside, (s - center) * inverse, 0.0)
+        # Outside of the rows rstd is 0, outside of the columns dout: neither adds to any sum.
+        xhat = (s - center) * inverse
         g = dy * gain
-        ds = inverse * (g - (tl.sum(g, 1)[:, None] + xhat * tl.sum(g * xhat, 1)[:, None]) / width)
+        mean_g = tl.sum(g, 1)[:, None] / width
+        mean_g_xhat = tl.sum(g * xhat, 1)[:, None] / width
+        ds = g * inverse - mean_g * inverse - xhat * (mean_g_xhat * inverse)
         tl.store(dresidual + at, ds.to(dresidual.dtype.element_ty), inside)
         if DROPOUT:
             keep = keep_mask(tl.load(seed), cut, row, 0, 0, STREAM, ROWS, BLOCK // 4)
@@ -128,7 +143,7 @@ def _backward(
         dweight += tl.sum(dy * xhat, 0)
         dbias += tl.sum(dy, 0)
         if HAS_LINEAR_BIAS:
-            dlinear_bias += tl.sum(tl.where(inside, ds, 0.0), 0)
+            dlinear_bias += tl.sum(ds, 0)
     at = partials + program * width + col
     tl.store(at, dweight, col < width)
     tl.store(at + programs * width, dbias, col < width)
@@ -139,7 +154,7 @@ def _backward(
 def tile(width, elements):
     """Rows and columns of a program's tile, of about so many elements, and its warps. Not measured:
     what spills no register (`bert-fast inspect`)."""
-    block = max(16, triton.next_power_of_2(width))
+    block = max(16, power_of_2(width))
     return max(1, min(16, elements // block)), block, min(16, max(4, block // 256))
 
 
@@ -159,7 +174,7 @@ def layer_norm_forward(
     )
     ROWS, BLOCK, warps = tile(width, 8192 // x.element_size())
     if rows:
-        _forward[(triton.cdiv(rows, ROWS),)](
+        _forward[(cdiv(rows, ROWS),)](
             x, x if residual is None else residual, x if linear_bias is None else linear_bias,
             weight, bias, out, x if total is None else total, x if mean is None else mean,
             x if rstd is None else rstd, seed_or(seed, x), rows, width, eps, threshold(dropout_p),
@@ -179,15 +194,17 @@ def layer_norm_backward(dout, total, mean, rstd, weight, has_linear_bias, dropou
     rows = total.numel() // width
     dresidual = torch.empty_like(total)
     dx = torch.empty_like(total) if dropout_p > 0 else None
-    ROWS, BLOCK, warps = tile(width, 4096 // total.element_size())
-    programs = processors(total.device)  # it alone sets the order of the sums
+    ROWS, BLOCK, warps = tile(width, BACKWARD_BYTES // total.element_size())
+    # Their number is the order of the sums: it depends on the device alone, for programs without
+    # rows would add zeros.
+    programs = max(1, min(PROGRAMS * processors(total.device), cdiv(rows, ROWS)))
     sums = 3 if has_linear_bias else 2
-    partials = torch.empty(sums, programs, width, dtype=torch.float32, device=total.device)
+    partials = total.new_empty(sums, programs, width, dtype=torch.float32)
     _backward[(programs,)](
         dout, total, mean, rstd, weight, dresidual, dresidual if dx is None else dx, partials,
         seed_or(seed, total), rows, width, threshold(dropout_p), 1.0 / (1.0 - dropout_p),
         HAS_LINEAR_BIAS=has_linear_bias, DROPOUT=dropout_p > 0, ROWS=ROWS, BLOCK=BLOCK,
         num_warps=warps, enable_fp_fusion=True,
     )  # fmt: skip
-    dweight, dbias, *rest = (summed(partial) for partial in partials)
+    dweight, dbias, *rest = summed(partials)
     return dx, dresidual, dweight, dbias, rest[0] if rest else None

@@ -22,8 +22,18 @@ import triton.language as tl
 
 from bert_fast.devices import on_own_device
 from bert_fast.kernels import tuning
-from bert_fast.kernels.common import INTERPRETED, capability, dot, precision, processors, summed
+from bert_fast.kernels.common import (
+    INTERPRETED,
+    capability,
+    cdiv,
+    dot,
+    power_of_2,
+    precision,
+    processors,
+    summed,
+)
 from bert_fast.kernels.gelu import gelu, gelu_gradient
+from bert_fast.kernels.launch import kernel
 
 GROUP = tl.constexpr(8)
 
@@ -60,7 +70,7 @@ def _store(a, x, row, col, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr, T
         tl.store(a + at, x.to(a.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel(do_not_specialize=["rows"])
 def _forward(
     x,  # (rows, width)
     weight,  # (out_width, width)
@@ -97,10 +107,10 @@ def _forward(
             if HAS_BIAS:
                 c = at + tl.arange(0, HALF)
                 u += tl.load(bias + c, c < out_width, 0.0).to(tl.float32)[None, :]
-            _store(out, gelu(u, TANH), row, at, rows, out_width, BLOCK_M, HALF, TMA)
+            _store(out, gelu(u, TANH, tl.float32), row, at, rows, out_width, BLOCK_M, HALF, TMA)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel(do_not_specialize=["rows"])
 def _backward(
     dout, product,  # (rows, out_width)
     bias,  # (out_width,)
@@ -129,7 +139,7 @@ def _backward(
             c = k + tl.arange(0, BLOCK_K)
             if HAS_BIAS:
                 u += tl.load(bias + c, c < out_width, 0.0).to(tl.float32)[None, :]
-            dz = dy.to(tl.float32) * gelu_gradient(u, TANH)
+            dz = dy.to(tl.float32) * gelu_gradient(u, TANH, tl.float32)
             if col_tile == 0:
                 _store(dproduct, dz, row, k, rows, out_width, BLOCK_M, BLOCK_K, TMA)
                 if HAS_BIAS:
@@ -185,7 +195,7 @@ def _described(tma, *blocks):
 def _search(x, weight, bias, *flags):
     """What BERT_FAST_AUTOTUNE needs: what the fastest settings depend on (rows by powers of two),
     and those it tries beside the table."""
-    kind = x.dtype, triton.next_power_of_2(len(x)), *weight.shape, bias is not None, *flags
+    kind = x.dtype, power_of_2(len(x)), *weight.shape, bias is not None, *flags
     blocks = [(128, 256, 8), (128, 128, 8), (128, 128, 4), (64, 128, 4), (64, 64, 4)]
     return kind, [
         (M, N, K, warps, stages) for M, N, warps in blocks for K in (32, 64) for stages in (2, 3, 4)
@@ -203,7 +213,7 @@ def linear_gelu_forward(x, weight, bias, approximate, save):
 
     def launch(chosen):
         M, N, K, warps, stages = chosen
-        tiles = triton.cdiv(rows, M) * triton.cdiv(out_width, N)
+        tiles = cdiv(rows, M) * cdiv(out_width, N)
         a, b, y, z = _described(
             tma, (x, M, K), (weight, N, K), (out, M, N // 2),
             (out if product is None else product, M, N // 2),
@@ -231,12 +241,12 @@ def linear_gelu_backward(dout, product, bias, weight, approximate):
 
     def launch(chosen):
         M, N, K, warps, stages = chosen
-        row_tiles = triton.cdiv(rows, M)
+        row_tiles = cdiv(rows, M)
         partials = dout.new_empty(row_tiles, out_width, dtype=torch.float32)
         dy, z, w, grad, dz = _described(
             tma, (dout, M, K), (product, M, K), (weight, K, N), (dx, M, N), (dproduct, M, K)
         )
-        _backward[(min(row_tiles * triton.cdiv(width, N), processors(dout.device)),)](
+        _backward[(min(row_tiles * cdiv(width, N), processors(dout.device)),)](
             dy, z, dout if bias is None else bias.contiguous(), w, grad, dz, partials, rows, width,
             out_width, HAS_BIAS=bias is not None, TANH=approximate == "tanh", BLOCK_M=M, BLOCK_N=N,
             BLOCK_K=K, PRECISION=precision(), TMA=tma, num_warps=warps, num_stages=stages,

@@ -15,7 +15,10 @@ import time
 import torch
 import triton
 
+from bert_fast.environment import stored
 from bert_fast.files import atomic_path, cache_directory
+
+_asked = stored("BERT_FAST_AUTOTUNE")
 
 
 def run(kernel, settings, search, launch):
@@ -25,7 +28,7 @@ def run(kernel, settings, search, launch):
     of what else the choice depends on (plain numbers and strings) and the candidates; launch: may
     be called many times.
     """
-    if os.environ.get("BERT_FAST_AUTOTUNE") == "1":
+    if _asked() is not None and os.environ.get("BERT_FAST_AUTOTUNE") == "1":
         settings = _tuned(kernel, *search(), settings, launch)
     launch(settings)
 

@@ -21,6 +21,7 @@ from typing import Literal
 
 import torch
 
+from bert_fast.environment import stored
 from bert_fast.extras import missing
 
 BackendName = Literal["auto", "eager", "cpu", "triton", "cuda"]
@@ -38,10 +39,25 @@ class Support:
     largest_before_80: float = float("inf")  # on chips of compute capability 7.5
 
 
+_chosen: dict[tuple, str] = {}  # a call of choose -> what it returned
+
+
+class _Table(dict):
+    """What choices rest on: when it changes, they are made anew."""
+
+    def __setitem__(self, key, value):
+        super().__setitem__(key, value)
+        _chosen.clear()
+
+    def __delitem__(self, key):
+        super().__delitem__(key)
+        _chosen.clear()
+
+
 OPS = ("attention", "layer_norm", "gelu")
 # What is otherwise done by other ops, one after another, on whatever backends those choose.
 COMPOSED = ("linear_gelu", "embedding_layer_norm")
-SUPPORT = {
+SUPPORT = _Table({
     "cpu": {op: Support("cpu") for op in (*OPS, "embedding_layer_norm")},
     "triton": {
         "attention": Support("cuda", largest=256, largest_before_80=128),
@@ -55,7 +71,7 @@ SUPPORT = {
         "layer_norm": Support("cuda", largest=8192),
         "gelu": Support("cuda"),
     },
-}
+})  # fmt: skip
 BACKENDS = ("eager", *SUPPORT)
 MODULES = {
     "cpu": "bert_fast.backends.cpu",
@@ -66,13 +82,17 @@ MODULES = {
 # What `auto` tries, in order, by the tensors' device. By rule and not by measurement, for no GPU
 # has compared them yet: Triton before CUDA C++, but on compute capability 7.5, where Triton has no
 # tensor-core path, the other way round.
-AUTO = {"cpu": ("cpu", "eager"), "cuda": ("triton", "cuda", "eager")}
+AUTO = _Table({"cpu": ("cpu", "eager"), "cuda": ("triton", "cuda", "eager")})
 # Ops that `auto` leaves alone but on these compute capabilities, each with the measurement that put
 # it there. linear_gelu has to beat cuBLAS followed by gelu, and no chip has been measured.
-ONLY_WHERE_MEASURED: dict[str, dict[tuple[int, int], str]] = {"linear_gelu": {}}
+ONLY_WHERE_MEASURED: dict[str, dict[tuple[int, int], str]] = _Table({"linear_gelu": {}})
 
 _override = contextvars.ContextVar("bert_fast_backend", default=None)
-_modules: dict[str, ModuleType | str] = {}  # name -> module, or the reason why there is none
+# name -> module, or the reason why there is none
+_modules: dict[str, ModuleType | str] = _Table()
+_environment = tuple(
+    stored(name) for name in ("BERT_FAST_BACKEND", "TRITON_INTERPRET", "BERT_FAST_CUDA_HOST")
+)
 
 
 class BackendUnavailableError(RuntimeError):
@@ -180,7 +200,22 @@ def choose(op, device, dtype, needs_grad, backend=None, size=0):
     Raises:
         BackendUnavailableError: a backend was asked for by name and cannot run this call.
     """
+    asked, interprets, host = _environment
+    key = (
+        op, device, dtype, needs_grad, backend, size, _override.get(), asked(), interprets(),
+        host(), why_not, torch.cuda.get_device_capability,
+    )  # fmt: skip
+    known = type(size) is int  # not a symbol of a traced shape
+    if known and (name := _chosen.get(key)) is not None:
+        return name
     device = torch.device(device)
+    name = _choose(op, device, dtype, needs_grad, backend, size)
+    if known and (device.type != "cuda" or device.index is not None):  # cuda: any may be current
+        _chosen[key] = name
+    return name
+
+
+def _choose(op, device, dtype, needs_grad, backend, size):
     if backend is not None:
         check_name(backend, "backend")
     name = backend or _override.get()

@@ -80,11 +80,11 @@ def attention_backward(
     dq, dk, dv, position_bias=None, dposition_bias=None,
 ):  # fmt: skip
     cu_q, cu_k, bias = cu_q.contiguous(), cu_k.contiguous(), as_float32(bias)
-    delta, table = torch.empty_like(lse), as_float32(position_bias)
+    rows, table = _scratch(lse, 3, *lse.shape), as_float32(position_bias)
     _kernels.cuda_attention_backward(
         attention_shape(q, k, cu_q, cu_k, scale, causal, dropout_p, module=_kernels),
         *map(strided, (q, k, v, out, dout, dq, dk, dv)), address(bias), address(lse),
-        _call(q, seed, delta, max_k, table, dposition_bias),
+        _call(q, seed, rows, max_k, table, dposition_bias),
     )  # fmt: skip
 
 

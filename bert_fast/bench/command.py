@@ -6,7 +6,7 @@ import torch
 from rich.console import Console
 
 from bert_fast.backends import resolve_device
-from bert_fast.bench import changes, lengths, plots, protocol_command, report, works
+from bert_fast.bench import changes, host, lengths, plots, protocol_command, report, works
 from bert_fast.bench.run import BLOCKS, ceilings, measure, noise
 from bert_fast.bench.selection import SWEEPS, chosen_peers, with_float32, works_of
 from bert_fast.extras import can_draw
@@ -73,6 +73,7 @@ def add_parser(commands):
         add("--json", help="write the results to this file, after every row")
         add("--csv", help="write the results to this file as CSV, one line per contestant")
         add("--plot", help="draw the results to this PNG file")
+    host.add_parser(levels)
     sub = levels.add_parser("compare", help="what changed between two --json files")
     sub.set_defaults(function=run_compare)
     sub.add_argument("old", help="the earlier file")

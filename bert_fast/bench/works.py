@@ -58,12 +58,14 @@ class Work:
         """What it is computed in: the work's dtype, but for the truth."""
         return self.__dict__.get("_compute", self.dtype)
 
-    def generator(self, number):
-        return torch.Generator().manual_seed(self.seed * 1000 + number)
+    def generator(self, number, device=None):
+        """Draws where the tensors are to be: from the CPU they would take longer than the work."""
+        return torch.Generator(device or self.device).manual_seed(self.seed * 1000 + number)
 
     def randn(self, *shape, generator):
         """Normal numbers of the work's dtype, in the one it is computed in."""
-        return torch.randn(*shape, generator=generator).to(self.device, self.dtype).to(self.compute)
+        drawn = torch.randn(*shape, generator=generator, device=self.device)
+        return drawn.to(self.dtype).to(self.compute)
 
     def in_dtype(self, dtype):
         """The same work in another dtype."""
@@ -296,7 +298,7 @@ class Model(Work):
         return [batch for i in range(times) for batch in self._drawn(most, 1 + i)]
 
     def _drawn(self, batches, number):
-        generator, made = self.generator(number), []
+        generator, made = self.generator(number, "cpu"), []
         for lengths in batches:
             lengths, seqlen = torch.tensor(lengths), max(lengths)
             mask = (torch.arange(seqlen) < lengths[:, None]).long()
@@ -368,9 +370,9 @@ class Train(Model):
     def targets(self):
         """The gradient of each batch's output: the loss is their sum of products."""
         generator, width = self.generator(1), self.config.hidden_size
-        masks = [batch["attention_mask"][..., None] for batch in self.padded_batches]
-        drawn = [torch.randn(*mask.shape[:2], width, generator=generator) * mask for mask in masks]
-        return [target.to(self.device) for target in drawn]
+        masks = [batch["attention_mask"].to(self.device) for batch in self.padded_batches]
+        options = dict(generator=generator, device=self.device)
+        return [torch.randn(*mask.shape, width, **options) * mask[..., None] for mask in masks]
 
 
 def describe(lengths):

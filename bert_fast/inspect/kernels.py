@@ -67,7 +67,7 @@ def cuda_kernels(chips, names=""):
             products = sorted(m[1] for m in map(MATRIX.match, opcodes) if m)
             loads = [o for o in opcodes if o.startswith(("LDG", "LDGSTS"))]
             spilled = any(o.startswith("STL") for o in opcodes)
-            warps = 4 if file == "attention_mma" else 16 if kernel.endswith(" 512>") else 8
+            warps = 4 if file.startswith("attention_mma") else 16 if kernel.endswith(" 512>") else 8
             yield Compiled(
                 kernel, 0, 0, f"cuda/{file}.cu", chip, warps,
                 int(registers), None, int(stack) if spilled else 0,

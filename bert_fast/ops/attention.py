@@ -20,6 +20,8 @@ from bert_fast.ops.checks import (
 )
 from bert_fast.ops.library import (
     autocast,
+    call,
+    call_backward,
     contiguous_like,
     define,
     fake,
@@ -102,7 +104,7 @@ def attention(
         )
         cu_seqlens_k, max_seqlen_k = cu_seqlens, max_seqlen_k or max_seqlen
     return _run_attention(
-        (q, k, v), (q, k, v), reference.attention, "attention", cu_seqlens, cu_seqlens_k,
+        (q, k, v), "attention", cu_seqlens, cu_seqlens_k,
         max_seqlen, max_seqlen_k, bias, softmax_scale, causal, dropout_p, seed, padded_tail,
         return_lse, backend, out, position_bias,
     )  # fmt: skip
@@ -133,26 +135,22 @@ def attention_qkv(
         qkv.ndim == 4 and qkv.shape[1] == 3,
         lambda: f"qkv must be (total_tokens, 3, num_heads, head_dim), not {shape_of(qkv)}",
     )
-
-    def eager(qkv, *options):
-        return reference.attention(*qkv.unbind(1), *options)
-
     return _run_attention(
-        (qkv,), qkv.unbind(1), eager, "attention_qkv", cu_seqlens, cu_seqlens, max_seqlen,
+        (qkv,), "attention_qkv", cu_seqlens, cu_seqlens, max_seqlen,
         max_seqlen, bias, softmax_scale, causal, dropout_p, seed, padded_tail, return_lse,
         backend, out, position_bias,
     )  # fmt: skip
 
 
 def _run_attention(
-    tensors, qkv, eager, op, cu_q, cu_k, max_q, max_k, bias, softmax_scale, causal, dropout_p,
+    tensors, op, cu_q, cu_k, max_q, max_k, bias, softmax_scale, causal, dropout_p,
     seed, padded_tail, return_lse, backend, out, position_bias,
 ):  # fmt: skip
-    q, k, v = qkv
-    _, num_heads, head_dim = q.shape
+    q, k = tensors[0], tensors[:2][-1]  # or both qkv: what is asked of them it has, too
+    num_heads, head_dim = q.shape[-2:]
     check(head_dim >= 1, "q must have a head_dim of at least 1")
     check(
-        bias is None or shape_of(bias) == (3, num_heads, head_dim),
+        bias is None or bias.shape == (3, num_heads, head_dim),
         lambda: f"bias must be (3, {num_heads}, {head_dim}), not {shape_of(bias)}",
     )
     same = cu_k is cu_q
@@ -167,7 +165,7 @@ def _run_attention(
     )
     seed = check_dropout(dropout_p, seed, q.device)
     scale = 1.0 / math.sqrt(head_dim) if softmax_scale is None else float(softmax_scale)
-    check(math.isfinite(scale), f"softmax_scale must be finite, not {softmax_scale}")
+    check(math.isfinite(scale), lambda: f"softmax_scale must be finite, not {softmax_scale}")
     if position_bias is not None:
         check(
             position_bias.ndim == 3
@@ -181,23 +179,24 @@ def _run_attention(
         )
     needs_grad = needs_grad_of(*tensors, bias, position_bias)
     name = backends.choose("attention", q.device, q.dtype, needs_grad, backend, head_dim)
+    if out is not None or name == "eager":
+        tensors = tensors if len(tensors) > 1 else q.unbind(1)
     if out is not None:
-        check_out(out, q, needs_grad)
+        check_out(out, tensors[0], needs_grad)
     options = (cu_q, cu_k, max_q, max_k, bias, scale, causal, dropout_p, seed)
     if name == "eager":
         if bias is not None:
             bias = bias.to(q.dtype)
         if position_bias is not None:
             position_bias = position_bias.to(q.dtype)
-        result, lse = eager(*tensors, *options[:4], bias, *options[5:], position_bias)
+        result, lse = reference.attention(*tensors, *options[:4], bias, *options[5:], position_bias)
         if out is not None:
             result = out.copy_(result)
     elif out is not None:
-        q, k, v = map(rows_contiguous, (q, k, v))
         options = (*options, name, position_bias)
-        result, lse = _attention_forward(q, k, v, options, out=out)
+        result, lse = _attention_forward(*map(rows_contiguous, tensors), options, out=out)
     else:
-        result, lse = getattr(torch.ops.bert_fast, op)(*tensors, *options, name, position_bias)
+        result, lse = call(op, needs_grad, *tensors, *options, name, position_bias)
     return (result, lse) if return_lse else result
 
 
@@ -221,7 +220,7 @@ def _attention_forward(q, k, v, options, **keywords):
 def _run_backward(tensors, options, gradients):
     """Writes the gradients of q, k and v; returns position_bias's."""
     *options, name, position_bias, wanted = (*options, None, None)[:12]
-    position, dposition_bias = {}, tensors[0].new_empty(0, dtype=torch.float32)
+    position, dposition_bias = {}, None
     if wanted:
         dposition_bias = position_bias.new_empty(position_bias.shape, dtype=torch.float32)
         position["dposition_bias"] = dposition_bias
@@ -238,12 +237,13 @@ def _attention(q, k, v, *options):
 
 @define(f"attention_qkv(Tensor qkv, {_ATTENTION_OPTIONS}) -> (Tensor, Tensor)")
 def _attention_qkv(qkv, *options):
-    return _attention(*rows_contiguous(qkv).unbind(1), *options)
+    return _attention_forward(*rows_contiguous(qkv).unbind(1), options)
 
 
 @define(
     "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_BACKWARD_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"{_BACKWARD_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    absent=(None, None, None, torch.float32),
 )
 def _attention_backward(dout, q, k, v, out, lse, *options):
     dout, q, k, v = map(rows_contiguous, (dout, q, k, v))
@@ -253,7 +253,8 @@ def _attention_backward(dout, q, k, v, out, lse, *options):
 
 @define(
     "attention_qkv_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, "
-    f"{_BACKWARD_OPTIONS}) -> (Tensor, Tensor)"
+    f"{_BACKWARD_OPTIONS}) -> (Tensor, Tensor)",
+    absent=(None, torch.float32),
 )
 def _attention_qkv_backward(dout, qkv, out, lse, *options):
     dout, qkv = rows_contiguous(dout), rows_contiguous(qkv)
@@ -310,7 +311,7 @@ def _differentiate(ctx, dout, backward):
     bias, position_bias = options[4], options[10]
     needed = ctx.needs_input_grad[len(tensors) - 2 :]  # without the options left at their defaults
     wanted = position_bias is not None and needed[10]
-    *gradients, dposition_bias = backward(dout, *tensors, *options, wanted)
+    *gradients, dposition_bias = call_backward(backward, dout, *tensors, *options, wanted)
     of_options = [None] * 11
     if bias is not None and needed[4]:
         sums = [g.sum(0, dtype=torch.float32) for g in gradients]
@@ -321,11 +322,11 @@ def _differentiate(ctx, dout, backward):
 
 
 def _attention_autograd(ctx, dout, dlse):
-    return _differentiate(ctx, dout, torch.ops.bert_fast.attention_backward)
+    return _differentiate(ctx, dout, "attention_backward")
 
 
 def _attention_qkv_autograd(ctx, dout, dlse):
-    return _differentiate(ctx, dout, torch.ops.bert_fast.attention_qkv_backward)
+    return _differentiate(ctx, dout, "attention_qkv_backward")
 
 
 register_autograd("attention", _attention_autograd, _save_attention)

@@ -23,6 +23,14 @@ def shape_of(tensor):
 def check_tensors(first, **others):
     """Tensors where tensors belong, floating, on one device. ``first`` is (name, tensor)."""
     name, tensor = first
+    device = tensor.device if isinstance(tensor, Tensor) else None
+    for t in (tensor, *others.values()):
+        if t is None:
+            continue
+        if not (isinstance(t, Tensor) and t.is_floating_point() and t.device == device):
+            break
+    else:  # and no message was made
+        return
     for n, t in {name: tensor, **others}.items():
         if t is None:
             continue
@@ -34,11 +42,8 @@ def check_tensors(first, **others):
 def check_same_dtype(first, **others):
     name, tensor = first
     for n, t in others.items():
-        check(
-            t is None or t.dtype == tensor.dtype,
-            f"{n} is {getattr(t, 'dtype', None)}, {name} is {tensor.dtype}: they must agree",
-            TypeError,
-        )
+        if t is not None and t.dtype != tensor.dtype:
+            raise TypeError(f"{n} is {t.dtype}, {name} is {tensor.dtype}: they must agree")
 
 
 def check_vector(name, tensor, width):
@@ -57,10 +62,10 @@ def is_concrete(tensor):
 
 def check_cu_seqlens(name, cu_seqlens, tokens, device, max_seqlen, padded_tail):
     """Validates what can be seen without waiting for a device; returns max_seqlen."""
-    check(isinstance(cu_seqlens, Tensor), f"{name} must be a tensor", TypeError)
-    check(
-        cu_seqlens.dtype == torch.int32, f"{name} must be int32, not {cu_seqlens.dtype}", TypeError
-    )
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"{name} must be a tensor")
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32, not {cu_seqlens.dtype}")
     check(
         cu_seqlens.ndim == 1 and cu_seqlens.numel() >= 1,
         lambda: f"{name} must have shape (batch + 1,), not {shape_of(cu_seqlens)}",
@@ -94,9 +99,9 @@ def check_cu_seqlens(name, cu_seqlens, tokens, device, max_seqlen, padded_tail):
 
 def check_dropout(dropout_p, seed, device):
     """Returns the seed as an int64 tensor of one element on ``device``, or None without dropout."""
-    check(0.0 <= dropout_p < 1.0, f"dropout_p must be in [0, 1), not {dropout_p}")
     if dropout_p == 0:
         return None
+    check(0.0 <= dropout_p < 1.0, lambda: f"dropout_p must be in [0, 1), not {dropout_p}")
     if seed is None:
         return torch.randint(2**62, (1,), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):
@@ -110,7 +115,7 @@ def check_dropout(dropout_p, seed, device):
         return seed.reshape(1)
     check(
         isinstance(seed, int) and 0 <= seed < 2**63,
-        f"seed must be an integer in [0, 2**63), not {seed!r}",
+        lambda: f"seed must be an integer in [0, 2**63), not {seed!r}",
     )
     # Not torch.tensor, which waits for the device and cannot be captured in a graph.
     return torch.full((1,), seed, dtype=torch.int64, device=device)
@@ -119,7 +124,7 @@ def check_dropout(dropout_p, seed, device):
 def check_approximate(approximate):
     check(
         approximate in ("none", "tanh"),
-        f"approximate must be 'none' or 'tanh', not {approximate!r}",
+        lambda: f"approximate must be 'none' or 'tanh', not {approximate!r}",
     )
 
 

@@ -16,6 +16,8 @@ from bert_fast.ops.checks import (
 )
 from bert_fast.ops.layer_norm import layer_norm
 from bert_fast.ops.library import (
+    call,
+    call_backward,
     define,
     fake,
     needs_grad_of,
@@ -51,10 +53,8 @@ def embedding_layer_norm(
     )
     check_same_dtype(("word", word), position=position, token_type=token_type)
     for name, table in (("word", word), ("position", position), ("token_type", token_type)):
-        check(
-            table.ndim == 2 and table.shape[1] == word.shape[1] >= 1,
-            f"{name} must be (number, {word.shape[-1]}), not {shape_of(table)}",
-        )
+        if not (table.ndim == 2 and table.shape[1] == word.shape[1] >= 1):
+            raise ValueError(f"{name} must be (number, {word.shape[-1]}), not {shape_of(table)}")
     ids = {
         "input_ids": input_ids, "position_ids": position_ids, "token_type_ids": token_type_ids
     }  # fmt: skip
@@ -71,9 +71,10 @@ def embedding_layer_norm(
             _check_in_tables(ids.values(), (word, position, token_type))
         on = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if on else word.dtype
-        return torch.ops.bert_fast.embedding_layer_norm(
-            input_ids, position_ids, token_type_ids, word, position, token_type, weight, bias, eps,
-            -1 if padding_idx is None else padding_idx, dtype, needs_grad, name,
+        return call(
+            "embedding_layer_norm", needs_grad, input_ids, position_ids, token_type_ids, word,
+            position, token_type, weight, bias, eps, -1 if padding_idx is None else padding_idx,
+            dtype, needs_grad, name,
         )[0]  # fmt: skip
     rest, first = F.embedding(position_ids, position), None
     if token_type_ids is None:
@@ -87,15 +88,13 @@ def embedding_layer_norm(
 
 
 def _check_packed_ids(name, ids, like, device):
-    check(
-        isinstance(ids, Tensor) and ids.dtype in (torch.int32, torch.int64),
-        f"{name} must be an int64 or int32 tensor", TypeError,
-    )  # fmt: skip
+    if not (isinstance(ids, Tensor) and ids.dtype in (torch.int32, torch.int64)):
+        raise TypeError(f"{name} must be an int64 or int32 tensor")
     check(
         ids.ndim == 1 and ids.shape == like.shape,
         lambda: f"{name} must be packed, (total_tokens,), and like input_ids, not {shape_of(ids)}",
     )
-    check(ids.device == device, f"{name} is on {ids.device}, word on {device}")
+    check(ids.device == device, lambda: f"{name} is on {ids.device}, word on {device}")
 
 
 def _check_in_tables(ids, tables):
@@ -153,8 +152,8 @@ def _embedding_layer_norm_autograd(ctx, dout, *_):
     *ids, total, mean, rstd, weight = ctx.saved_tensors
     # Where every token has type 0, that row is what a linear layer's bias would be.
     of_type_0 = ids[2] is None
-    _, dsum, dweight, dbias, dfirst = torch.ops.bert_fast.layer_norm_backward(
-        dout, total, mean, rstd, weight, of_type_0, 0.0, None, ctx.backend
+    _, dsum, dweight, dbias, dfirst = call_backward(
+        "layer_norm_backward", dout, total, mean, rstd, weight, of_type_0, 0.0, None, ctx.backend
     )
 
     def gradient(ids, padding, count, dtype):

@@ -16,6 +16,8 @@ from bert_fast.ops.checks import (
     shape_of,
 )
 from bert_fast.ops.library import (
+    call,
+    call_backward,
     contiguous_like,
     define,
     fake,
@@ -45,9 +47,16 @@ def gelu(
         BackendUnavailableError: the backend asked for cannot run this.
     """
     check_tensors(("x", x), bias=bias)
-    check(x.ndim >= 1 and x.shape[-1] >= 1, lambda: f"x must be (..., width), not {shape_of(x)}")
-    check_vector("bias", bias, x.shape[-1])
+    width = x.shape[-1:]
+    if not (width and width[0] >= 1 and (bias is None or bias.shape == width)):
+        check(x.ndim >= 1 and x.shape[-1] >= 1, f"x must be (..., width), not {shape_of(x)}")
+        check_vector("bias", bias, x.shape[-1])
     check_approximate(approximate)
+    return checked_gelu(x, bias, approximate, backend, out)
+
+
+def checked_gelu(x, bias, approximate, backend, out):
+    """:func:`gelu`, of arguments that fit."""
     needs_grad = needs_grad_of(x, bias)
     name = backends.choose("gelu", x.device, x.dtype, needs_grad, backend)
     if out is not None:
@@ -57,7 +66,7 @@ def gelu(
         return result if out is None else out.copy_(result)
     if out is not None:
         return backends.module(name).gelu_forward(x.contiguous(), bias, approximate, out=out)
-    return torch.ops.bert_fast.gelu(x, bias, approximate, name)
+    return call("gelu", needs_grad, x, bias, approximate, name)
 
 
 @define("gelu(Tensor x, Tensor? bias, str approximate, str backend) -> Tensor")
@@ -67,13 +76,13 @@ def _gelu(x, bias, approximate, backend):
 
 @define(
     "gelu_backward(Tensor dout, Tensor x, Tensor? bias, str approximate, str backend) "
-    "-> (Tensor, Tensor)"
+    "-> (Tensor, Tensor)",
+    absent=(None, torch.float32),
 )
 def _gelu_backward(dout, x, bias, approximate, backend):
-    dx, dbias = backends.module(backend).gelu_backward(
+    return backends.module(backend).gelu_backward(
         dout.contiguous(), x.contiguous(), bias, approximate
     )
-    return dx, x.new_empty(0, dtype=torch.float32) if dbias is None else dbias
 
 
 @fake("gelu")
@@ -94,7 +103,7 @@ def _save_gelu(ctx, inputs, output):
 
 def _gelu_autograd(ctx, dout):
     x, bias = ctx.saved_tensors
-    dx, dbias = torch.ops.bert_fast.gelu_backward(dout, x, bias, ctx.approximate, ctx.backend)
+    dx, dbias = call_backward("gelu_backward", dout, x, bias, ctx.approximate, ctx.backend)
     return dx, None if bias is None else dbias.to(bias.dtype), None, None
 
 

@@ -17,6 +17,8 @@ from bert_fast.ops.checks import (
 )
 from bert_fast.ops.library import (
     autocast,
+    call,
+    call_backward,
     contiguous_like,
     define,
     fake,
@@ -52,18 +54,24 @@ def layer_norm(
     """
     check_tensors(("x", x), weight=weight, bias=bias, residual=residual, linear_bias=linear_bias)
     x, residual = autocast(x, residual)
-    check(x.ndim >= 1 and x.shape[-1] >= 1, lambda: f"x must be (..., hidden), not {shape_of(x)}")
-    check_same_dtype(("x", x), residual=residual)
-    check_vector("weight", weight, x.shape[-1])
-    check_vector("bias", bias, x.shape[-1])
-    check_vector("linear_bias", linear_bias, x.shape[-1])
-    check(
-        residual is None or residual.shape == x.shape,
-        lambda: f"residual must have x's shape {shape_of(x)}, not {shape_of(residual)}",
-    )
+    shape, width = x.shape, x.shape[-1:]
+    if not (
+        width and width[0] >= 1 and weight.shape == width and bias.shape == width
+        and (linear_bias is None or linear_bias.shape == width)
+        and (residual is None or (residual.dtype == x.dtype and residual.shape == shape))
+    ):  # fmt: skip
+        check(x.ndim >= 1 and x.shape[-1] >= 1, f"x must be (..., hidden), not {shape_of(x)}")
+        check_same_dtype(("x", x), residual=residual)
+        check_vector("weight", weight, x.shape[-1])
+        check_vector("bias", bias, x.shape[-1])
+        check_vector("linear_bias", linear_bias, x.shape[-1])
+        check(
+            residual is None or residual.shape == x.shape,
+            lambda: f"residual must have x's shape {shape_of(x)}, not {shape_of(residual)}",
+        )
     seed = check_dropout(dropout_p, seed, x.device)
     needs_grad = needs_grad_of(x, weight, bias, residual, linear_bias)
-    name = backends.choose("layer_norm", x.device, x.dtype, needs_grad, backend, x.shape[-1])
+    name = backends.choose("layer_norm", x.device, x.dtype, needs_grad, backend, width[0])
     if out is not None:
         check_out(out, x, needs_grad)
     if name == "eager":
@@ -77,48 +85,49 @@ def layer_norm(
             x.contiguous(), weight, bias, residual, linear_bias, eps, dropout_p, seed,
             out=out, training=False,
         )[0]  # fmt: skip
-    return torch.ops.bert_fast.layer_norm(
-        x, residual, weight, bias, linear_bias, eps, dropout_p, seed, name
-    )[0]
+    return call(
+        "layer_norm", needs_grad, x, residual, weight, bias, linear_bias, eps, dropout_p, seed,
+        name, needs_grad,
+    )[0]  # fmt: skip
 
 
 @define(
     "layer_norm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, Tensor? linear_bias, "
-    "float eps, float dropout_p, Tensor? seed, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
+    "float eps, float dropout_p, Tensor? seed, str backend, bool training=True) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    absent=(None, None, torch.float32, torch.float32),
 )
-def _layer_norm(x, residual, weight, bias, linear_bias, eps, dropout_p, seed, backend):
+def _layer_norm(
+    x, residual, weight, bias, linear_bias, eps, dropout_p, seed, backend, training=True
+):
     x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
-    out, total, mean, rstd = backends.module(backend).layer_norm_forward(
-        x, weight, bias, residual, linear_bias, eps, dropout_p, seed
-    )
     # No output of an op may be one of its inputs: where x itself was normalised, nothing is kept.
-    return out, x.new_empty(0) if total is None else total, mean, rstd
+    return backends.module(backend).layer_norm_forward(
+        x, weight, bias, residual, linear_bias, eps, dropout_p, seed, training=training
+    )
 
 
 @define(
     "layer_norm_backward(Tensor dout, Tensor total, Tensor mean, Tensor rstd, Tensor weight, "
     "bool has_linear_bias, float dropout_p, Tensor? seed, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    absent=(None, None, torch.float32, torch.float32, torch.float32),
 )
 def _layer_norm_backward(dout, total, mean, rstd, weight, *options):
     *options, backend = options
-    dx, dresidual, dweight, dbias, dlinear_bias = backends.module(backend).layer_norm_backward(
+    return backends.module(backend).layer_norm_backward(
         dout.contiguous(), total.contiguous(), mean, rstd, weight, *options
     )
-    # A schema has no optional results: what is absent is empty.
-    dx = total.new_empty(0) if dx is None else dx
-    if dlinear_bias is None:
-        dlinear_bias = total.new_empty(0, dtype=torch.float32)
-    return dx, dresidual, dweight, dbias, dlinear_bias
 
 
 @fake("layer_norm")
-def _(x, residual, weight, bias, linear_bias, eps, dropout_p, seed, backend):
+def _(x, residual, weight, bias, linear_bias, eps, dropout_p, seed, backend, training=True):
     is_x = residual is None and linear_bias is None and dropout_p == 0
-    rows = x.numel() // x.shape[-1]
+    rows = x.numel() // x.shape[-1] if training else 0
     statistics = [x.new_empty((rows,), dtype=torch.float32) for _ in range(2)]
-    return contiguous_like(x), x.new_empty((0,) if is_x else x.shape), *statistics
+    total = x.new_empty((0,) if is_x or not training else x.shape)
+    return contiguous_like(x), total, *statistics
 
 
 @fake("layer_norm_backward")
@@ -131,9 +140,14 @@ def _(dout, total, mean, rstd, weight, has_linear_bias, dropout_p, seed, backend
 
 
 def _save_layer_norm(ctx, inputs, output):
-    x, residual, weight, bias, linear_bias, _, ctx.dropout_p, seed, ctx.backend = inputs
+    x, residual, weight, bias, linear_bias, _, ctx.dropout_p, seed, ctx.backend, *rest = inputs
     _, total, mean, rstd = output
-    ctx.mark_non_differentiable(total, mean, rstd)
+    if rest and not rest[0]:
+        raise RuntimeError(
+            "layer_norm was traced for inference, where it keeps nothing for backward: trace it "
+            "with gradients"
+        )
+    ctx.mark_non_differentiable(*(t for t in (total, mean, rstd) if t is not None))
     is_x = residual is None and linear_bias is None and ctx.dropout_p == 0
     ctx.save_for_backward(x if is_x else total, mean, rstd, weight, seed)
     ctx.has_residual = residual is not None
@@ -144,16 +158,17 @@ def _save_layer_norm(ctx, inputs, output):
 def _layer_norm_autograd(ctx, dout, *_):
     total, mean, rstd, weight, seed = ctx.saved_tensors
     has_linear_bias = ctx.linear_bias_dtype is not None
-    dx, dresidual, dweight, dbias, dlinear_bias = torch.ops.bert_fast.layer_norm_backward(
-        dout, total, mean, rstd, weight, has_linear_bias, ctx.dropout_p, seed, ctx.backend
-    )
+    dx, dresidual, dweight, dbias, dlinear_bias = call_backward(
+        "layer_norm_backward", dout, total, mean, rstd, weight, has_linear_bias, ctx.dropout_p,
+        seed, ctx.backend,
+    )  # fmt: skip
     return (
         dresidual if ctx.dropout_p == 0 else dx,
         dresidual if ctx.has_residual else None,
         dweight.to(weight.dtype),
         dbias.to(ctx.bias_dtype),
         dlinear_bias.to(ctx.linear_bias_dtype) if has_linear_bias else None,
-        *[None] * 4,
+        *[None] * 5,
     )
 
 

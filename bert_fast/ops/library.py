@@ -6,20 +6,68 @@ alone (fake), its gradient, and its behaviour under autocast, all by what is her
 """
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 _library = torch.library.Library("bert_fast", "DEF")
+_kernels: dict = {}  # an op's name -> the function that runs its kernels
+_functions: dict = {}  # an op's name -> its torch.autograd.Function
+# What an op may be given where nobody but autograd wants to know of the call.
+_PLAIN = frozenset({
+    Tensor, torch.nn.Parameter, int, float, bool, str, type(None), torch.dtype,
+})  # fmt: skip
 
 
-def define(schema):
-    """Registers a function as the kernel-running implementation of ``bert_fast::<schema>``."""
+def define(schema, absent=()):
+    """Registers a function as the kernel-running implementation of ``bert_fast::<schema>``. Where
+    it returns None, for a schema has no optional results, the op returns an empty tensor: of the
+    dtype that ``absent`` has for this output, or of its first argument's."""
     name = schema[: schema.index("(")]
 
     def register(function):
+        def registered(*args):
+            return tuple(
+                args[0].new_empty(0, dtype=dtype) if found is None else found
+                for found, dtype in zip(function(*args), absent, strict=True)
+            )
+
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(name, function, "CompositeExplicitAutograd")
+        _library.impl(name, registered if absent else function, "CompositeExplicitAutograd")
+        _kernels[name] = function
         return function
 
     return register
+
+
+def call(name, needs_grad, *args):
+    """An op's results, all arguments given: through ``torch.library`` where something looks on (a
+    compiler, an exporter, a mode, a transform, a tensor's own class), which costs as much as the
+    kernels' launch; else straight from the kernels, in training by a plain autograd.Function. What
+    is absent is then None."""
+    if not _nobody_looks_on(args):
+        return getattr(torch.ops.bert_fast, name)(*args)
+    if not needs_grad:
+        return _kernels[name](*args)
+    if name in _functions:
+        return _functions[name].apply(*args)
+    return getattr(torch.ops.bert_fast, name)(*args)  # a gradient's: refused
+
+
+def call_backward(name, *args):
+    """:func:`call` of an op's gradient. It needs a gradient of its own where a graph of it is
+    wanted, which is refused."""
+    tensors = (t for t in args if isinstance(t, Tensor))
+    return call(name, torch.is_grad_enabled() and needs_grad_of(*tensors), *args)
+
+
+def _nobody_looks_on(args):
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    ) and _PLAIN.issuperset(map(type, args))
 
 
 def fake(name):
@@ -31,6 +79,15 @@ def register_autograd(name, backward, save):
     torch.library.register_autograd(
         f"bert_fast::{name}", backward, setup_context=save, lib=_library
     )
+
+    def forward(ctx, *inputs):
+        output = _kernels[name](*inputs)
+        save(ctx, inputs, output if isinstance(output, tuple) else (output,))
+        ctx.set_materialize_grads(False)  # zeros for every output, a kernel each
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    _functions[name] = type(f"bert_fast_{name}", (torch.autograd.Function,), methods)
 
 
 def _no_second_order(ctx, *_):
@@ -59,11 +116,17 @@ def register_autocast(name, num_activations):
 
 
 def needs_grad_of(*tensors):
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def autocast(*tensors):
     """What torch.autocast does to a list of op arguments: fp32 and 16-bit floats take its dtype."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return tensors
     device = next(t for t in tensors if t is not None).device.type
     if not torch.is_autocast_enabled(device):
         return tensors

@@ -16,9 +16,11 @@ from bert_fast.ops.checks import (
     check_vector,
     shape_of,
 )
-from bert_fast.ops.gelu import gelu
+from bert_fast.ops.gelu import checked_gelu
 from bert_fast.ops.library import (
     autocast,
+    call,
+    call_backward,
     contiguous_like,
     define,
     fake,
@@ -51,13 +53,18 @@ def linear_gelu(
     """
     check_tensors(("x", x), weight=weight, bias=bias)
     x, weight = autocast(x, weight)
-    check(x.ndim >= 1 and x.shape[-1] >= 1, lambda: f"x must be (..., width), not {shape_of(x)}")
-    check_same_dtype(("x", x), weight=weight)
-    check(
-        weight.ndim == 2 and weight.shape[0] >= 1 and weight.shape[1] == x.shape[-1],
-        lambda: f"weight must be (out_width, {x.shape[-1]}), not {shape_of(weight)}",
-    )
-    check_vector("bias", bias, weight.shape[0])
+    width, shape = x.shape[-1:], weight.shape
+    if not (
+        width and width[0] >= 1 and x.dtype == weight.dtype and len(shape) == 2 and shape[0] >= 1
+        and shape[1] == width[0] and (bias is None or bias.shape == shape[:1])
+    ):  # fmt: skip
+        check(x.ndim >= 1 and x.shape[-1] >= 1, f"x must be (..., width), not {shape_of(x)}")
+        check_same_dtype(("x", x), weight=weight)
+        check(
+            weight.ndim == 2 and weight.shape[0] >= 1 and weight.shape[1] == x.shape[-1],
+            f"weight must be (out_width, {x.shape[-1]}), not {shape_of(weight)}",
+        )
+        check_vector("bias", bias, weight.shape[0])
     check_approximate(approximate)
     needs_grad = needs_grad_of(x, weight, bias)
     name = backends.choose("linear_gelu", x.device, x.dtype, needs_grad, backend)
@@ -65,14 +72,13 @@ def linear_gelu(
         like = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device="meta")
         check_out(out, like, needs_grad, x.device)
     if name != "eager":
-        result, _ = torch.ops.bert_fast.linear_gelu(x, weight, bias, approximate, needs_grad, name)
+        args = x, weight, bias, approximate, needs_grad, name
+        result, _ = call("linear_gelu", needs_grad, *args)
         return result if out is None else out.copy_(result)
     if out is None:
-        return gelu(F.linear(x, weight), bias, approximate=approximate, backend=backend)
+        return checked_gelu(F.linear(x, weight), bias, approximate, backend, None)
     product = torch.mm(x.reshape(-1, x.shape[-1]), weight.t(), out=out.view(-1, weight.shape[0]))
-    return gelu(product, bias, approximate=approximate, backend=backend, out=product).view(
-        out.shape
-    )
+    return checked_gelu(product, bias, approximate, backend, product).view(out.shape)
 
 
 def pack_weight(weight, precision="float32", x_factor=None):
@@ -110,7 +116,8 @@ def can_use_packed(packed, weight, rows=None):
 
 @define(
     "linear_gelu(Tensor x, Tensor weight, Tensor? bias, str approximate, bool training, "
-    "str backend) -> (Tensor, Tensor)"
+    "str backend) -> (Tensor, Tensor)",
+    absent=(None, None),
 )
 def _linear_gelu(x, weight, bias, approximate, training, backend):
     rows = x.reshape(-1, x.shape[-1]).contiguous()
@@ -118,12 +125,13 @@ def _linear_gelu(x, weight, bias, approximate, training, backend):
         rows, weight.contiguous(), bias, approximate, training
     )
     out = out.view(*x.shape[:-1], weight.shape[0])
-    return out, x.new_empty(0) if product is None else product.view_as(out)
+    return out, None if product is None else product.view_as(out)
 
 
 @define(
     "linear_gelu_backward(Tensor dout, Tensor product, Tensor? bias, Tensor weight, "
-    "str approximate, str backend) -> (Tensor, Tensor, Tensor)"
+    "str approximate, str backend) -> (Tensor, Tensor, Tensor)",
+    absent=(None, None, torch.float32),
 )
 def _linear_gelu_backward(dout, product, bias, weight, approximate, backend):
     width = dout.shape[-1]
@@ -132,7 +140,6 @@ def _linear_gelu_backward(dout, product, bias, weight, approximate, backend):
         approximate,
     )  # fmt: skip
     dx = dx.view(*dout.shape[:-1], weight.shape[1])
-    dbias = dout.new_empty(0, dtype=torch.float32) if dbias is None else dbias
     return dx, dproduct.view(dout.shape), dbias
 
 
@@ -161,8 +168,8 @@ def _save_linear_gelu(ctx, inputs, output):
 
 def _linear_gelu_autograd(ctx, dout, _):
     x, weight, bias, product = ctx.saved_tensors
-    dx, dproduct, dbias = torch.ops.bert_fast.linear_gelu_backward(
-        dout, product, bias, weight, ctx.approximate, ctx.backend
+    dx, dproduct, dbias = call_backward(
+        "linear_gelu_backward", dout, product, bias, weight, ctx.approximate, ctx.backend
     )
     dweight = None
     if ctx.needs_input_grad[1]:

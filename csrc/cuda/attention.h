@@ -13,12 +13,15 @@ struct Tile {
   int sequence, begin, length, first;  // first: the tile's first row in the sequence
 };
 
+// By a whole warp: its lanes look at once, so that two rounds of loads find one of 1,000 sequences.
 __device__ __forceinline__ Tile find_tile(int tile, const int32_t* cu, int batch, int total, int rows) {
-  int low = 0, high = batch;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (cu[middle] / rows + middle <= tile) low = middle;
-    else high = middle - 1;
+  const int lane = threadIdx.x % kWarp;
+  int low = 0;
+  for (int left = batch + 1; left > 1;) {
+    const int step = (left + kWarp - 1) / kWarp, at = low + lane * step;
+    const int passed = count_bits(ballot(at <= batch && cu[min(at, batch)] / rows + at <= tile)) - 1;
+    left = min(step, left - passed * step);
+    low += passed * step;
   }
   const int begin = cu[low], end = low < batch ? cu[low + 1] : total;
   return {low, begin, end - begin, (tile - begin / rows - low) * rows};
@@ -71,6 +74,8 @@ __device__ __forceinline__ T* row_of(const Strided& t, int64_t row, int head) {
 
 // The kernels on tensor cores (16-bit types); false where they do not fit the chip.
 template <class T> bool forward_mma(const AttentionForward&, const Dropout&, const Call&);
+// `backward_rows` first, in any case: delta is the first of what it leaves in the scratch.
+template <class T> void backward_rows(const AttentionBackward&, const Dropout&, const Call&);
 template <class T> bool backward_mma(const AttentionBackward&, const Dropout&, const Call&);
 
 }  // namespace cuda

@@ -1,225 +1,108 @@
-// Attention on tensor cores, forward and backward, bf16 and fp16: mma.sync m16n8k16 (Turing: two
-// m16n8k8). A CTA of four warps owns 64 rows, each warp 16 of them: queries in forward and for dq,
-// keys for dk and dv, so that nothing is added atomically. The other side comes through shared
-// memory by tiles (cp.async; swizzled, so that ldmatrix meets no bank conflict). Scores stay in
-// registers: the accumulators of one product have the layout of the next one's left operand.
-#include <type_traits>
-
-#include "attention.h"
+// Attention's forward on tensor cores, bf16 and fp16. A CTA of four warps owns 64 or 128 queries,
+// each warp 16 or 32 of them. Keys and values come through shared memory by tiles (cp.async), the
+// next while one is used; scores stay in registers: the accumulators of one product have the layout
+// of the next one's left operand.
+#include "attention_mma.h"
 
 namespace bert_fast {
 namespace cuda {
 namespace {
 
-constexpr int kWarps = 4, kThreads = kWarps * kWarp, kRows = 16 * kWarps;
-
-// Rows of kD elements in shared memory; chunks of 8 are swizzled by row.
-template <class T, int kD>
-struct Matrix {
-  T* data;
-  __device__ __forceinline__ T* chunk(int row, int c) const {
-    const int twist = kD >= 64 ? row % 8 : row / 2 % 4;
-    return data + row * kD + (c ^ twist) * 8;
-  }
-};
-
-// Which tensors can be moved by 16 bytes.
-enum Wide { kQ = 1, kK = 2, kV = 4, kDout = 8, kOut = 16, kDq = 32, kDk = 64, kDv = 128 };
-
-struct Side {  // rows of one tensor, of one sequence and head
-  Strided tensor;
-  int begin, length, head, head_dim;
-  bool wide;
-};
-
-// Who loads a tile together and waits for each other: a CTA, or a warp on its own.
-template <int kTeam>
-__device__ __forceinline__ void team_barrier() {
-  if constexpr (kTeam == kWarp) warp_barrier();
-  else barrier();
-}
-
-template <int kTeam>
-__device__ __forceinline__ unsigned team_thread() {
-  return kTeam == kThreads ? threadIdx.x : threadIdx.x % kTeam;
-}
-
-// Rows `first` on into shared memory; zeros outside. To be waited for, then `add_bias`.
-template <class T, int kD, int kCount, int kTeam = kThreads>
-__device__ __forceinline__ void load_rows(const Matrix<T, kD>& to, const Side& s, int first) {
-  constexpr int kChunks = kD / 8;
-#pragma unroll 4
-  for (int i = team_thread<kTeam>(); i < kCount * kChunks; i += kTeam) {
-    const int row = i / kChunks, c = i % kChunks, d = c * 8;
-    const bool inside = first + row < s.length && d < s.head_dim;
-    const T* from = row_of<T>(s.tensor, static_cast<int64_t>(s.begin) + (inside ? first + row : 0), s.head);
-    if (s.wide) {
-      copy_async_16(to.chunk(row, c), from + (inside ? d : 0), inside);
-    } else {
-      Pack<T, 8> pack;
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        pack.values[j] = inside && d + j < s.head_dim ? from[d + j] : from_float<T>(0.0f);
-      }
-      store(to.chunk(row, c), pack);
-    }
-  }
-}
-
-// Adds the projection's bias to the chunks that this thread has loaded.
-template <class T, int kD, int kCount, int kTeam = kThreads>
-__device__ __forceinline__ void add_bias(const Matrix<T, kD>& m, const Side& s, int first,
-                                         const float* bias) {
-  if (!bias) return;
-  bias += s.head * s.head_dim;
-  constexpr int kChunks = kD / 8;
-  for (int i = team_thread<kTeam>(); i < kCount * kChunks; i += kTeam) {
-    const int row = i / kChunks, c = i % kChunks;
-    if (first + row >= s.length) continue;
-    Pack<T, 8> pack = load<Pack<T, 8>>(m.chunk(row, c));
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const int d = c * 8 + j;
-      if (d < s.head_dim) pack.values[j] = from_float<T>(to_float(pack.values[j]) + bias[d]);
-    }
-    store(m.chunk(row, c), pack);
-  }
-}
-
-// acc (16 x 8 kTiles) = rows of `left` from `row` on times the rows of `right`: left right^T.
-template <class T, int kD, int kTiles>
-__device__ __forceinline__ void multiply_rows(float (&acc)[kTiles][4], const Matrix<T, kD>& left,
-                                              int row, const Matrix<T, kD>& right) {
-  const int lane = threadIdx.x % kWarp;
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) acc[n][i] = 0.0f;
-  }
-#pragma unroll
-  for (int k = 0; k < kD / 16; ++k) {
-    uint32_t a[4];
-    load_matrices<false>(a, left.chunk(row + lane % 16, 2 * k + lane / 16));
-#pragma unroll
-    for (int n = 0; n < kTiles; n += 2) {
-      uint32_t b[4];
-      load_matrices<false>(b, right.chunk(n * 8 + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
-      mma<T>(acc[n], a, b[0], b[1]);
-      mma<T>(acc[n + 1], a, b[2], b[3]);
-    }
-  }
-}
-
-// acc (16 x kD) += weights (16 x 8 kTiles, accumulators of a product) times the rows of `right`.
-template <class T, int kD, int kTiles>
-__device__ __forceinline__ void multiply_weights(float (&acc)[kD / 8][4],
-                                                 const float (&weights)[kTiles][4],
-                                                 const Matrix<T, kD>& right) {
-  const int lane = threadIdx.x % kWarp;
-#pragma unroll
-  for (int k = 0; k < kTiles / 2; ++k) {
-    const float(&low)[4] = weights[2 * k], (&high)[4] = weights[2 * k + 1];
-    const uint32_t a[4] = {pack_pair<T>(low[0], low[1]), pack_pair<T>(low[2], low[3]),
-                           pack_pair<T>(high[0], high[1]), pack_pair<T>(high[2], high[3])};
-#pragma unroll
-    for (int n = 0; n < kD / 8; n += 2) {
-      uint32_t b[4];
-      load_matrices<true>(b, right.chunk(k * 16 + lane % 16, n + lane / 16));
-      mma<T>(acc[n], a, b[0], b[1]);
-      mma<T>(acc[n + 1], a, b[2], b[3]);
-    }
-  }
-}
-
-// A warp's 16 rows of accumulators to memory, by way of its own rows of shared memory, which nobody
-// may still be reading.
-template <class T, int kD>
-__device__ __forceinline__ void store_rows(const float (&acc)[kD / 8][4], float scale0, float scale1,
-                                           const Matrix<T, kD>& m, int row, const Side& s, int first) {
-  const int lane = threadIdx.x % kWarp, group = lane / 4, pair = lane % 4 * 2;
-#pragma unroll
-  for (int n = 0; n < kD / 8; ++n) {
-    const uint32_t top = pack_pair<T>(acc[n][0] * scale0, acc[n][1] * scale0);
-    const uint32_t bottom = pack_pair<T>(acc[n][2] * scale1, acc[n][3] * scale1);
-    store(m.chunk(row + group, n) + pair, top);
-    store(m.chunk(row + group + 8, n) + pair, bottom);
-  }
-  warp_barrier();
-  for (int i = lane; i < 16 * (kD / 8); i += kWarp) {
-    const int r = row + i / (kD / 8), c = i % (kD / 8), d = c * 8;
-    if (first + r >= s.length || d >= s.head_dim) continue;
-    T* to = row_of<T>(s.tensor, static_cast<int64_t>(s.begin) + first + r, s.head) + d;
-    const Pack<T, 8> pack = load<Pack<T, 8>>(m.chunk(r, c));
-    if (s.wide) {
-      store_16(to, &pack);
-    } else {
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        if (d + j < s.head_dim) to[j] = pack.values[j];
-      }
-    }
-  }
-}
-
-// Dropout's factors of an accumulator tile whose rows are queries. Lanes share their draws: of two
-// neighbours one draws for the upper rows, the other for the lower, four keys each.
-__device__ __forceinline__ void factors_by_query(float (&keep)[4], const Dropout& drop, int row,
-                                                 int column, int head, int sequence) {
-  const int lane = threadIdx.x % kWarp, odd = lane % 2;
-  const int mine = row + lane / 4 + 8 * odd, group = (column + lane % 4 / 2 * 4) / 4;
-  const Words w = philox(*drop.seed, group, mine, head, sequence);
-  // Even lanes keep words 0, 1 of the upper row and get those of the lower; odd lanes 2 and 3.
-  const uint32_t other0 = shuffle_xor(odd ? w.w[0] : w.w[2], 1);
-  const uint32_t other1 = shuffle_xor(odd ? w.w[1] : w.w[3], 1);
-  const uint32_t words[4] = {odd ? other0 : w.w[0], odd ? other1 : w.w[1],
-                             odd ? w.w[2] : other0, odd ? w.w[3] : other1};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) keep[i] = words[i] >= drop.cut ? drop.scale : 0.0f;
-}
-
-// The same where rows are keys and columns queries: the four lanes whose keys share a draw make one
-// each, of the tile's four (two queries, keys above and below), and transpose them.
-__device__ __forceinline__ void factors_by_key(float (&keep)[4], const Dropout& drop, int key,
-                                               int query, int head, int sequence) {
-  const int lane = threadIdx.x % kWarp, j = lane / 4 % 4;
-  const int mine = query + lane % 4 * 2 + j % 2, group = (key + lane / 16 * 4 + j / 2 * 8) / 4;
-  Words w = philox(*drop.seed, group, mine, head, sequence);
-#pragma unroll
-  for (int bit = 1; bit <= 2; bit *= 2) {  // swaps word i of lane j with word j of lane i
-    const bool upper = j & bit;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i & bit) continue;
-      const uint32_t got = shuffle_xor(upper ? w.w[i] : w.w[i + bit], 4 * bit);
-      if (upper) w.w[i] = got;
-      else w.w[i + bit] = got;
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) keep[i] = w.w[i] >= drop.cut ? drop.scale : 0.0f;
-}
-
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, shuffle_xor(x, 1));
-  return fmaxf(x, shuffle_xor(x, 2));
-}
-__device__ __forceinline__ float quad_sum(float x) {
-  x += shuffle_xor(x, 1);
-  return x + shuffle_xor(x, 2);
-}
-
-// How many tiles of the other side are in shared memory: the next is on its way while one is used.
+// How many tiles of keys are in shared memory.
 template <int kD>
 constexpr int kStages = kD <= 128 ? 2 : 1;
 
-// Grid: (tiles of queries, heads). kOnce: no sequence has more than kKeys keys, nothing is rescaled.
-// kTeam: a warp where sequences are so short that most of a CTA's 64 rows would lie idle; it then
-// has 16 rows and their keys to itself, four such tiles share a CTA, and nobody waits for another.
-template <class T, int kD, int kKeys, bool kOnce, int kTeam, class... Bias>
+// Rows beyond the last whole tile of keys, and those that causal hides in part, go by so many.
+constexpr int kTail = 32;
+
+// Scores may pass the maximum that the weights are taken against by so many powers of two before the
+// sums are rescaled: they then stay within fp16, and rows whose maximum creeps up cost nothing.
+constexpr float kSlack = 8.0f;
+
+// What a warp has of 16 kM queries: per lane rows lane / 4 + 8 r.
+template <int kD, int kM>
+struct Sums {
+  float top[2 * kM], shift[2 * kM];   // of raw scores; and - top * c, 0 where top is -inf
+  float norm[2 * kM], kept[2 * kM];   // of weights; of those that dropout kept. Of this lane's keys
+  float total[kM][kD / 8][4];
+};
+
+// Softmax's sums over kTiles * 8 keys, from their scores; leaves the weights in their place.
+template <bool kMasked, bool kDrop, int kD, int kM, int kTiles>
+__device__ __forceinline__ void weigh(float (&scores)[kM][kTiles][4], Sums<kD, kM>& s, const Block& b,
+                                      float c, const Dropout& drop, const PhiloxKeys& draw, bool kept) {
+  float tops[2 * kM];
+  bool grows = false;
+#pragma unroll
+  for (int r = 0; r < 2 * kM; ++r) {
+    if constexpr (kMasked) hide(scores[r / 2], b, 8 * r, r % 2);
+    tops[r] = s.top[r];
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) tops[r] = fmaxf(tops[r], scores[r / 2][n][r % 2 * 2 + j]);
+    }
+    grows |= (tops[r] - s.top[r]) * c > kSlack;
+  }
+  if (ballot(grows)) {
+#pragma unroll
+    for (int r = 0; r < 2 * kM; ++r) {
+      const float top = quad_max(tops[r]), shift = top == -INFINITY ? 0.0f : -top * c;
+      const float shrink = exp2_fast(fmaf(s.top[r], c, shift));
+      s.top[r] = top, s.shift[r] = shift;
+      s.norm[r] *= shrink;
+      if constexpr (kDrop) s.kept[r] *= shrink;
+#pragma unroll
+      for (int n = 0; n < kD / 8; ++n) {
+        s.total[r / 2][n][r % 2 * 2] *= shrink;
+        s.total[r / 2][n][r % 2 * 2 + 1] *= shrink;
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < 2 * kM; ++r) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float& score = scores[r / 2][n][r % 2 * 2 + j];
+        score = exp2_fast(fmaf(score, c, s.shift[r]));
+        s.norm[r] += score;
+      }
+    }
+  }
+  if (!kDrop || !drop.seed) return;
+#pragma unroll
+  for (int r = 0; r < 2 * kM; ++r) {
+#pragma unroll
+    for (int n = 0; n < kTiles; n += 2) {
+      const Words w = philox(draw, static_cast<unsigned>(b.key) / 4 + n * 2, b.query + 8 * r, b.head, b.sequence);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        float& weight = scores[r / 2][n + j / 2][r % 2 * 2 + j % 2];
+        if (w.w[j] < drop.cut) weight = 0.0f;
+      }
+    }
+  }
+  if (!kept) return;
+#pragma unroll
+  for (int r = 0; r < 2 * kM; ++r) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      s.kept[r] += scores[r / 2][n][r % 2 * 2] + scores[r / 2][n][r % 2 * 2 + 1];
+    }
+  }
+}
+
+// Grid: (tiles of queries, heads). kTeam: a warp where sequences are so short that most of a CTA's
+// rows would lie idle; it then has 16 rows and all their keys to itself, four such tiles share a CTA,
+// and nobody waits for another.
+template <class T, int kD, int kKeys, int kM, int kTeam, bool kDrop, class... Bias>
 __global__ void __launch_bounds__(kThreads, 2) forward_kernel(AttentionForward a, Dropout drop,
                                                            int wide, Bias... table) {
-  constexpr int kTiles = kKeys / 8, kPipeline = kOnce ? 1 : kStages<kD>;
-  constexpr int kTeams = kThreads / kTeam, kOwn = kRows / kTeams;  // rows of a team
+  constexpr bool kOnce = kTeam == kWarp, kHeld = kM * kD <= 128, kHasTable = sizeof...(Bias) > 0;
+  constexpr int kPipeline = kOnce ? 1 : kStages<kD>, kTeams = kThreads / kTeam;
+  constexpr int kMine = 16 * kM, kOwn = kMine * kWarps / kTeams;  // rows of a warp, of a team
   const int team = kTeams == 1 ? 0 : threadIdx.x / kTeam;
   const int batch = static_cast<int>(a.batch), head = blockIdx.y;
   const Tile tile = find_tile(blockIdx.x * kTeams + team, a.cu_q, batch,
@@ -232,328 +115,163 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(AttentionForward a
   const Side qs = {a.q, tile.begin, tile.length, head, head_dim, (wide & kQ) != 0};
   const Side ks = {a.k, k_begin, k_length, head, head_dim, (wide & kK) != 0};
   const Side vs = {a.v, k_begin, k_length, head, head_dim, (wide & kV) != 0};
-  const float* k_bias = a.bias ? a.bias + part : nullptr;
-  const float* v_bias = a.bias ? a.bias + 2 * part : nullptr;
+  const float* bias = a.bias ? a.bias + head * head_dim : nullptr;
   T* shared = reinterpret_cast<T*>(shared_memory()) + team * (kOwn + 2 * kPipeline * kKeys) * kD;
   const Matrix<T, kD> q = {shared};
   auto key_tile = [&](int stage) { return Matrix<T, kD>{shared + (kOwn + stage * kKeys) * kD}; };
   auto value_tile = [&](int stage) {
     return Matrix<T, kD>{shared + (kOwn + (kPipeline + stage) * kKeys) * kD};
   };
-  auto load_keys = [&](int stage, int first) {
-    load_rows<T, kD, kKeys, kTeam>(key_tile(stage), ks, first);
-    load_rows<T, kD, kKeys, kTeam>(value_tile(stage), vs, first);
+  Loader<T, kD, kKeys, kTeam> keys(ks, 0), values(vs, 0);
+  auto load_keys = [&](int stage) {
+    keys.load(key_tile(stage));
+    values.load(value_tile(stage));
     copy_async_commit();
   };
   const int warp = team_thread<kTeam>() / kWarp, lane = threadIdx.x % kWarp;
-  const int local = warp * 16, row = tile.first + local + lane / 4;  // and row + 8
-  int last = k_length;
-  if (a.causal) last = min(last, tile.first + kOwn + k_length - tile.length);
-  float top[2] = {-INFINITY, -INFINITY}, norm[2] = {}, total[kD / 8][4] = {};
+  const int local = warp * kMine, first_row = tile.first + local;
+  const Place<T, kD> left = place_of_left<T, kD>(local), rows = place_of_rows<T, kD>(),
+                      columns = place_of_columns<T, kD>();
+  const Scale scale(a.scale);
+  const float sign = scale.sign, c = scale.c;
+  const PhiloxKeys draw = keys_of<kDrop, kD <= 64>(drop);
+  // Keys that some query of the CTA sees, of the warp sees, and that all of the warp's queries see.
+  const int ahead = k_length - tile.length;
+  int last = k_length, warp_last = k_length, whole = k_length;
+  if (a.causal) {
+    last = min(last, tile.first + kOwn + ahead);
+    warp_last = min(last, first_row + kMine + ahead);
+    whole = min(last, first_row + 1 + ahead);
+  }
+  if (first_row >= tile.length) warp_last = whole = 0;
 
-  load_rows<T, kD, kOwn, kTeam>(q, qs, tile.first);
-  load_keys(0, 0);
+  Sums<kD, kM> s = {};
+#pragma unroll
+  for (int r = 0; r < 2 * kM; ++r) s.top[r] = -INFINITY;
+  uint32_t held[kHeld ? kM : 1][kHeld ? kD / 16 : 1][4];
+  auto read = [&](int m, int k, uint32_t(&fragment)[4]) {
+    if constexpr (kHeld) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) fragment[i] = held[m][k][i];
+    } else {
+      load_matrices<false>(fragment, left.at(q, m * 16, 2 * k));
+    }
+  };
+  auto step = [&](auto count, auto masked, int stage, int offset, int first) {
+    constexpr int kTiles = decltype(count)::value / 8;
+    const Block b = {first_row + lane / 4, first + offset + lane % 4 * 4, tile.length, k_length, head,
+                     tile.sequence, a.causal};
+    float scores[kM][kTiles][4] = {};
+    multiply_rows<T, kD, kM, kTiles>(scores, read, key_tile(stage), offset / 16, rows);
+    add_table(scores, b, c, table...);
+    weigh<decltype(masked)::value, kDrop>(scores, s, b, kHasTable ? 1.0f : c, drop, draw,
+                                         bias != nullptr);
+    multiply_weights<T, kD, kM, kTiles>(s.total, scores, value_tile(stage), offset / 16, columns);
+  };
+
+  Loader<T, kD, kOwn, kTeam>(qs, tile.first).load(q);
+  load_keys(0);
+  copy_async_wait<0>();
+  if (bias || sign != 1) add_bias<T, kD, kOwn, kTeam>(q, bias, head_dim, sign);
+  team_barrier<kTeam>();
+  if constexpr (kHeld) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int k = 0; k < kD / 16; ++k) load_matrices<false>(held[m][k], left.at(q, m * 16, 2 * k));
+    }
+  }
   for (int first = 0, stage = 0; first < last; first += kKeys) {
-    const bool more = kPipeline == 2 && first + kKeys < last;
-    if (more) load_keys(stage ^ 1, first + kKeys);
-    if (more) copy_async_wait<1>();
-    else copy_async_wait<0>();
-    if (first == 0) add_bias<T, kD, kOwn, kTeam>(q, qs, tile.first, a.bias);
-    add_bias<T, kD, kKeys, kTeam>(key_tile(stage), ks, first, k_bias);
-    add_bias<T, kD, kKeys, kTeam>(value_tile(stage), vs, first, v_bias);
-    team_barrier<kTeam>();
-    float scores[kTiles][4];
-    multiply_rows<T, kD, kTiles>(scores, q, local, key_tile(stage));
-    float block_top[2] = {-INFINITY, -INFINITY};
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int column = first + n * 8 + lane % 4 * 2 + i % 2;
-        float score = scores[n][i] * (a.scale * kLog2e);
-        const bool counts =
-            scored(score, row + i / 2 * 8, column, tile.length, k_length, a.causal, head, table...);
-        scores[n][i] = counts ? score : -INFINITY;
-        block_top[i / 2] = fmaxf(block_top[i / 2], scores[n][i]);
+    const bool more = first + kKeys < last;
+    if (kPipeline == 2 && more) load_keys(stage ^ 1);
+    if (kKeys > kTail && first + kKeys <= whole) {
+      step(std::integral_constant<int, kKeys>(), std::false_type(), stage, 0, first);
+    } else {
+#pragma unroll 1
+      for (int offset = 0; offset < kKeys && first + offset < warp_last; offset += kTail) {
+        step(std::integral_constant<int, kTail>(), std::true_type(), stage, offset, first);
       }
     }
-    float finite[2], shrink[2];
+    if (!more) break;
+    if (kPipeline == 1) {
+      team_barrier<kTeam>();
+      load_keys(0);
+    }
+    copy_async_wait<0>();
+    team_barrier<kTeam>();  // and all have read what comes next into this stage's place
+    if (kPipeline == 2) stage ^= 1;
+  }
+  if (first_row >= tile.length) return;
+  const Side os = {a.out, tile.begin, tile.length, head, head_dim, (wide & kOut) != 0};
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+    // The bias of k adds the same to all scores of a row: to its lse, that is, and to nothing else.
+    float shifted[2] = {}, share[2];
+    if (bias) {
+#pragma unroll 1
+      for (int k = 0; k < kD / 16; ++k) {
+        uint32_t pairs[4];
+        load_matrices<false>(pairs, left.at(q, m * 16, 2 * k));
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const int d = k * 16 + i / 4 * 8 + lane % 4 * 2 + i % 2;
+          if (d < head_dim) shifted[i / 2 % 2] += element_of<T>(pairs[i / 2], i % 2) * bias[part + d];
+        }
+      }
+    }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const float new_top = fmaxf(top[i], quad_max(block_top[i]));
-      finite[i] = new_top == -INFINITY ? 0.0f : new_top;
-      shrink[i] = exp2_fast(top[i] - finite[i]);
-      top[i] = new_top;
-    }
-    float sum[2] = {};
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        scores[n][i] = exp2_fast(scores[n][i] - finite[i / 2]);
-        sum[i / 2] += scores[n][i];
+      const int r = 2 * m + i, row = first_row + lane / 4 + 8 * r;
+      const float norm = quad_sum(s.norm[r]), extra = quad_sum(shifted[i]);
+      share[i] = norm > 0 ? 1.0f / norm : 0.0f;
+      if (lane % 4 == 0 && row < tile.length) {
+        a.lse[head * a.total_q + tile.begin + row] =
+            norm > 0 ? (log2f(norm) - s.shift[r] + extra * c) * kLn2 : -INFINITY;
       }
-      if (drop.seed) {
-        float keep[4];
-        factors_by_query(keep, drop, tile.first + local, first + n * 8, head, tile.sequence);
+      const float kept = kDrop && drop.seed ? quad_sum(s.kept[r]) * share[i] : norm > 0 ? 1.0f : 0.0f;
+      if (kDrop) share[i] *= drop.scale;
+      if (bias) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) scores[n][i] *= keep[i];
-      }
-    }
+        for (int n = 0; n < kD / 8; ++n) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) norm[i] = (kOnce ? 0.0f : norm[i] * shrink[i]) + quad_sum(sum[i]);
-    if (!kOnce) {
-#pragma unroll
-      for (int n = 0; n < kD / 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) total[n][i] *= shrink[i / 2];
-      }
-    }
-    multiply_weights<T, kD, kTiles>(total, scores, value_tile(stage));
-    team_barrier<kTeam>();  // the tile may be written again
-    if (kPipeline == 1 && first + kKeys < last) load_keys(0, first + kKeys);
-    stage = kPipeline == 2 ? stage ^ 1 : 0;
-  }
-  if (last <= 0) {  // no keys at all: the queries must have landed before their room is used
-    copy_async_wait<0>();
-    team_barrier<kTeam>();
-  }
-  float share[2];
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    share[i] = norm[i] > 0 ? 1.0f / norm[i] : 0.0f;
-    const int r = row + 8 * i;
-    if (lane % 4 == 0 && r < tile.length) {
-      a.lse[head * a.total_q + tile.begin + r] =
-          norm[i] > 0 ? (top[i] + log2f(norm[i])) * kLn2 : -INFINITY;
-    }
-  }
-  const Side os = {a.out, tile.begin, tile.length, head, head_dim, (wide & kOut) != 0};
-  store_rows<T, kD>(total, share[0], share[1], q, local, os, tile.first);
-}
-
-// Rows of a tile of the other side, in backward: what the registers allow, of which a table (kBiased)
-// takes some.
-template <int kD, bool kBiased>
-constexpr int kOther = kD <= 64 && !kBiased ? 64 : kD <= 128 ? 32 : 16;
-
-template <class T, int kD, class... Bias>
-__global__ void __launch_bounds__(kThreads, 2) dq_kernel(AttentionBackward a, Dropout drop,
-                                                      const float* delta, int wide, Bias... table) {
-  constexpr int kKeys = kOther<kD, (sizeof...(Bias) > 0)>, kTiles = kKeys / 8;
-  const int batch = static_cast<int>(a.batch), head = blockIdx.y;
-  const Tile tile = find_tile(blockIdx.x, a.cu_q, batch, static_cast<int>(a.total_q), kRows);
-  if (tile.first >= tile.length) return;
-  int k_begin;
-  const int k_length = span(a.cu_k, batch, tile.sequence, k_begin);
-  const int head_dim = static_cast<int>(a.head_dim), part = static_cast<int>(a.num_heads) * head_dim;
-  const Side qs = {a.q, tile.begin, tile.length, head, head_dim, (wide & kQ) != 0};
-  const Side ds = {a.dout, tile.begin, tile.length, head, head_dim, (wide & kDout) != 0};
-  const Side ks = {a.k, k_begin, k_length, head, head_dim, (wide & kK) != 0};
-  const Side vs = {a.v, k_begin, k_length, head, head_dim, (wide & kV) != 0};
-  T* shared = reinterpret_cast<T*>(shared_memory());
-  const Matrix<T, kD> q = {shared}, dout = {q.data + kRows * kD}, k = {dout.data + kRows * kD},
-                      v = {k.data + kKeys * kD};
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int local = warp * 16, row = tile.first + local + lane / 4;
-  float log[2], center[2], total[kD / 8][4] = {};
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const bool inside = row + 8 * i < tile.length;
-    const int64_t at = head * a.total_q + tile.begin + row + 8 * i;
-    log[i] = inside ? log2_of(a.lse[at]) : 0.0f;
-    center[i] = inside ? delta[at] : 0.0f;
-  }
-  int last = k_length;
-  if (a.causal) last = min(last, tile.first + kRows + k_length - tile.length);
-  load_rows<T, kD, kRows>(q, qs, tile.first);
-  load_rows<T, kD, kRows>(dout, ds, tile.first);
-  copy_async_commit();
-  for (int first = 0; first < last; first += kKeys) {
-    load_rows<T, kD, kKeys>(k, ks, first);
-    load_rows<T, kD, kKeys>(v, vs, first);
-    copy_async_commit();
-    copy_async_wait<0>();
-    if (first == 0) add_bias<T, kD, kRows>(q, qs, tile.first, a.bias);
-    add_bias<T, kD, kKeys>(k, ks, first, a.bias ? a.bias + part : nullptr);
-    add_bias<T, kD, kKeys>(v, vs, first, a.bias ? a.bias + 2 * part : nullptr);
-    barrier();
-    float scores[kTiles][4], dscores[kTiles][4];
-    multiply_rows<T, kD, kTiles>(scores, q, local, k);
-    multiply_rows<T, kD, kTiles>(dscores, dout, local, v);
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      float keep[4] = {1.0f, 1.0f, 1.0f, 1.0f};
-      if (drop.seed) factors_by_query(keep, drop, tile.first + local, first + n * 8, head, tile.sequence);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int column = first + n * 8 + lane % 4 * 2 + i % 2;
-        float score = scores[n][i] * (a.scale * kLog2e);
-        const bool counts =
-            scored(score, row + i / 2 * 8, column, tile.length, k_length, a.causal, head, table...);
-        const float weight = exp2_fast(score - log[i / 2]);
-        dscores[n][i] = counts ? weight * (dscores[n][i] * keep[i] - center[i / 2]) : 0.0f;
-      }
-    }
-    multiply_weights<T, kD, kTiles>(total, dscores, k);
-    barrier();
-  }
-  if (last <= 0) {
-    copy_async_wait<0>();
-    barrier();
-  }
-  const Side os = {a.dq, tile.begin, tile.length, head, head_dim, (wide & kDq) != 0};
-  store_rows<T, kD>(total, a.scale, a.scale, q, local, os, tile.first);
-}
-
-// dk and dv of a tile of keys; for wide heads one of them a launch, which the registers allow.
-template <class T, int kD, bool kWantsDk, bool kWantsDv, class... Bias>
-__global__ void __launch_bounds__(kThreads, 2) dkv_kernel(AttentionBackward a, Dropout drop,
-                                                       const float* delta, int wide, Bias... table) {
-  constexpr int kQueries = kOther<kD, (sizeof...(Bias) > 0)>, kTiles = kQueries / 8;
-  const int batch = static_cast<int>(a.batch), head = blockIdx.y;
-  const Tile tile = find_tile(blockIdx.x, a.cu_k, batch, static_cast<int>(a.total_k), kRows);
-  if (tile.first >= tile.length) return;
-  int q_begin;
-  const int q_length = span(a.cu_q, batch, tile.sequence, q_begin);
-  const int head_dim = static_cast<int>(a.head_dim), part = static_cast<int>(a.num_heads) * head_dim;
-  const Side ks = {a.k, tile.begin, tile.length, head, head_dim, (wide & kK) != 0};
-  const Side vs = {a.v, tile.begin, tile.length, head, head_dim, (wide & kV) != 0};
-  const Side qs = {a.q, q_begin, q_length, head, head_dim, (wide & kQ) != 0};
-  const Side ds = {a.dout, q_begin, q_length, head, head_dim, (wide & kDout) != 0};
-  T* shared = reinterpret_cast<T*>(shared_memory());
-  const Matrix<T, kD> k = {shared}, v = {k.data + kRows * kD}, q = {v.data + kRows * kD},
-                      dout = {q.data + kQueries * kD};
-  float* logs = reinterpret_cast<float*>(dout.data + kQueries * kD);  // then the deltas
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int local = warp * 16, column = tile.first + local + lane / 4;  // the keys
-  float dk[kWantsDk ? kD / 8 : 1][4] = {}, dv[kWantsDv ? kD / 8 : 1][4] = {};
-  load_rows<T, kD, kRows>(k, ks, tile.first);
-  load_rows<T, kD, kRows>(v, vs, tile.first);
-  copy_async_commit();
-  const int start = a.causal ? max(0, tile.first - (tile.length - q_length)) / kQueries * kQueries : 0;
-  for (int first = start; first < q_length; first += kQueries) {
-    load_rows<T, kD, kQueries>(q, qs, first);
-    load_rows<T, kD, kQueries>(dout, ds, first);
-    copy_async_commit();
-    for (int i = threadIdx.x; i < kQueries; i += kThreads) {
-      const bool inside = first + i < q_length;
-      const int64_t at = head * a.total_q + q_begin + first + i;
-      logs[i] = inside ? log2_of(a.lse[at]) : 0.0f;
-      logs[kQueries + i] = inside ? delta[at] : 0.0f;
-    }
-    copy_async_wait<0>();
-    if (first == start) {
-      add_bias<T, kD, kRows>(k, ks, tile.first, a.bias ? a.bias + part : nullptr);
-      add_bias<T, kD, kRows>(v, vs, tile.first, a.bias ? a.bias + 2 * part : nullptr);
-    }
-    add_bias<T, kD, kQueries>(q, qs, first, a.bias);
-    barrier();
-    float scores[kTiles][4], dscores[kTiles][4];
-    multiply_rows<T, kD, kTiles>(scores, k, local, q);
-    if (kWantsDk) multiply_rows<T, kD, kTiles>(dscores, v, local, dout);
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      float keep[4] = {1.0f, 1.0f, 1.0f, 1.0f};
-      if (drop.seed) factors_by_key(keep, drop, tile.first + local, first + n * 8, head, tile.sequence);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int query = n * 8 + lane % 4 * 2 + i % 2;
-        float score = scores[n][i] * (a.scale * kLog2e);
-        const bool counts = scored(score, first + query, column + i / 2 * 8, q_length, tile.length,
-                                   a.causal, head, table...);
-        const float weight = counts ? exp2_fast(score - logs[query]) : 0.0f;
-        if (kWantsDk) {
-          dscores[n][i] = counts ? weight * (dscores[n][i] * keep[i] - logs[kQueries + query]) : 0.0f;
+          for (int j = 0; j < 2; ++j) {
+            const int d = n * 8 + lane % 4 * 2 + j;
+            const float add = d < head_dim ? bias[2 * part + d] * kept * drop.scale : 0.0f;
+            float& total = s.total[m][n][2 * i + j];
+            total = total * share[i] + add;
+          }
         }
-        scores[n][i] = weight * keep[i];
+        share[i] = 1.0f;
       }
     }
-    if constexpr (kWantsDv) multiply_weights<T, kD, kTiles>(dv, scores, dout);
-    if constexpr (kWantsDk) multiply_weights<T, kD, kTiles>(dk, dscores, q);
-    barrier();
-  }
-  if (start >= q_length) {
-    copy_async_wait<0>();
-    barrier();
-  }
-  if constexpr (kWantsDk) {
-    const Side os = {a.dk, tile.begin, tile.length, head, head_dim, (wide & kDk) != 0};
-    store_rows<T, kD>(dk, a.scale, a.scale, k, local, os, tile.first);
-  }
-  if constexpr (kWantsDv) {
-    const Side os = {a.dv, tile.begin, tile.length, head, head_dim, (wide & kDv) != 0};
-    store_rows<T, kD>(dv, 1.0f, 1.0f, v, local, os, tile.first);
+    if (bias) warp_barrier();  // the rows have been read
+    store_rows<T, kD>(s.total[m], share[0], share[1], q, local + 16 * m, os, tile.first);
   }
 }
 
-// ---- launch ----
-
-bool is_wide(const Strided& t, const AttentionShape& a) {
-  return aligned(t.data) && a.head_dim % 8 == 0 && t.token % 8 == 0 && t.head % 8 == 0;
-}
-
-// Wider heads have no register left for a table: those run in plain FMA.
-constexpr int kWidestBiased = 128;
-
-template <int kD, class Run>
-void with_table(const Table& table, const Run& run) {
-  if constexpr (kD <= kWidestBiased) cuda::with_table(table, run);
-  else run();
-}
-
-// Whether the chip has tensor cores for T and so much shared memory.
-template <class T>
-bool fits(size_t bytes, int device) {
-  const bool turing = device_attribute(cudaDevAttrComputeCapabilityMajor, device) < 8;
-  if (turing && std::is_same_v<T, bf16>) return false;
-  return bytes <= static_cast<size_t>(
-                      device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-}
-
-template <class T, int kD, int kKeys, bool kOnce, int kTeam = kThreads>
-bool run_forward(const AttentionForward& a, const Dropout& drop, const Call& call) {
-  constexpr int kPipeline = kOnce ? 1 : kStages<kD>;
-  constexpr int kTeams = kThreads / kTeam;
-  constexpr size_t kBytes = (kRows + 2 * kTeams * kPipeline * kKeys) * kD * sizeof(T);
+template <class T, int kD, int kKeys, int kM, int kTeam, bool kDrop, class... Bias>
+bool run_kernel(const AttentionForward& a, const Dropout& drop, const Call& call, Bias... table) {
+  constexpr int kPipeline = kTeam == kWarp ? 1 : kStages<kD>, kTeams = kThreads / kTeam;
+  constexpr int kOwn = 16 * kM * kWarps / kTeams;
+  constexpr size_t kBytes = kTeams * (kOwn + 2 * kPipeline * kKeys) * kD * sizeof(T);
   if (!fits<T>(kBytes, call.device)) return false;
   const int wide = is_wide(a.q, a) * kQ | is_wide(a.k, a) * kK | is_wide(a.v, a) * kV |
                    is_wide(a.out, a) * kOut;
-  dim3 grid = tiles_of(a.total_q, kRows / kTeams, a);
+  dim3 grid = tiles_of(a.total_q, kOwn, a);
   grid.x = (grid.x + kTeams - 1) / kTeams;
-  with_table<kD>(call.table, [&](auto... table) {
-    void (*kernel)(AttentionForward, Dropout, int, decltype(table)...) =
-        forward_kernel<T, kD, kKeys, kOnce, kTeam>;
-    launch(kernel, grid, kThreads, kBytes, call.stream, a, drop, wide, table...);
-  });
+  launch(forward_kernel<T, kD, kKeys, kM, kTeam, kDrop, Bias...>, grid, kThreads, kBytes, call.stream,
+         a, drop, wide, table...);
   return true;
 }
 
-template <class T, int kD>
-bool run_backward(const AttentionBackward& a, const Dropout& drop, const Call& call) {
-  constexpr int kMost = kOther<kD, false>;  // without a table: room enough with one
-  constexpr size_t kTiles = (2 * kRows + 2 * kMost) * kD * sizeof(T);
-  constexpr size_t kBytes = kTiles + 2 * kMost * sizeof(float);
-  if (!fits<T>(kBytes, call.device)) return false;
-  const int wide = is_wide(a.q, a) * kQ | is_wide(a.k, a) * kK | is_wide(a.v, a) * kV |
-                   is_wide(a.dout, a) * kDout | is_wide(a.dq, a) * kDq | is_wide(a.dk, a) * kDk |
-                   is_wide(a.dv, a) * kDv;
-  with_table<kD>(call.table, [&](auto... table) {
-    using Kernel = void (*)(AttentionBackward, Dropout, const float*, int, decltype(table)...);
-    const auto run = [&](Kernel kernel, int64_t total, size_t bytes) {
-      if (!total) return;
-      launch(kernel, tiles_of(total, kRows, a), kThreads, bytes, call.stream, a, drop,
-             static_cast<const float*>(call.scratch), wide, table...);
-    };
-    run(dq_kernel<T, kD>, a.total_q, kTiles);
-    if constexpr (kD <= 128) {
-      run(dkv_kernel<T, kD, true, true>, a.total_k, kBytes);
-    } else {
-      run(dkv_kernel<T, kD, true, false>, a.total_k, kBytes);
-      run(dkv_kernel<T, kD, false, true>, a.total_k, kBytes);
-    }
-  });
-  return true;
+// With a table, dropout is decided in the kernel, and a warp has 16 rows: registers are scarce.
+template <class T, int kD, int kKeys, int kM, int kTeam = kThreads>
+bool run_forward(const AttentionForward& a, const Dropout& drop, const Call& call) {
+  if constexpr (kD <= kWidestBiased) {
+    if (call.table.data) return run_kernel<T, kD, kKeys, 1, kTeam, true>(a, drop, call, call.table);
+  }
+  if (drop.seed) return run_kernel<T, kD, kKeys, 1, kTeam, true>(a, drop, call);
+  return run_kernel<T, kD, kKeys, kM, kTeam, false>(a, drop, call);
 }
 
 }  // namespace
@@ -561,32 +279,21 @@ bool run_backward(const AttentionBackward& a, const Dropout& drop, const Call& c
 template <class T>
 bool forward_mma(const AttentionForward& a, const Dropout& drop, const Call& call) {
   if (call.table.data && a.head_dim > kWidestBiased) return false;
-  const bool once = call.longest_k <= 128, tiny = call.longest_k <= 32;
+  const bool tiny = call.longest_k <= 32;
   if (a.head_dim <= 32) {
-    if (tiny) return run_forward<T, 32, 32, true, kWarp>(a, drop, call);
-    return once ? run_forward<T, 32, 128, true>(a, drop, call) : run_forward<T, 32, 64, false>(a, drop, call);
+    if (tiny) return run_forward<T, 32, 32, 1, kWarp>(a, drop, call);
+    return run_forward<T, 32, 64, 2>(a, drop, call);
   }
   if (a.head_dim <= 64) {
-    if (tiny) return run_forward<T, 64, 32, true, kWarp>(a, drop, call);
-    return once ? run_forward<T, 64, 128, true>(a, drop, call) : run_forward<T, 64, 64, false>(a, drop, call);
+    if (tiny) return run_forward<T, 64, 32, 1, kWarp>(a, drop, call);
+    return run_forward<T, 64, 64, 2>(a, drop, call);
   }
-  if (a.head_dim <= 128) return run_forward<T, 128, 32, false>(a, drop, call);
-  return run_forward<T, 256, 32, false>(a, drop, call);
-}
-
-template <class T>
-bool backward_mma(const AttentionBackward& a, const Dropout& drop, const Call& call) {
-  if (call.table.data && a.head_dim > kWidestBiased) return false;
-  if (a.head_dim <= 32) return run_backward<T, 32>(a, drop, call);
-  if (a.head_dim <= 64) return run_backward<T, 64>(a, drop, call);
-  if (a.head_dim <= 128) return run_backward<T, 128>(a, drop, call);
-  return run_backward<T, 256>(a, drop, call);
+  if (a.head_dim <= 128) return run_forward<T, 128, 32, 1>(a, drop, call);
+  return run_forward<T, 256, 32, 1>(a, drop, call);
 }
 
 template bool forward_mma<bf16>(const AttentionForward&, const Dropout&, const Call&);
 template bool forward_mma<fp16>(const AttentionForward&, const Dropout&, const Call&);
-template bool backward_mma<bf16>(const AttentionBackward&, const Dropout&, const Call&);
-template bool backward_mma<fp16>(const AttentionBackward&, const Dropout&, const Call&);
 
 }  // namespace cuda
 }  // namespace bert_fast

@@ -38,6 +38,15 @@ V shuffle_xor(V value, int mask) {
   return found;
 }
 
+// The warp's lanes where it holds, as bits.
+inline uint32_t ballot(bool holds) {
+  const unsigned char* all = host::exchange(&holds, sizeof(holds), "ballot");
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kWarp; ++lane) bits |= static_cast<uint32_t>(all[lane]) << lane;
+  return bits;
+}
+inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
+
 inline void store_16(void* global, const void* from) {
   host::check_aligned(global, 16);
   std::memcpy(global, from, 16);
@@ -88,9 +97,6 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float normal_cdf(float x) { return 0.5f * erfcf(x * -0.70710678f); }
-inline uint32_t multiply_high(uint32_t a, uint32_t b) {
-  return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32);
-}
 template <class P>
 void check_pack(const void* address) { host::check_aligned(address, sizeof(P)); }
 
@@ -110,6 +116,9 @@ template <class V>
 __device__ __forceinline__ V shuffle_xor(V value, int mask) {
   return __shfl_xor_sync(0xFFFFFFFFu, value, mask);
 }
+
+__device__ __forceinline__ uint32_t ballot(bool holds) { return __ballot_sync(0xFFFFFFFFu, holds); }
+__device__ __forceinline__ int count_bits(uint32_t bits) { return __popc(bits); }
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
@@ -198,7 +207,6 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 __device__ __forceinline__ float normal_cdf(float x) { return normcdff(x); }
-__device__ __forceinline__ uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 template <class P>
 __device__ __forceinline__ void check_pack(const void*) {}
 
@@ -252,18 +260,47 @@ struct Words {
   uint32_t w[4];
 };
 
-// Philox4x32-10, see ../philox.h.
-__device__ __forceinline__ Words philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2,
-                                        uint32_t c3) {
-  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+// Philox4x32-10, see ../philox.h: its rounds' keys, and a draw by them. Kernels that draw again and
+// again keep the keys in registers.
+struct PhiloxKeys {
+  uint32_t words[2 * kPhiloxRounds];
+};
+
+__device__ __forceinline__ PhiloxKeys philox_keys(uint64_t seed) {
+  PhiloxKeys keys;
 #pragma unroll
   for (int i = 0; i < kPhiloxRounds; ++i) {
-    const uint32_t high0 = multiply_high(kPhiloxM0, c0), high1 = multiply_high(kPhiloxM1, c2);
-    const uint32_t low0 = kPhiloxM0 * c0, low1 = kPhiloxM1 * c2;
-    c0 = high1 ^ c1 ^ key0, c1 = low1, c2 = high0 ^ c3 ^ key1, c3 = low0;
-    key0 += kPhiloxW0, key1 += kPhiloxW1;
+    keys.words[2 * i] = static_cast<uint32_t>(seed) + i * kPhiloxW0;
+    keys.words[2 * i + 1] = static_cast<uint32_t>(seed >> 32) + i * kPhiloxW1;
+  }
+  return keys;
+}
+
+__device__ __forceinline__ Words philox(const PhiloxKeys& keys, uint32_t c0, uint32_t c1, uint32_t c2,
+                                        uint32_t c3) {
+#pragma unroll
+  for (int i = 0; i < kPhiloxRounds; ++i) {
+    // One product of 64 bits, which nvcc does not make of its halves.
+    const uint64_t first = static_cast<uint64_t>(kPhiloxM0) * c0;
+    const uint64_t second = static_cast<uint64_t>(kPhiloxM1) * c2;
+    c0 = static_cast<uint32_t>(second >> 32) ^ c1 ^ keys.words[2 * i];
+    c1 = static_cast<uint32_t>(second);
+    c2 = static_cast<uint32_t>(first >> 32) ^ c3 ^ keys.words[2 * i + 1];
+    c3 = static_cast<uint32_t>(first);
   }
   return {{c0, c1, c2, c3}};
+}
+
+__device__ __forceinline__ Words philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2,
+                                        uint32_t c3) {
+  return philox(philox_keys(seed), c0, c1, c2, c3);
+}
+
+// The same, of a value that nvcc then keeps in its register rather than find it anew.
+__device__ __forceinline__ void keep(uint32_t& value) {
+#ifndef BERT_FAST_HOST
+  asm volatile("" : "+r"(value));
+#endif
 }
 
 struct Dropout {

@@ -26,7 +26,7 @@ struct Call {
 };
 
 const char* attention_forward(const AttentionForward&, const Call&);
-const char* attention_backward(const AttentionBackward&, const Call&);  // (num_heads, total_q)
+const char* attention_backward(const AttentionBackward&, const Call&);  // (3, num_heads, total_q)
 const char* layer_norm_forward(const LayerNormForward&, const Call&);
 const char* layer_norm_backward(const LayerNormBackward&, const Call&);  // (3, programs, hidden)
 const char* gelu_forward(const GeluForward&, const Call&);

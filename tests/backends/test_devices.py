@@ -54,7 +54,7 @@ def device(wanted):
     finally:
         now.device = before
 
-torch.cuda.device = device
+torch.cuda.device, torch.cuda.current_device = device, lambda: now.device
 class Properties:
     multi_processor_count = 132
 class Stream:
@@ -150,7 +150,14 @@ for broken in (OutOfResources(300_000, 232_448, "shared memory"),
 broken = None
 before = len(launched)
 run_all(kernels)
-print(json.dumps([launched, sorted(set(asked)), said, len(launched) - before]))
+again = len(launched) - before
+with device("cuda:1"):
+    entered = []
+    torch.cuda.device = entered.append  # nothing to do: where it is current, none is made
+    for function, arguments in calls(kernels):
+        function(*arguments)
+        assert now.device == 1 and not entered
+print(json.dumps([launched, sorted(set(asked)), said, again]))
 """
 
 
@@ -165,7 +172,7 @@ def test_triton_launches_on_the_tensors_device():
     assert {device for _, device, _ in launched} == {1}
     assert all(fused is True for *_, fused in launched)
     assert asked == [1]  # capability and processors, too
-    assert again == len(launched) / 3  # after errors everything is launched as before
+    assert again == len(launched) / 4  # after errors everything is launched as before
     assert len(said) == 4 * 9
     for function, kind, message in said[:18]:
         assert kind == "RuntimeError"

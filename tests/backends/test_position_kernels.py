@@ -45,8 +45,9 @@ def test_forward_and_backward(kernels, gradients, lengths, heads, head_dim, dtyp
 
     def run(qkv, bias, table, backend=None):
         return ops.attention_qkv(
-            qkv, cu, bias=bias, position_bias=table, seed=SEED, backend=backend, **options
-        )
+            qkv, cu, max_seqlen=longest, bias=bias, position_bias=table, seed=SEED,
+            backend=backend, **options,
+        )  # fmt: skip
 
     def eager(*inputs):
         return run(*inputs, "eager")
@@ -67,7 +68,10 @@ def test_keys_of_another_number(kernels, gradients, causal):
 
     def run(q, k, v, table, backend=None):
         cu = cu_seqlens(lengths), cu_seqlens(keys)
-        return ops.attention(q, k, v, *cu, position_bias=table, causal=causal, backend=backend)
+        return ops.attention(
+            q, k, v, *cu, max_seqlen=66, max_seqlen_k=70, position_bias=table, causal=causal,
+            backend=backend,
+        )  # fmt: skip
 
     def eager(*inputs):
         return run(*inputs, "eager")
@@ -91,7 +95,9 @@ def test_minus_infinity_hides_a_key_and_has_no_gradient(kernels, gradients, dtyp
     table = draw(2, 40, 40, dtype=dtype).masked_fill(hidden, -torch.inf)
 
     def run(qkv, table, backend=None):
-        return ops.attention_qkv(qkv, cu_seqlens(lengths), position_bias=table, backend=backend)
+        return ops.attention_qkv(
+            qkv, cu_seqlens(lengths), max_seqlen=40, position_bias=table, backend=backend
+        )
 
     def eager(*inputs):
         return run(*inputs, "eager")
@@ -104,8 +110,9 @@ def test_minus_infinity_hides_a_key_and_has_no_gradient(kernels, gradients, dtyp
     assert not dtable[:, hidden].any()
     assert not dqkv[[4, 10, 50], 1:].any()
     _, lse = ops.attention_qkv(
-        qkv.to(dtype), cu_seqlens(lengths), position_bias=table.to(dtype), return_lse=True
-    )
+        qkv.to(dtype), cu_seqlens(lengths), max_seqlen=40, position_bias=table.to(dtype),
+        return_lse=True,
+    )  # fmt: skip
     assert lse.isneginf().nonzero().tolist() == [[h, t] for h in (0, 1) for t in (2, 8, 48)]
 
 
@@ -115,7 +122,7 @@ def test_twice_the_same_bits(kernels, gradients):
 
     def run(qkv, table):
         return ops.attention_qkv(
-            qkv, cu_seqlens(lengths), position_bias=table, dropout_p=0.1, seed=SEED
+            qkv, cu_seqlens(lengths), max_seqlen=17, position_bias=table, dropout_p=0.1, seed=SEED
         )
 
     for dtype in (torch.float32, torch.bfloat16):
@@ -133,12 +140,12 @@ def test_any_strides_and_a_dtype_of_its_own(kernels):
     assert not strided.is_contiguous()
     results = []
     for one in (strided, plain):
-        out = ops.attention_qkv(qkv, cu_seqlens([10, 30]), position_bias=one)
+        out = ops.attention_qkv(qkv, cu_seqlens([10, 30]), max_seqlen=30, position_bias=one)
         results.append((out, *torch.autograd.grad(out.sum(), (qkv, one))))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert results[0][2].dtype == torch.float32
     assert results[0][2].abs().sum() > 0
-    other = ops.attention_qkv(qkv, cu_seqlens([10, 30]), position_bias=plain.flip(2))
+    other = ops.attention_qkv(qkv, cu_seqlens([10, 30]), max_seqlen=30, position_bias=plain.flip(2))
     assert not torch.equal(results[0][0], other)
 
 
@@ -146,11 +153,11 @@ def test_a_frozen_table_changes_no_other_gradient(kernels):
     qkv, table = draw(20, 3, 2, 16).float().requires_grad_(), draw(2, 12, 12).float()
     grads = []
     for one in (table, table.clone().requires_grad_()):
-        out = ops.attention_qkv(qkv, cu_seqlens([8, 12]), position_bias=one)
+        out = ops.attention_qkv(qkv, cu_seqlens([8, 12]), max_seqlen=12, position_bias=one)
         grads.append(torch.autograd.grad(out.square().sum(), qkv)[0])
     assert torch.equal(*grads)
     alone = table.clone().requires_grad_()
-    out = ops.attention_qkv(qkv.detach(), cu_seqlens([8, 12]), position_bias=alone)
+    out = ops.attention_qkv(qkv.detach(), cu_seqlens([8, 12]), max_seqlen=12, position_bias=alone)
     (found,) = torch.autograd.grad(out.square().sum(), alone)
     assert found.abs().sum() > 0
 

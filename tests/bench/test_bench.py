@@ -371,17 +371,19 @@ def test_results_become_the_readmes_tables(tmp_path):
     assert "Not measured" not in tables(tmp_path)  # README's status table says it of all levels
     peers = {"torch.nn.functional": {"ms": 3.0}, "copy": {"ms": 0.9}, "bad": {"refused": "wrong"}}
     row = {"work": "w", "kind": "gelu", "ceilings": ["copy"]}
+    slower = {"bert_fast cuda": {"ms": 2.0}, "eager reference": {"ms": 0.1}}
     rows = [
-        row | {"results": {"bert_fast": {"ms": 1.5, "possible": 0.6}, **peers}},
+        row | {"results": {"bert_fast": {"ms": 1.5, "possible": 0.6}, **slower, **peers}},
         row | {"results": peers},
     ]
     (tmp_path / "gpu").mkdir()
     facts = {"device": "D", "driver": "1", "torch": "2", "date": "today"}
     report.write(tmp_path / "gpu" / "op.json", {"environment": facts, "rows": rows})
     shown = tables(tmp_path)
-    assert "| w | 1.500 | 60% | `torch.nn.functional` | 2.00 |" in shown
-    assert "| w | no kernel of ours | | | |" in shown
-    assert "Not measured on any GPU yet: `bert-fast bench layer`" in shown
+    assert "| w | 1.500 | `bert_fast` | 60% | 3.000 | `torch.nn.functional` | 2.00 |" in shown
+    assert "| w | no kernel of ours |  |  | 3.000 | `torch.nn.functional` |  |" in shown
+    assert "D, driver 1, torch 2, triton None, today, commit None:" in shown
+    assert "Not measured on any GPU yet: `bert-fast bench model`, " in shown
 
 
 def test_accelerated_models_have_rows_of_their_own(tmp_path):

@@ -252,3 +252,16 @@ def test_a_bare_encoder_becomes_a_scorer(tmp_path):
         bert_fast.SentenceEncoder(tmp_path / "base").encode(
             TEXTS, output_value="token_embeddings", precision="int8"
         )
+
+
+def test_on_its_device(tmp_path, device):
+    theirs, directory = sentence_transformer(tmp_path, Pooling(32))
+    wanted = theirs.encode(TEXTS)
+    ours = bert_fast.SentenceEncoder(directory, device=device)
+    accelerated = bert_fast.accelerate(theirs.to(device))
+    for model in (ours, accelerated):
+        np.testing.assert_allclose(model.encode(TEXTS), wanted, rtol=0, atol=2e-5)
+    theirs, directory = cross_encoder(tmp_path / "cross")
+    pairs = [("the film", text) for text in TEXTS]
+    ours = bert_fast.CrossEncoder(directory, device=device)
+    np.testing.assert_allclose(ours.predict(pairs), theirs.predict(pairs), rtol=0, atol=2e-5)

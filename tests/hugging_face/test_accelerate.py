@@ -47,10 +47,12 @@ def build(family, head="Model", **config):
 def batch(model, head="Model", lengths=LENGTHS):
     mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
     ids = torch.randint(5, 90, mask.shape)
-    ids = ids.masked_fill(mask == 0, model.config.pad_token_id)
     inputs = {"input_ids": ids, "attention_mask": mask}
     if head == "ForMultipleChoice":
-        inputs = {k: torch.stack([v, v.flip(0)], 1) for k, v in inputs.items()}
+        other = {"input_ids": torch.randint(5, 90, mask.shape), "attention_mask": mask.flip(0)}
+        inputs = {k: torch.stack([v, other[k]], 1) for k, v in inputs.items()}
+    hidden = inputs["attention_mask"] == 0
+    inputs["input_ids"] = inputs["input_ids"].masked_fill(hidden, model.config.pad_token_id)
     return inputs
 
 
@@ -72,7 +74,8 @@ def test_outputs_and_gradients(family, head):
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
     assert type(ours).__name__ == type(theirs).__name__
-    inputs = batch(theirs, head)
+    # Enough sequences that the few numbers of a head are no matter of luck.
+    inputs = batch(theirs, head, [*LENGTHS, 5, 9, 2, 8, 11, 4, 6, 10])
     with torch.no_grad():
         wanted = theirs(**inputs, output_hidden_states=True)
         for model in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
@@ -105,6 +108,28 @@ def test_outputs_and_gradients(family, head):
             nothing = value.new_zeros(0)
             parts = [[nothing.float(), gradients[name]], [nothing.float(), eager[name]]]
             assert_within(*parts, [nothing, value], name=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mask_on", ["cpu", "device"])
+def test_on_its_device(family, device, mask_on):
+    theirs = build(family)
+    ours = bert_fast.accelerate(copy.deepcopy(theirs)).to(device)
+    here = batch(theirs, lengths=[*LENGTHS, 5, 9])
+    weights = torch.randn(*here["input_ids"].shape, 36).double()
+
+    def run(model, inputs):
+        model.zero_grad()
+        out = model(**inputs)[0].cpu()
+        (real(out, here) * real(weights, here).to(out.dtype)).sum().backward()
+        return [real(out, here).detach(), model.get_input_embeddings().weight.grad.cpu()]
+
+    truth = run(copy.deepcopy(theirs).double(), here)
+    there = {name: value.to(device) for name, value in here.items()}
+    torchs = run(theirs.to(device), there)
+    if mask_on == "cpu":
+        there["attention_mask"] = here["attention_mask"]
+    assert_within(run(ours, there), torchs, truth, name="output, gradient of word embeddings")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

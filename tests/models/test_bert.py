@@ -91,6 +91,24 @@ def test_outputs_losses_and_gradients(tmp_path, name):
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mask_on", ["cpu", "device"])
+def test_on_its_device(tmp_path, device, dtype, mask_on):
+    theirs, ours = pair(tmp_path, "tiny")
+    inputs = batch(60)
+    mask = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        truth = copy.deepcopy(theirs).double()(**inputs).last_hidden_state[mask]
+        there = {name: value.to(device) for name, value in inputs.items()}
+        torchs = theirs.to(device, dtype)(**there).last_hidden_state[mask]
+        if mask_on == "cpu":
+            there["attention_mask"] = inputs["attention_mask"]
+        found = ours.to(device, dtype)(**there).last_hidden_state
+    assert found.device.type == device
+    assert not found[~mask].any()
+    assert_within(found[mask].cpu(), torchs.cpu(), truth)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision(tmp_path, dtype):
     theirs, ours = pair(tmp_path, "tiny", dtype)

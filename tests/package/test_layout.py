@@ -13,7 +13,7 @@ PACKAGE = ROOT / "bert_fast"
 
 # A wing may import itself and what stands on a lower floor: never its neighbours, never up.
 FLOORS = [
-    {"files", "extras", "text", "devices", "_C"},
+    {"files", "extras", "text", "devices", "environment", "_C"},
     {"backends", "kernels"},
     {"ops"},
     {"models"},

@@ -4,6 +4,7 @@ import json
 import random
 
 import drawn
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -144,3 +145,21 @@ def test_what_there_is_to_resume(tmp_path, stopped):
     (tmp_path / "out" / "training_state.pt").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"training_state\.pt cannot be read"):
         finetune(stopped)
+
+
+@pytest.mark.parametrize("task", drawn.TASKS)
+def test_on_its_device(tmp_path, device, task):
+    """A whole run; its first step's loss, before the order of sums has moved a weight, is the
+    CPU's."""
+    first = []
+
+    def note(done, steps, loss):
+        if done == 1:
+            first.append(float(loss))
+
+    for where in (device, "cpu"):
+        out = str(tmp_path / f"out-{where}-{len(first)}")
+        settings = drawn.settings(task, tmp_path, out=out, epochs=1, device=where)
+        _, figures = finetune(settings, note)
+        assert all(np.isfinite(value) for value in figures.values() if isinstance(value, float))
+    np.testing.assert_allclose(*first, rtol=1e-5)

@@ -16,7 +16,7 @@ from bert_fast.bench.peers.hugging_face import (
     TorchAo,
     Zentorch,
 )
-from bert_fast.bench.peers.ours import Eager, NotPrepacked, Ours
+from bert_fast.bench.peers.ours import Eager, Graphs, NotPrepacked, Ours
 from bert_fast.bench.peers.peer import Absent, Peer
 from bert_fast.bench.peers.torch import Compiled, Sdpa, SdpaLoop, Torch, TorchEncoderLayer
 
@@ -41,11 +41,13 @@ def peers(device):
     return [
         Ours(),
         *(Ours(b, name=f"bert_fast {b}") for b in own if len(own) > 1),
+        Graphs(),
         NotPrepacked(),
         Accelerated(),
         Eager(),
         Torch(),
         Compiled("default"),
+        Compiled("reduce-overhead"),
         Compiled("max-autotune"),
         Sdpa(),
         Sdpa("MATH"),

@@ -101,7 +101,8 @@ class Ours(Peer):
         served = work.kind == "model" and work.device == "cpu" and self.prepack
         if served and work.dtype in (torch.int8, torch.bfloat16):
             return self._served(work)
-        model = bert_fast.BertModel.from_pretrained(work.checkpoint, work.compute).to(work.device)
+        model = bert_fast.BertModel.from_pretrained(work.checkpoint, work.compute)
+        model = model.to(work.device).eval()
         return model.prepack() if self.prepack and not work.backward else model
 
     def layer(self, work, inputs):
@@ -123,7 +124,7 @@ class Ours(Peer):
     def model(self, work, inputs):
         if work.dtype != torch.int8:
             self._check("attention", work)
-        model = self.load(work).eval()
+        model = self.load(work)
         batches, packed = on_device(inputs, work.device, mask_on_cpu=True)
 
         def forward():
@@ -142,6 +143,19 @@ class Ours(Peer):
                 return model(**batch).last_hidden_state
 
         return Step(work, model, hidden, batches, packed, model.embeddings.word.weight)
+
+
+class Graphs(Ours):
+    """Our model by :func:`bert_fast.cudagraph`: one launch a batch."""
+
+    attention = layer_norm = gelu = linear_gelu = layer = train = None  # type: ignore[assignment]
+    devices, dtypes, inference = ("cuda",), Peer.dtypes, True
+
+    def __init__(self):
+        super().__init__(name="bert_fast.cudagraph")
+
+    def load(self, work):
+        return bert_fast.cudagraph(super().load(work))
 
 
 class NotPrepacked(Ours):

@@ -49,13 +49,24 @@ class Compiled(Torch):
 
     def __init__(self, mode):
         self.name, self.mode = f"torch.compile {mode}", mode
+        if mode == "reduce-overhead":  # by CUDA graphs
+            self.devices = ("cuda",)
+
+    def why_absent(self, work):  # asked once a work
+        self.compiled = {}
+        return super().why_absent(work)
 
     def wrap(self, function):
+        """Compiled once a work: all copies of its inputs have the same shapes."""
         import torch._functorch.config
 
-        torch._dynamo.reset()
-        torch._functorch.config.donated_buffer = False  # backward runs more than once
-        return torch.compile(function, mode=self.mode)
+        code = getattr(function, "__code__", function)
+        if code not in self.compiled:
+            if not self.compiled:
+                torch._dynamo.reset()
+            torch._functorch.config.donated_buffer = False  # backward runs more than once
+            self.compiled[code] = torch.compile(function, mode=self.mode)
+        return self.compiled[code]
 
     def attention(self, work, inputs):
         (qkv, dout), cu, longest = inputs, work.cu_seqlens, work.max_seqlen

@@ -1,0 +1,356 @@
+// What attention's kernels on tensor cores share, bf16 and fp16: tiles of rows in shared memory,
+// products of them by mma.sync m16n8k16 (Turing: two m16n8k8), dropout in their layouts.
+//
+// Of a product's 16 columns a lane has four that lie side by side, in two accumulator tiles: the
+// rows of the right operand are read in that order (key_of), by ldmatrix at no cost. So dropout's
+// four words, which are of four keys side by side, are one lane's.
+#pragma once
+#include <type_traits>
+
+#include "attention.h"
+
+namespace bert_fast {
+namespace cuda {
+namespace {
+
+constexpr int kWarps = 4, kThreads = kWarps * kWarp;
+
+// Rows of kD elements in shared memory. The chunks of 8 are twisted by row, so that ldmatrix meets no
+// bank conflict over eight rows side by side, and none over the eight that `key_of` picks of 16.
+template <class T, int kD>
+struct Matrix {
+  T* data;
+  static __device__ __forceinline__ unsigned twist(unsigned row) {
+    const unsigned pair = row / 4 % 2 * 2 + (row / 2 ^ row / 8) % 2;
+    return kD >= 64 ? pair * 2 + row % 2 : pair;
+  }
+  __device__ __forceinline__ T* chunk(unsigned row, unsigned c) const {
+    return data + row * kD + (c ^ twist(row)) * 8;
+  }
+};
+
+// Which of 16 rows is number j, of 8, of the even or the odd tile of accumulators.
+__device__ __forceinline__ unsigned key_of(unsigned j, unsigned odd) {
+  return j / 2 * 4 + j % 2 + odd * 2;
+}
+
+// A thread's row and chunk of a matrix: their place is found once, for others it moves by what the
+// compiler knows.
+template <class T, int kD>
+struct Place {
+  unsigned row, chunk;  // in elements
+  __device__ __forceinline__ Place(unsigned first, unsigned c)
+      : row(first * kD), chunk((c ^ Matrix<T, kD>::twist(first)) * 8) {
+    keep(row);
+    keep(chunk);
+  }
+  // `rows` on, which have no bit in common with the first, and chunk c ^ `chunks`.
+  __device__ __forceinline__ T* at(const Matrix<T, kD>& m, unsigned rows, unsigned chunks) const {
+    return m.data + (row + (chunk ^ (chunks ^ Matrix<T, kD>::twist(rows)) * 8)) + rows * kD;
+  }
+};
+
+// What a lane hands to ldmatrix: for 16 x 16 of a left operand, of rows (left right^T), of columns.
+template <class T, int kD>
+__device__ __forceinline__ Place<T, kD> place_of_left(unsigned row) {  // a multiple of 16
+  const unsigned lane = threadIdx.x % kWarp;
+  return {row + lane % 16, lane / 16};
+}
+template <class T, int kD>
+__device__ __forceinline__ Place<T, kD> place_of_rows() {
+  const unsigned lane = threadIdx.x % kWarp;
+  return {key_of(lane % 8, lane / 16), lane / 8 % 2};
+}
+template <class T, int kD>
+__device__ __forceinline__ Place<T, kD> place_of_columns() {
+  const unsigned lane = threadIdx.x % kWarp;
+  return {key_of(lane % 8, lane / 8 % 2), lane / 16};
+}
+
+template <class T>
+__device__ __forceinline__ float element_of(uint32_t pair, int which) {
+  union { uint32_t bits; T values[2]; } u = {pair};
+  return to_float(u.values[which]);
+}
+
+// Which tensors can be moved by 16 bytes.
+enum Wide { kQ = 1, kK = 2, kV = 4, kDout = 8, kOut = 16, kDq = 32, kDk = 64, kDv = 128 };
+
+struct Side {  // rows of one tensor, of one sequence and head
+  Strided tensor;
+  int begin, length, head, head_dim;
+  bool wide;
+};
+
+// Who loads a tile together and waits for each other: a CTA, or a warp on its own.
+template <int kTeam>
+__device__ __forceinline__ void team_barrier() {
+  if constexpr (kTeam == kWarp) warp_barrier();
+  else barrier();
+}
+
+template <int kTeam>
+__device__ __forceinline__ unsigned team_thread() {
+  return kTeam == kThreads ? threadIdx.x : threadIdx.x % kTeam;
+}
+
+// Brings tiles of kCount rows, one after the other, into shared memory; zeros outside. A thread has
+// one chunk of every kStep-th row.
+template <class T, int kD, int kCount, int kTeam = kThreads>
+struct Loader {
+  static constexpr unsigned kChunks = kD / 8, kStep = kTeam / kChunks;
+  static_assert(kTeam % kChunks == 0 && kCount % kStep == 0);
+  const char* from;   // the thread's first row
+  int64_t step;       // bytes to its next one
+  int left;           // rows of the sequence from it on; none where the chunk is past head_dim
+  int head_dim;
+  bool wide;
+  Place<T, kD> place;
+
+  __device__ __forceinline__ Loader(const Side& s, int first)
+      : step(kStep * s.tensor.token * static_cast<int64_t>(sizeof(T))),
+        head_dim(s.head_dim), wide(s.wide),
+        place(team_thread<kTeam>() / kChunks, team_thread<kTeam>() % kChunks) {
+    const int row = first + static_cast<int>(team_thread<kTeam>() / kChunks);
+    const int d = static_cast<int>(team_thread<kTeam>() % kChunks * 8);
+    left = d < s.head_dim ? s.length - row : 0;
+    from = reinterpret_cast<const char*>(
+        row_of<T>(s.tensor, static_cast<int64_t>(s.begin) + row, s.head) + d);
+  }
+
+  // The next tile. To be committed and waited for.
+  __device__ __forceinline__ void load(const Matrix<T, kD>& to) {
+    if (wide) {
+#pragma unroll
+      for (unsigned i = 0; i < kCount / kStep; ++i) {
+        copy_async_16(place.at(to, i * kStep, 0), from, static_cast<int>(i * kStep) < left);
+        from += step;
+      }
+    } else {
+#pragma unroll 1
+      for (unsigned i = 0; i < kCount / kStep; ++i) {
+        Pack<T, 8> pack;
+        const T* element = reinterpret_cast<const T*>(from);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const int d = static_cast<int>(team_thread<kTeam>() % kChunks * 8) + j;
+          const bool inside = static_cast<int>(i * kStep) < left && d < head_dim;
+          pack.values[j] = inside ? element[j] : from_float<T>(0.0f);
+        }
+        store(place.at(to, i * kStep, 0), pack);
+        from += step;
+      }
+    }
+    left -= kCount;
+  }
+};
+
+// (Rows + the projection's bias) * factor, of the chunks that this thread has loaded.
+template <class T, int kD, int kCount, int kTeam>
+__device__ __forceinline__ void add_bias(const Matrix<T, kD>& m, const float* bias,
+                                         int head_dim, float factor) {
+  constexpr unsigned kChunks = kD / 8, kStep = kTeam / kChunks;
+  const unsigned c = team_thread<kTeam>() % kChunks;
+  float add[8];
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    const int d = static_cast<int>(c) * 8 + j;
+    add[j] = bias && d < head_dim ? bias[d] : 0.0f;
+  }
+  const Place<T, kD> place(team_thread<kTeam>() / kChunks, c);
+#pragma unroll 2
+  for (unsigned i = 0; i < kCount; i += kStep) {
+    T* at = place.at(m, i, 0);
+    Pack<T, 8> pack = load<Pack<T, 8>>(at);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      pack.values[j] = from_float<T>((to_float(pack.values[j]) + add[j]) * factor);
+    }
+    store(at, pack);
+  }
+}
+
+// acc (16 x kD) += weights (16 x 8 kTiles, accumulators of a product) times rows of `right`, kM
+// times.
+template <class T, int kD, int kM, int kTiles>
+__device__ __forceinline__ void multiply_weights(float (&acc)[kM][kD / 8][4],
+                                                 const float (&weights)[kM][kTiles][4],
+                                                 const Matrix<T, kD>& right, unsigned from,
+                                                 const Place<T, kD>& columns) {
+#pragma unroll
+  for (int k = 0; k < kTiles / 2; ++k) {
+    uint32_t a[kM][4];
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+      const float(&low)[4] = weights[m][2 * k], (&high)[4] = weights[m][2 * k + 1];
+      a[m][0] = pack_pair<T>(low[0], low[1]), a[m][1] = pack_pair<T>(low[2], low[3]);
+      a[m][2] = pack_pair<T>(high[0], high[1]), a[m][3] = pack_pair<T>(high[2], high[3]);
+    }
+#pragma unroll
+    for (int n = 0; n < kD / 16; ++n) {
+      uint32_t b[4];
+      load_matrices<true>(b, columns.at(right, (from + k) * 16, 2 * n));
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        mma<T>(acc[m][2 * n], a[m], b[0], b[1]);
+        mma<T>(acc[m][2 * n + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// acc (16 x 8 kTiles), kM times, += rows of the left operand times rows 16 `from` on of `right`: left
+// right^T. read(m, k, a) gives the left operand's 16 x 16.
+template <class T, int kD, int kM, int kTiles, class Read>
+__device__ __forceinline__ void multiply_rows(float (&acc)[kM][kTiles][4], const Read& read,
+                                              const Matrix<T, kD>& right, unsigned from,
+                                              const Place<T, kD>& rows) {
+#pragma unroll
+  for (int k = 0; k < kD / 16; ++k) {
+    uint32_t a[kM][4];
+#pragma unroll
+    for (int m = 0; m < kM; ++m) read(m, k, a[m]);
+#pragma unroll
+    for (int n = 0; n < kTiles / 2; ++n) {
+      uint32_t b[4];
+      load_matrices<false>(b, rows.at(right, (from + n) * 16, 2 * k));
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        mma<T>(acc[m][2 * n], a[m], b[0], b[1]);
+        mma<T>(acc[m][2 * n + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// Where scores are in their sequence: the lane's first query and first key.
+struct Block {
+  int query, key, q_length, k_length, head, sequence;
+  bool causal;
+};
+
+// -inf for the keys that do not count, in row `half` of a tile's two, the lane's first + `down`.
+template <int kTiles>
+__device__ __forceinline__ void hide(float (&scores)[kTiles][4], const Block& b, int down, int half) {
+  const int seen = b.query + down + 1 + b.k_length - b.q_length;
+  const int left = (b.causal ? min(b.k_length, seen) : b.k_length) - b.key;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      if (n / 2 * 16 + n % 2 * 2 + j >= left) scores[n][half * 2 + j] = -INFINITY;
+    }
+  }
+}
+
+// Scores, of queries by keys, in base 2 and with the position bias.
+template <int kM, int kTiles>
+__device__ __forceinline__ void add_table(float (&scores)[kM][kTiles][4], const Block& b, float c,
+                                          const Table& table) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = min(b.query + 16 * m + i / 2 * 8, b.q_length - 1);  // past the end: anything
+      const float* from = table.data + (b.head * table.rows + row) * table.columns + b.key + i % 2;
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        const int at = n / 2 * 16 + n % 2 * 2;
+        const float bias = b.key + at + i % 2 < b.k_length ? from[at] : -INFINITY;
+        scores[m][n][i] = bias == -INFINITY ? bias : fmaf(scores[m][n][i], c, bias * kLog2e);
+      }
+    }
+  }
+}
+template <int kM, int kTiles>
+__device__ __forceinline__ void add_table(float (&)[kM][kTiles][4], const Block&, float) {}
+
+// A warp's 16 rows of accumulators to memory, by way of its own rows of shared memory, which nobody
+// may still be reading. kPaired: a lane's two rows lie side by side.
+template <class T, int kD, bool kPaired = false>
+__device__ __forceinline__ void store_rows(const float (&acc)[kD / 8][4], float scale0, float scale1,
+                                           const Matrix<T, kD>& m, int row, const Side& s, int first) {
+  const int lane = threadIdx.x % kWarp, pair = lane % 4 * 2;
+  const Place<T, kD> mine(row + (kPaired ? lane / 4 * 2 : lane / 4), 0);
+#pragma unroll
+  for (int n = 0; n < kD / 8; ++n) {
+    const uint32_t top = pack_pair<T>(acc[n][0] * scale0, acc[n][1] * scale0);
+    const uint32_t bottom = pack_pair<T>(acc[n][2] * scale1, acc[n][3] * scale1);
+    store(mine.at(m, 0, n) + pair, top);
+    store(mine.at(m, kPaired ? 1 : 8, n) + pair, bottom);
+  }
+  warp_barrier();
+  constexpr int kChunks = kD / 8, kStep = kWarp / kChunks;
+  const int c = lane % kChunks, d = c * 8, r = row + lane / kChunks;
+  const int left = d < s.head_dim ? s.length - first - r : 0;
+  T* to = row_of<T>(s.tensor, static_cast<int64_t>(s.begin) + first + r, s.head) + d;
+  const Place<T, kD> place(r, c);
+#pragma unroll 4
+  for (int i = 0; i < 16; i += kStep, to += kStep * s.tensor.token) {
+    if (i >= left) break;
+    const Pack<T, 8> pack = load<Pack<T, 8>>(place.at(m, i, 0));
+    if (s.wide) {
+      store_16(to, &pack);
+    } else {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        if (d + j < s.head_dim) to[j] = pack.values[j];
+      }
+    }
+  }
+}
+
+// Philox's keys; kPinned: they stay in registers.
+template <bool kDrop, bool kPinned>
+__device__ __forceinline__ PhiloxKeys keys_of(const Dropout& drop) {
+  PhiloxKeys draw = philox_keys(kDrop && drop.seed ? *drop.seed : 0);
+  if constexpr (kDrop && kPinned) {
+#pragma unroll
+    for (uint32_t& word : draw.words) keep(word);
+  }
+  return draw;
+}
+
+// The scale by its sign, which one operand is multiplied by, and its size, in base 2: so the greatest
+// product is the greatest score, and -inf stays what hides one.
+struct Scale {
+  float sign, c;
+  explicit __device__ __forceinline__ Scale(float scale)
+      : sign(scale > 0 ? 1.0f : scale < 0 ? -1.0f : 0.0f),
+        c((scale != 0 ? fabsf(scale) : 1.0f) * kLog2e) {}
+};
+
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, shuffle_xor(x, 1));
+  return fmaxf(x, shuffle_xor(x, 2));
+}
+__device__ __forceinline__ float quad_sum(float x) {
+  x += shuffle_xor(x, 1);
+  return x + shuffle_xor(x, 2);
+}
+
+bool is_wide(const Strided& t, const AttentionShape& a) {
+  return aligned(t.data) && a.head_dim % 8 == 0 && t.token % 8 == 0 && t.head % 8 == 0;
+}
+
+// Wider heads have no register left for a table: those run in plain FMA.
+constexpr int kWidestBiased = 128;
+
+template <int kD, class Run>
+void with_table(const Table& table, const Run& run) {
+  if constexpr (kD <= kWidestBiased) cuda::with_table(table, run);
+  else run();
+}
+
+// Whether the chip has tensor cores for T and so much shared memory.
+template <class T>
+bool fits(size_t bytes, int device) {
+  const bool turing = device_attribute(cudaDevAttrComputeCapabilityMajor, device) < 8;
+  if (turing && std::is_same_v<T, bf16>) return false;
+  return bytes <= static_cast<size_t>(
+                      device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+}
+
+}  // namespace
+}  // namespace cuda
+}  // namespace bert_fast
