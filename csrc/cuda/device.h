@@ -96,6 +96,7 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 }
 
 inline float exp2_fast(float x) { return std::exp2(x); }
+inline float lesser(float x, float most) { return x > most ? most : x; }
 inline float normal_cdf(float x) { return 0.5f * erfcf(x * -0.70710678f); }
 template <class P>
 void check_pack(const void* address) { host::check_aligned(address, sizeof(P)); }
@@ -206,6 +207,15 @@ __device__ __forceinline__ float exp2_fast(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// The lesser of two; NaN where x is.
+__device__ __forceinline__ float lesser(float x, float most) {
+#if __CUDA_ARCH__ >= 800
+  asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(most));
+  return x;
+#else
+  return x > most ? most : x;
+#endif
+}
 __device__ __forceinline__ float normal_cdf(float x) { return normcdff(x); }
 template <class P>
 __device__ __forceinline__ void check_pack(const void*) {}
@@ -246,6 +256,40 @@ template <class P>
 __device__ __forceinline__ void store(void* address, const P& pack) {
   check_pack<P>(address);
   *static_cast<P*>(address) = pack;
+}
+
+// To global memory, never in parts.
+template <class P>
+__device__ __forceinline__ void store_global(void* address, const P& pack) {
+  if (sizeof(P) == 16) {
+    store_16(address, &pack);
+  } else {
+    store(address, pack);
+  }
+}
+
+// Parameters: of the activations' type T where `low`, else float; null: none.
+struct Vector {
+  const void* data;
+  bool low;
+};
+
+// kCount of them from `column` on, as floats, 16 bytes at a time.
+template <class T, int kCount>
+__device__ __forceinline__ void load_vector(Vector vector, int64_t column, float (&out)[kCount]) {
+  if (vector.low) {
+    const auto pack = load<Pack<T, kCount>>(static_cast<const T*>(vector.data) + column);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) out[j] = to_float(pack.values[j]);
+    return;
+  }
+  constexpr int kPart = kCount < 4 ? kCount : 4;
+#pragma unroll
+  for (int j = 0; j < kCount; j += kPart) {
+    const auto pack = load<Pack<float, kPart>>(static_cast<const float*>(vector.data) + column + j);
+#pragma unroll
+    for (int i = 0; i < kPart; ++i) out[j + i] = pack.values[i];
+  }
 }
 
 __device__ __forceinline__ float warp_sum(float x) {
@@ -376,7 +420,13 @@ inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 
 
 // ---- sums over rows ----
 
-// out[sum][column] = sum over programs of partials[sum][program][column], in order.
+// How many programs sum over so many rows, several at a time: those without rows would add zeros.
+inline int programs_for(int64_t rows, int at_a_time, int most) {
+  const int64_t groups = (rows + at_a_time - 1) / at_a_time;
+  return static_cast<int>(groups < 1 ? 1 : groups < most ? groups : most);
+}
+
+// out[sum][column] = sum over programs of partials[sum][program][column], in a fixed order.
 void sum_partials(const float* partials, int sums, int programs, int64_t width,
                   float* const (&out)[3], void* stream);
 

@@ -14,6 +14,8 @@ struct Table {
   int64_t rows, columns;
 };
 
+constexpr int kWeight = 1, kBias = 2, kLinearBias = 4;
+
 struct Call {
   int device;
   void* stream;
@@ -23,6 +25,7 @@ struct Call {
   int programs;          // how many CTAs share a sum over rows: it sets the order of the sums
   Table table;           // attention
   float* dtable;         // attention_backward: the table's gradient, all of it written; or null
+  int low;               // layer_norm, gelu: the parameters that have x's type, not float: kWeight ...
 };
 
 const char* attention_forward(const AttentionForward&, const Call&);
