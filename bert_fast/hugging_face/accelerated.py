@@ -356,7 +356,8 @@ class _Layer(_Accelerated):
         return module
 
     def train(self, mode=True):
-        self._bert_fast.changed()  # weights are exchanged between training and use
+        if mode is not self.training:  # weights are exchanged between training and use
+            self._bert_fast.changed()
         return super().train(mode)
 
     def forward(self, x, *args, **kwargs):
@@ -364,7 +365,7 @@ class _Layer(_Accelerated):
             return super().forward(x, *args, **kwargs)
         run, settings = args[0], self._bert_fast
         packing, workspace, parts = run.packing, run.workspace, run.parts_of(self)
-        q, k, v, out, up, down = products = parts.products(settings)
+        q, k, v, out, up, down = parts.products(settings)
         tokens, width = x.shape[0], q.out_features
         heads = width // settings.head_dim, settings.head_dim
         context = workspace.take("hidden", tokens, width, x)
@@ -373,7 +374,7 @@ class _Layer(_Accelerated):
             padded_tail=packing.padded_tail, position_bias=run.position_bias,
             out=None if context is None else context.view(tokens, *heads),
         )  # fmt: skip
-        if (fused := parts.fused(x, products, run.where)) is not None:
+        if (fused := parts.fused(x, run.where)) is not None:
             context = ops.attention_qkv(
                 fused.view(tokens, 3, *heads), packing.cu_seqlens, **options
             )

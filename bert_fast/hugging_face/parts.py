@@ -28,6 +28,7 @@ class Parts:
         self.out_dropout = None if family.out_dropout is None else (at(family.out_dropout),) * 2
         self.down_dropout = (at(family.down_dropout),) * 2
         self._made = (), ()  # the state, and the products that were made of it
+        self._six = None  # the parameters of q, k and v, where they are no more than that
         self._fused = None, None, None  # the state, weight and bias of the one product
 
     def products(self, settings):
@@ -47,27 +48,33 @@ class Parts:
             ]  # fmt: skip
             self._made = now, products
             self._fused = None, None, None
+            six = [t for p in products[:3] for t in (p.weight, p.bias)]
+            plain = not torch.compiler.is_compiling() and all(
+                type(t) is nn.Parameter and not t.is_inference() for t in six
+            )
+            self._six = six if plain else None
         return products
 
-    def fused(self, x, products, where):
+    def fused(self, x, where):
         """x [Wq; Wk; Wv]ᵀ + [bq; bk; bv], in one product: where the three lie together in memory,
         and where nothing is learned of them by a copy that is kept until one of them is seen to
         change: written to (but through ``.data``), replaced, put back into its place (peft merges
         through ``.data``), or the layer moved or set to training or not. None where neither is so.
         ``where``: of :func:`whereabouts`."""
-        tensors = [t for p in products[:3] for t in (p.weight, p.bias)] if where else ()
-        if not tensors or any(type(t) is not nn.Parameter for t in tensors):
+        six = self._six
+        if where is None or six is None:
             return None
-        weights, biases = tensors[::2], tensors[1::2]
-        learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        if lie_together(weights):
+        places = [t.data_ptr() for t in six]
+        learns = torch.is_grad_enabled() and any(t.requires_grad for t in six)
+        weights, biases = six[::2], six[1::2]
+        if places[2] - places[0] == weights[0].nbytes and lie_together(weights):
             as_one = Together.apply if learns else together
             bias = as_one(*biases) if lie_together(biases) else torch.cat(biases)
             return F.linear(x, as_one(*weights), bias)
-        if learns or any(t.is_inference() for t in tensors):
+        if learns:
             self._fused = None, None, None
             return None
-        state = [where, *(n for t in tensors for n in (t._version, t.data_ptr(), t.requires_grad))]
+        state = [where, places, [t._version for t in six], [t.requires_grad for t in six]]
         known, weight, bias = self._fused
         if known != state:
             # Outside inference mode, for it is used in others; under autocast cast once.

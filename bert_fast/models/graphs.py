@@ -189,6 +189,8 @@ class CudaGraphs:
         """The graph of a bucket, captured if it is time to; None: the model is to be called."""
         if self.watch is None or not self.watch.is_as_it_was():
             self.graphs.clear()
+            if (device := next(self.model.parameters()).device) != self.device:
+                raise ValueError(f"model has moved to {device}: make a new cudagraph there")
             self.watch, self.form = _Watch(self.model), None
         if self.watch.is_looked_into():
             return None
@@ -241,12 +243,11 @@ class CudaGraphs:
     def _find_form(self):
         """How the model's results are made of tensors (or None); and of each tensor, which
         dimensions follow the sequence's length."""
-        (short, form), (long, _) = (
-            tree_flatten(
-                self._directly(torch.zeros(1, n, dtype=torch.int64), None, None)
+        with contextlib.nullcontext() if self.ours else fixed_rows(2):  # keeps no copies
+            (short, form), (long, _) = (
+                tree_flatten(self._directly(torch.zeros(1, n, dtype=torch.int64), None, None))
+                for n in (1, 2)
             )
-            for n in (1, 2)
-        )  # fmt: skip
         return form, [
             None if a is None else [i for i in range(a.ndim) if a.shape[i] != b.shape[i]]
             for a, b in zip(short, long, strict=True)
@@ -407,7 +408,9 @@ class Graphed(nn.Module):
 
     def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, **options):
         plain = all(v is None or (k, v) == ("return_dict", True) for k, v in options.items())
-        if torch.is_grad_enabled() or self.model.training or input_ids is None or not plain:
+        here = next(self.model.parameters()).device == self.run.device
+        replays = plain and here and input_ids is not None and not self.model.training
+        if torch.is_grad_enabled() or not replays:
             given = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
             return self.model(
                 input_ids=input_ids, attention_mask=attention_mask, **given, **options

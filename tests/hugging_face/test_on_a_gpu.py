@@ -213,6 +213,19 @@ def test_the_copy_goes_with_the_model(seen):
     assert [ref() for ref in kept] == [None, None]
 
 
+def test_the_copy_is_made_once(seen):
+    """sentence-transformers calls eval() before each batch."""
+    ours, inputs = bert_fast.accelerate(bert()), batch()
+    with torch.no_grad():
+        ours(**inputs)
+        before = [parts._fused[1] for parts in accelerated.kept_of(ours).values()]
+        ours.eval()
+        ours(**inputs)
+        after = [parts._fused[1] for parts in accelerated.kept_of(ours).values()]
+    assert len(before) == len(after) == 2
+    assert all(a is b and a.shape == (96, 32) for a, b in zip(before, after, strict=True))
+
+
 def lay_together(model):
     for layer in model.encoder.layer:
         own = layer.attention.self

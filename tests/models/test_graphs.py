@@ -276,6 +276,20 @@ def test_what_is_replaced_is_seen_by_the_next_call(own, change):
     assert runner.captured == captured + (change is not hooked)
 
 
+def test_a_model_that_has_moved_is_said():
+    """On its own it is an error; in the place of a model inside another it is called."""
+    theirs, inner = accelerated()
+    for model in (build(), inner):
+        runner, (ids, mask, types) = CudaGraphs(model, capture=again), batch([5, 2])
+        runner.device = torch.device("xpu")  # where it was
+        with pytest.raises(ValueError, match="model has moved to cpu: make a new cudagraph"):
+            runner(ids, mask, types)
+    with torch.no_grad():
+        found = graphs.Graphed(inner, runner)(ids, mask, types)[0]
+        wanted = theirs(ids, mask, types)[0]
+    torch.testing.assert_close(found[mask.bool()], wanted[mask.bool()], rtol=1e-4, atol=1e-5)
+
+
 def test_autocast_has_graphs_of_its_own():
     model = build()
     runner, inputs = CudaGraphs(model, capture=again), batch([5, 2])

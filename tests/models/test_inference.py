@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import bert_fast
 from bert_fast import _C
+from bert_fast.backends import cpu
 from bert_fast.files import CheckpointError
 from bert_fast.models import inference
 from bert_fast.models.packed_file import FORMAT, PACKED_FILE
@@ -103,6 +104,42 @@ def test_packed_checkpoints(precision, kind, tmp_path):
     )
     with pytest.raises(CheckpointError, match=f"holds a {kind.__name__}, not a {other.__name__}"):
         other.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("first", ["as here", "as with AMX"])
+def test_float32_packed_as_with_amx_can_be_saved_again(first, tmp_path, monkeypatch):
+    """There few rows are torch's, so that weights stay, and what is packed cannot be unpacked."""
+
+    def lost(self):
+        raise RuntimeError("float32 weights packed for AMX cannot be unpacked")
+
+    def as_with_amx():
+        monkeypatch.setattr(cpu.PackedWeight, "min_rows", lambda self: 4)
+        monkeypatch.setattr(cpu.PackedWeight, "elements", lost)
+
+    if first == "as with AMX":
+        as_with_amx()
+    model, inputs = drawn().for_inference("float32"), batch()
+    wanted = model(*inputs).last_hidden_state
+    model.save_pretrained(tmp_path / "0")
+    as_with_amx()
+    for i in range(2):
+        model = bert_fast.BertModel.from_pretrained(tmp_path / str(i))
+        torch.testing.assert_close(model(*inputs).last_hidden_state, wanted)
+        model.save_pretrained(tmp_path / str(i + 1))
+    monkeypatch.undo()
+    model = bert_fast.BertModel.from_pretrained(tmp_path / "2")
+    torch.testing.assert_close(model(*inputs).last_hidden_state, wanted)
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_a_packed_file_without_its_pooler(precision, tmp_path):
+    model, inputs = drawn().for_inference(precision), batch()
+    model.save_pretrained(tmp_path)
+    ours = bert_fast.BertModel.from_pretrained(tmp_path, add_pooling_layer=False)
+    found = ours(*inputs)
+    assert found.pooler_output is None
+    assert torch.equal(found.last_hidden_state, model(*inputs).last_hidden_state)
 
 
 def test_a_packed_file_is_small(tmp_path):
