@@ -139,21 +139,27 @@ cuda::Table table(const TableTuple& t) {
   return {pointer<float>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)};
 }
 
+template <class>
+py::arg unnamed() {
+  return py::arg();
+}
+
 template <class Args, class... P>
 void bind_cuda(py::module_& m, const char* name, Args (*arguments)(P...),
                const char* (*run)(const Args&, const cuda::Call&)) {
   m.def(name,
-        [=](P... given, CallTuple c) {
+        [=](P... given, CallTuple c, int low) {
           const Args args = arguments(given...);
           const int device = std::get<0>(c);
           const cuda::Call call = {device, pointer(std::get<1>(c)), pointer<uint64_t>(std::get<2>(c)),
                                    pointer<float>(std::get<3>(c)), std::get<4>(c), std::get<5>(c),
-                                   table(std::get<6>(c)), pointer<float>(std::get<7>(c))};
+                                   table(std::get<6>(c)), pointer<float>(std::get<7>(c)), low};
           if (const char* error = run(args, call)) {
             throw std::runtime_error(std::string(name) + " (" + shape_of(args) + ") on cuda:" +
                                      std::to_string(device) + ": " + error);
           }
         },
+        unnamed<P>()..., py::arg("call"), py::arg("low") = 0,
         py::call_guard<py::gil_scoped_release>());
 }
 

@@ -25,28 +25,26 @@ import triton
 import triton.language as tl
 
 from bert_fast.devices import on_own_device
-from bert_fast.kernels import attention_table, tuning
+from bert_fast.kernels import attention_short, attention_table, tuning
+from bert_fast.kernels.attention_settings import candidates, registers, settings
 from bert_fast.kernels.attention_tiles import (
     COUNTS,
     LN2,
     LOG2E,
     TABLE_BLOCK,
+    attend,
     find,
+    find_statistics,
+    keys_seen,
+    load_bias,
     load_rows,
-    plus_table,
-    seen_pairs,
+    row_shift,
+    score_gradients,
     span,
     statistics,
     store_rows,
 )
-from bert_fast.kernels.common import (
-    capability,
-    dot,
-    keep_mask,
-    precision,
-    seed_or,
-    threshold,
-)
+from bert_fast.kernels.common import cdiv, dot, precision, seed_or, threshold
 from bert_fast.kernels.launch import kernel
 
 
@@ -61,6 +59,7 @@ def _forward(
     seed,  # (1,) int64
     q_stride, q_head, k_stride, k_head, v_stride, v_head, out_stride, out_head,
     batch, total_q, heads, table_rows, table_cols, scale, cut, keep_scale,
+    NEGATIVE: tl.constexpr,  # the scale is
     CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -77,85 +76,62 @@ def _forward(
     if first >= q_length:
         return
     k_begin, k_length = span(cu_k, sequence, batch)
-    head, row = tl.program_id(1), first + tl.arange(0, BLOCK_M)
-    queries = load_rows(q, q_begin, row, q_length, q_stride, q_head, bias, 0, heads, HAS_BIAS,
-                        HEAD_DIM, BLOCK_D)  # fmt: skip
+    queries = load_rows(q, q_begin, first, q_length, q_stride, q_head, bias, 0, heads, HAS_BIAS,
+                        HEAD_DIM, BLOCK_D, BLOCK_M, True)  # fmt: skip
+    if NEGATIVE:  # a row's largest score is to be the scale times its largest product
+        queries, scale = -queries, -scale
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     norm = tl.zeros((BLOCK_M,), tl.float32)
+    left = tl.zeros((BLOCK_M,), tl.float32)
     total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    last = k_length
-    if CAUSAL:
-        last = tl.minimum(last, first + BLOCK_M + k_length - q_length)
+    factor = scale * LOG2E
+    last, whole = keys_seen(first, q_length, k_length, CAUSAL, BLOCK_M, BLOCK_N)
     if ONE_BLOCK:
         tl.device_assert(k_length <= BLOCK_N, "max_seqlen is below the longest sequence")
-        last = tl.minimum(last, 1)  # one turn of the loop, if there are keys at all
-    for begin in range(0, last, BLOCK_N):
-        col = begin + tl.arange(0, BLOCK_N)
-        keys = load_rows(k, k_begin, col, k_length, k_stride, k_head, bias, 1, heads, HAS_BIAS,
-                         HEAD_DIM, BLOCK_D)  # fmt: skip
-        scores = dot(queries, tl.trans(keys), None, PRECISION) * (scale * LOG2E)
-        seen = seen_pairs(row, col, q_length, k_length, CAUSAL)
-        if HAS_TABLE:
-            scores = plus_table(scores, table, first, row, col, q_length, table_rows, table_cols)
-        scores = tl.where(seen, scores, float("-inf"))
-        block_top = tl.max(scores, 1)
-        new_top = block_top if ONE_BLOCK else tl.maximum(top, block_top)
-        # A row that has seen no key yet: any finite number will do, its weights are zero.
-        finite = tl.where(new_top == float("-inf"), 0.0, new_top)
-        weights = tl.exp2(scores - finite[:, None])
-        if ONE_BLOCK:
-            norm = tl.sum(weights, 1)
-        else:
-            shrink = tl.exp2(top - finite)
-            norm = norm * shrink + tl.sum(weights, 1)
-            total *= shrink[:, None]
-        top = new_top
-        if DROPOUT:
-            keep = keep_mask(tl.load(seed), cut, row, begin // 4, head, sequence, BLOCK_M,
-                             BLOCK_N // 4)  # fmt: skip
-            weights = tl.where(keep, weights, 0.0)
-        values = load_rows(v, k_begin, col, k_length, v_stride, v_head, bias, 2, heads, HAS_BIAS,
-                           HEAD_DIM, BLOCK_D)  # fmt: skip
-        if ONE_BLOCK:
-            total = dot(weights.to(values.dtype), values, None, PRECISION)
-        else:
-            total = dot(weights.to(values.dtype), values, total, PRECISION)
+        last, whole = tl.minimum(last, 1), 0  # one turn of a loop, if there are keys at all
+    else:
+        for begin in range(0, whole, BLOCK_N):
+            top, norm, left, total = attend(
+                queries, top, norm, left, total, k, v, table, seed, k_begin, first, begin, q_length,
+                k_length, k_stride, k_head, v_stride, v_head, heads, table_rows, table_cols, factor,
+                cut, sequence, False, CAUSAL, DROPOUT, HAS_BIAS, HAS_TABLE, ONE_BLOCK, HEAD_DIM,
+                BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
+            )  # fmt: skip
+    for begin in tl.range(whole, last, BLOCK_N, num_stages=1):
+        top, norm, left, total = attend(
+            queries, top, norm, left, total, k, v, table, seed, k_begin, first, begin, q_length,
+            k_length, k_stride, k_head, v_stride, v_head, heads, table_rows, table_cols, factor,
+            cut, sequence, True, CAUSAL, DROPOUT, HAS_BIAS, HAS_TABLE, ONE_BLOCK, HEAD_DIM, BLOCK_D,
+            BLOCK_M, BLOCK_N, PRECISION,
+        )  # fmt: skip
+    if HAS_BIAS:  # v's is the same in all that is summed, k's in all scores of a row
+        shift = load_bias(bias, 2, heads, HEAD_DIM, BLOCK_D)
+        total += (left if DROPOUT else norm)[:, None] * shift[None, :]
+        shift = row_shift(queries, bias, heads, factor, HEAD_DIM, BLOCK_D)
+        top += shift
+        total += 0.0 * shift[:, None]  # NaN and infinity are not to cancel
     share = tl.where(norm > 0, 1.0 / tl.where(norm > 0, norm, 1.0), 0.0)
     if DROPOUT:
         share *= keep_scale
-    store_rows(out, total * share[:, None], q_begin, row, q_length, out_stride, out_head, HEAD_DIM,
-               BLOCK_D)  # fmt: skip
+    store_rows(out, total * share[:, None], q_begin, first, q_length, out_stride, out_head,
+               HEAD_DIM, BLOCK_D, BLOCK_M)  # fmt: skip
     log = tl.where(norm > 0, (top + tl.log2(tl.where(norm > 0, norm, 1.0))) * LN2, float("-inf"))
-    tl.store(lse + head.to(tl.int64) * total_q + q_begin + row, log, row < q_length)
-
-
-@kernel(do_not_specialize=COUNTS)
-def _delta(
-    dout, out,  # (total_q, heads, head_dim)
-    delta,  # (heads, total_q) float32
-    dout_stride, dout_head, out_stride, out_head, total_q,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """delta = rowsum(dO * O). Grid: (blocks of rows, heads)."""
-    begin, row = tl.program_id(0) * BLOCK, tl.arange(0, BLOCK)
-    left = total_q - begin
-    x = load_rows( dout, begin, row, left, dout_stride, dout_head, dout, 0, 1, False, HEAD_DIM,
-                  BLOCK_D )  # fmt: skip
-    y = load_rows(out, begin, row, left, out_stride, out_head, out, 0, 1, False, HEAD_DIM, BLOCK_D)
-    total = tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
-    at = delta + tl.program_id(1).to(tl.int64) * total_q + begin
-    tl.store(at + row, total, row < left)
+    row = first + tl.arange(0, BLOCK_M)
+    tl.store(lse + tl.program_id(1).to(tl.int64) * total_q + q_begin + row, log, row < q_length)
 
 
 @kernel(do_not_specialize=COUNTS)
 def _backward_q(
-    dout, q, k, v, bias, table, lse, delta, dq, cu_q, cu_k, seed,
-    dout_stride, dout_head, q_stride, q_head, k_stride, k_head, v_stride, v_head, dq_stride,
-    dq_head, batch, total_q, heads, table_rows, table_cols, scale, cut, keep_scale,
+    dout, q, k, v, bias, table, out, lse,
+    work,  # (3, heads, total_q) float32, what a row's tile finds for the other kernels
+    keeps,  # (heads, total_q, keep_width) uint8, what dropout keeps
+    dq, cu_q, cu_k, seed,
+    dout_stride, dout_head, q_stride, q_head, k_stride, k_head, v_stride, v_head, out_stride,
+    out_head, dq_stride, dq_head, batch, total_q, keep_width, heads, table_rows, table_cols, scale,
+    cut, keep_scale,
     CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
+    KEEPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -164,50 +140,88 @@ def _backward_q(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of a tile of queries. Grid: (tiles of queries, heads)."""
+    """dq of a tile of queries, and their part of ``work``. Grid: (tiles of queries, heads)."""
     sequence, q_begin, q_length, first = find(cu_q, batch, total_q, BLOCK_M)
     if first >= q_length:
         return
     k_begin, k_length = span(cu_k, sequence, batch)
-    head, row = tl.program_id(1), first + tl.arange(0, BLOCK_M)
-    queries = load_rows(q, q_begin, row, q_length, q_stride, q_head, bias, 0, heads, HAS_BIAS,
-                        HEAD_DIM, BLOCK_D)  # fmt: skip
-    douts = load_rows(dout, q_begin, row, q_length, dout_stride, dout_head, bias, 0, heads, False,
-                      HEAD_DIM, BLOCK_D)  # fmt: skip
-    log, center = statistics(lse, delta, q_begin, row, q_length, total_q)
+    queries = load_rows(q, q_begin, first, q_length, q_stride, q_head, bias, 0, heads, HAS_BIAS,
+                        HEAD_DIM, BLOCK_D, BLOCK_M, True)  # fmt: skip
+    douts = load_rows(dout, q_begin, first, q_length, dout_stride, dout_head, bias, 0, heads, False,
+                      HEAD_DIM, BLOCK_D, BLOCK_M, True)  # fmt: skip
+    factor = scale * LOG2E
+    log, center, extra = find_statistics(
+        queries, douts, out, lse, work, bias, q_begin, first, q_length, out_stride, out_head,
+        total_q, heads, factor, DROPOUT, HAS_BIAS, HEAD_DIM, BLOCK_D, BLOCK_M, True,
+    )  # fmt: skip
     total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    last = k_length
-    if CAUSAL:
-        last = tl.minimum(last, first + BLOCK_M + k_length - q_length)
-    for begin in range(0, last, BLOCK_N):
-        col = begin + tl.arange(0, BLOCK_N)
-        keys = load_rows(k, k_begin, col, k_length, k_stride, k_head, bias, 1, heads, HAS_BIAS,
-                         HEAD_DIM, BLOCK_D)  # fmt: skip
-        values = load_rows(v, k_begin, col, k_length, v_stride, v_head, bias, 2, heads, HAS_BIAS,
-                           HEAD_DIM, BLOCK_D)  # fmt: skip
-        scores = dot(queries, tl.trans(keys), None, PRECISION) * (scale * LOG2E)
-        seen = seen_pairs(row, col, q_length, k_length, CAUSAL)
-        if HAS_TABLE:
-            scores = plus_table(scores, table, first, row, col, q_length, table_rows, table_cols)
-        weights = tl.where(seen, tl.exp2(scores - log[:, None]), 0.0)
-        dweights = dot(douts, tl.trans(values), None, PRECISION)
-        if DROPOUT:
-            keep = keep_mask(tl.load(seed), cut, row, begin // 4, head, sequence, BLOCK_M,
-                             BLOCK_N // 4)  # fmt: skip
-            dweights = tl.where(keep, dweights * keep_scale, 0.0)
-        dscores = weights * (dweights - center[:, None])
+    last, whole = keys_seen(first, q_length, k_length, CAUSAL, BLOCK_M, BLOCK_N)
+    for begin in range(0, whole, BLOCK_N):
+        keys = load_rows(k, k_begin, begin, k_length, k_stride, k_head, k, 1, heads, False,
+                         HEAD_DIM, BLOCK_D, BLOCK_N, False, DROPOUT)  # fmt: skip
+        values = load_rows(v, k_begin, begin, k_length, v_stride, v_head, v, 2, heads, False,
+                           HEAD_DIM, BLOCK_D, BLOCK_N, False, DROPOUT)  # fmt: skip
+        _, dscores = score_gradients(
+            queries, keys, values, douts, log, center, extra, table, seed, keeps, q_begin, first,
+            begin, q_length, k_length, total_q, table_rows, table_cols, keep_width, factor, cut,
+            keep_scale, sequence, False, CAUSAL, DROPOUT, KEEPS, HAS_BIAS, HAS_TABLE, BLOCK_M,
+            BLOCK_N, PRECISION,
+        )  # fmt: skip
         total = dot(dscores.to(keys.dtype), keys, total, PRECISION)
-    store_rows(dq, total * scale, q_begin, row, q_length, dq_stride, dq_head, HEAD_DIM, BLOCK_D)
+    for begin in tl.range(whole, last, BLOCK_N, num_stages=1):
+        keys = load_rows(k, k_begin, begin, k_length, k_stride, k_head, k, 1, heads, False,
+                         HEAD_DIM, BLOCK_D, BLOCK_N, True, DROPOUT)  # fmt: skip
+        values = load_rows(v, k_begin, begin, k_length, v_stride, v_head, v, 2, heads, False,
+                           HEAD_DIM, BLOCK_D, BLOCK_N, True, DROPOUT)  # fmt: skip
+        _, dscores = score_gradients(
+            queries, keys, values, douts, log, center, extra, table, seed, keeps, q_begin, first,
+            begin, q_length, k_length, total_q, table_rows, table_cols, keep_width, factor, cut,
+            keep_scale, sequence, True, CAUSAL, DROPOUT, KEEPS, HAS_BIAS, HAS_TABLE, BLOCK_M,
+            BLOCK_N, PRECISION,
+        )  # fmt: skip
+        total = dot(dscores.to(keys.dtype), keys, total, PRECISION)
+    store_rows(dq, total * scale, q_begin, first, q_length, dq_stride, dq_head, HEAD_DIM, BLOCK_D,
+               BLOCK_M)  # fmt: skip
+
+
+@triton.jit
+def _add_queries(
+    dkeys, dvalues, keys, values, dout, q, bias, table, work, keeps, seed, q_begin, first, begin,
+    q_length, k_length, dout_stride, dout_head, q_stride, q_head, total_q, keep_width, heads,
+    table_rows, table_cols, factor, cut, keep_scale, sequence, MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, KEEPS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_TABLE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dkeys and dvalues of the tile of keys from ``first`` plus what the queries from ``begin`` add
+    to them."""
+    queries = load_rows(q, q_begin, begin, q_length, q_stride, q_head, bias, 0, heads, HAS_BIAS,
+                        HEAD_DIM, BLOCK_D, BLOCK_M, MASKED)  # fmt: skip
+    douts = load_rows(dout, q_begin, begin, q_length, dout_stride, dout_head, bias, 0, heads, False,
+                      HEAD_DIM, BLOCK_D, BLOCK_M, MASKED)  # fmt: skip
+    log, center, extra = statistics(work, q_begin, begin, q_length, total_q, heads,
+                                    DROPOUT and HAS_BIAS, BLOCK_M)  # fmt: skip
+    # Keys past the last have rows of their own in dkeys and dvalues, which are not stored.
+    dropped, dscores = score_gradients(
+        queries, keys, values, douts, log, center, extra, table, seed, keeps, q_begin, begin, first,
+        q_length, k_length, total_q, table_rows, table_cols, keep_width, factor, cut, keep_scale,
+        sequence, MASKED and CAUSAL, CAUSAL, DROPOUT, KEEPS, HAS_BIAS, HAS_TABLE, BLOCK_M, BLOCK_N,
+        PRECISION,
+    )  # fmt: skip
+    dvalues = dot(tl.trans(dropped.to(douts.dtype)), douts, dvalues, PRECISION)
+    dkeys = dot(tl.trans(dscores.to(queries.dtype)), queries, dkeys, PRECISION)
+    return dkeys, dvalues
 
 
 @kernel(do_not_specialize=COUNTS)
 def _backward_kv(
-    dout, q, k, v, bias, table, lse, delta, dk, dv, cu_q, cu_k, seed,
+    dout, q, k, v, bias, table, work, keeps, dk, dv, cu_q, cu_k, seed,
     dout_stride, dout_head, q_stride, q_head, k_stride, k_head, v_stride, v_head, dk_stride,
-    dk_head, dv_stride, dv_head, batch, total_q, total_k, heads, table_rows, table_cols, scale, cut,
-    keep_scale,
+    dk_head, dv_stride, dv_head, batch, total_q, keep_width, total_k, heads, table_rows, table_cols,
+    scale, cut, keep_scale,
     CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
+    KEEPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -221,99 +235,41 @@ def _backward_kv(
     if first >= k_length:
         return
     q_begin, q_length = span(cu_q, sequence, batch)
-    head, col = tl.program_id(1), first + tl.arange(0, BLOCK_N)
-    keys = load_rows(k, k_begin, col, k_length, k_stride, k_head, bias, 1, heads, HAS_BIAS,
-                     HEAD_DIM, BLOCK_D)  # fmt: skip
-    values = load_rows(v, k_begin, col, k_length, v_stride, v_head, bias, 2, heads, HAS_BIAS,
-                       HEAD_DIM, BLOCK_D)  # fmt: skip
+    keys = load_rows(k, k_begin, first, k_length, k_stride, k_head, k, 1, heads, False, HEAD_DIM,
+                     BLOCK_D, BLOCK_N, True, DROPOUT)  # fmt: skip
+    values = load_rows(v, k_begin, first, k_length, v_stride, v_head, v, 2, heads, False, HEAD_DIM,
+                       BLOCK_D, BLOCK_N, True, DROPOUT)  # fmt: skip
     dkeys = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dvalues = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    start = 0
-    if CAUSAL:  # the first query that sees the tile's first key
-        start = tl.maximum(0, first - (k_length - q_length)) // BLOCK_M * BLOCK_M
-    for begin in range(start, q_length, BLOCK_M):
-        row = begin + tl.arange(0, BLOCK_M)
-        queries = load_rows(q, q_begin, row, q_length, q_stride, q_head, bias, 0, heads, HAS_BIAS,
-                            HEAD_DIM, BLOCK_D)  # fmt: skip
-        douts = load_rows(dout, q_begin, row, q_length, dout_stride, dout_head, bias, 0, heads,
-                          False, HEAD_DIM, BLOCK_D)  # fmt: skip
-        log, center = statistics(lse, delta, q_begin, row, q_length, total_q)
-        scores = dot(queries, tl.trans(keys), None, PRECISION) * (scale * LOG2E)
-        seen = seen_pairs(row, col, q_length, k_length, CAUSAL)
-        if HAS_TABLE:
-            scores = plus_table(scores, table, begin, row, col, q_length, table_rows, table_cols)
-        weights = tl.where(seen, tl.exp2(scores - log[:, None]), 0.0)
-        dweights = dot(douts, tl.trans(values), None, PRECISION)
-        dropped = weights
-        if DROPOUT:
-            keep = keep_mask(tl.load(seed), cut, row, first // 4, head, sequence, BLOCK_M,
-                             BLOCK_N // 4)  # fmt: skip
-            dropped = tl.where(keep, weights * keep_scale, 0.0)
-            dweights = tl.where(keep, dweights * keep_scale, 0.0)
-        dvalues = dot(tl.trans(dropped.to(douts.dtype)), douts, dvalues, PRECISION)
-        dscores = weights * (dweights - center[:, None])
-        dkeys = dot(tl.trans(dscores.to(queries.dtype)), queries, dkeys, PRECISION)
-    store_rows(dk, dkeys * scale, k_begin, col, k_length, dk_stride, dk_head, HEAD_DIM, BLOCK_D)
-    store_rows(dv, dvalues, k_begin, col, k_length, dv_stride, dv_head, HEAD_DIM, BLOCK_D)
-
-
-# The padded head_dim -> BLOCK_M, BLOCK_N, warps, stages; plain FMA (float32, and any dtype before
-# 8.0) apart, then by chip: 90 and 100 have instructions of 64 rows, the others share mma.sync. What
-# spills no register and fits every chip's shared memory (`bert-fast inspect`); no time has been
-# measured yet.
-FORWARD = {
-    "fma": {32: (64, 32, 8, 2), 64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 16, 1)},
-    "mma": {32: (64, 64, 4, 3), 64: (64, 32, 4, 3), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
-    90: {32: (128, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 32, 8, 2), 256: (64, 32, 8, 1)},
-    100: {32: (128, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 32, 8, 2), 256: (64, 32, 8, 1)},
-}
-BACKWARD = {
-    "fma": {32: (32, 32, 8, 1), 64: (32, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 16, 1)},
-    "mma": {32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (64, 32, 8, 1), 256: (16, 32, 8, 1)},
-    90: {32: (64, 64, 4, 2), 64: (64, 64, 8, 2), 128: (64, 32, 8, 1), 256: (32, 32, 8, 1)},
-    100: {32: (64, 64, 4, 2), 64: (64, 64, 8, 2), 128: (64, 64, 8, 1), 256: (32, 32, 8, 1)},
-}
-
-
-# Forward on tensor cores, head_dim <= 64, where no sequence is longer than this: one block of keys.
-SHORT = {64: (64, 64, 4, 1), 128: (128, 128, 8, 1)}
-
-
-# With a position bias, which takes registers: in the same form, and found in the same way. (Causal,
-# with dropout, in float32 and heads of 256, two registers spill in attention_table.py.)
-FORWARD_BIASED = {
-    "fma": {32: (32, 32, 8, 2), 64: (16, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 16, 1)},
-    "mma": {32: (32, 64, 4, 3), 64: (32, 32, 4, 3), 128: (32, 32, 8, 2), 256: (16, 32, 8, 1)},
-    90: {32: (64, 64, 8, 3), 64: (64, 64, 8, 3), 128: (64, 32, 8, 2), 256: (64, 32, 8, 1)},
-    100: {32: (64, 64, 8, 3), 64: (64, 64, 8, 3), 128: (64, 32, 8, 2), 256: (64, 32, 8, 1)},
-}
-BACKWARD_BIASED = {
-    "fma": {32: (32, 32, 8, 1), 64: (16, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 16, 1)},
-    "mma": {32: (64, 32, 8, 1), 64: (64, 32, 8, 1), 128: (64, 32, 8, 1), 256: (16, 32, 8, 1)},
-    90: {32: (64, 64, 8, 1), 64: (64, 64, 8, 1), 128: (64, 32, 8, 1), 256: (16, 32, 8, 1)},
-    100: {32: (64, 64, 8, 1), 64: (64, 32, 8, 1), 128: (64, 32, 8, 1), 256: (16, 32, 8, 1)},
-}
-SHORT_BIASED = {64: (64, 64, 8, 1), 128: (64, 128, 8, 1)}
-
-
-def settings(backward, biased, head_dim, dtype, device, longest):
-    """BLOCK_D and the entry for it, of the tables above."""
-    table, short = (FORWARD_BIASED, SHORT_BIASED) if biased else (FORWARD, SHORT)
-    if backward:
-        table, short = BACKWARD_BIASED if biased else BACKWARD, {}
-    block_d, chip = max(32, triton.next_power_of_2(head_dim)), capability(device)
-    fma = dtype == torch.float32 or chip < 80  # Triton has no tensor-core instruction for 7.5
-    kind = "fma" if fma else chip if chip in table else "mma"
-    if not fma and block_d <= 64:
-        for most, entry in short.items():
-            if longest <= most:
-                return block_d, *entry
-    return block_d, *table[kind][block_d]
-
-
-def _registers(warps):
-    """All that 16 warps can have: left alone, ptxas stops at half of them, and spills."""
-    return 128 if warps == 16 else None
+    factor = scale * LOG2E
+    # The queries: hidden from some of the keys, then whole tiles that see all, then the last.
+    start, hidden, whole = 0, 0, q_length // BLOCK_M * BLOCK_M
+    if CAUSAL:
+        ahead = first - (k_length - q_length)  # the first query that sees the tile's first key
+        start = tl.maximum(0, ahead) // BLOCK_M * BLOCK_M
+        hidden = (tl.maximum(0, ahead + BLOCK_N - 1) + BLOCK_M - 1) // BLOCK_M * BLOCK_M
+        whole = tl.maximum(whole, hidden)
+    for begin in range(hidden, whole, BLOCK_M):
+        dkeys, dvalues = _add_queries(
+            dkeys, dvalues, keys, values, dout, q, bias, table, work, keeps, seed, q_begin, first,
+            begin, q_length, k_length, dout_stride, dout_head, q_stride, q_head, total_q,
+            keep_width, heads, table_rows, table_cols, factor, cut, keep_scale, sequence, False,
+            CAUSAL, DROPOUT, KEEPS, HAS_BIAS, HAS_TABLE, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+            PRECISION,
+        )  # fmt: skip
+    for at in tl.range(start, q_length - (whole - hidden), BLOCK_M, num_stages=1):
+        begin = tl.where(at < hidden, at, at + whole - hidden)
+        dkeys, dvalues = _add_queries(
+            dkeys, dvalues, keys, values, dout, q, bias, table, work, keeps, seed, q_begin, first,
+            begin, q_length, k_length, dout_stride, dout_head, q_stride, q_head, total_q,
+            keep_width, heads, table_rows, table_cols, factor, cut, keep_scale, sequence, True,
+            CAUSAL, DROPOUT, KEEPS, HAS_BIAS, HAS_TABLE, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+            PRECISION,
+        )  # fmt: skip
+    store_rows(dk, dkeys * scale, k_begin, first, k_length, dk_stride, dk_head, HEAD_DIM, BLOCK_D,
+               BLOCK_N, DROPOUT)  # fmt: skip
+    store_rows(dv, dvalues, k_begin, first, k_length, dv_stride, dv_head, HEAD_DIM, BLOCK_D,
+               BLOCK_N, DROPOUT)  # fmt: skip
 
 
 def _strides(*tensors):
@@ -338,18 +294,6 @@ def _table_or(table, other):
     return table.contiguous(), *table.shape[1:]
 
 
-def _search(q, longest, causal, bias, table, dropout_p, tiles):
-    """What BERT_FAST_AUTOTUNE needs: what the fastest settings depend on (lengths by powers of
-    two), and those it tries beside the table, for so many ``tiles`` of each block's rows."""
-    block_d = max(32, triton.next_power_of_2(q.shape[2]))
-    longest = triton.next_power_of_2(max(longest, 1))
-    given = bias is not None, table is not None, dropout_p > 0
-    kind = q.dtype, q.shape[1:], longest, causal, *given
-    blocks = [(128, 128), (128, 64), (64, 128), (64, 64), (64, 32), (32, 32)]
-    fitting = [pair for pair in blocks if sum(pair) * block_d * tiles <= 32768] or [(32, 32)]
-    return kind, [(*p, warps, stages) for p in fitting for warps in (4, 8) for stages in (1, 2, 3)]
-
-
 @on_own_device("triton")
 def attention_forward(
     q, k, v, cu_q, cu_k, max_q, max_k, bias, scale, causal, dropout_p, seed, out=None,
@@ -361,7 +305,7 @@ def attention_forward(
     lse = torch.empty(heads, total_q, dtype=torch.float32, device=q.device)
     batch = cu_q.numel() - 1
     biased = position_bias is not None
-    block_d, *entry = settings(False, biased, head_dim, q.dtype, q.device, max_k)
+    block_d, entry = settings("forward", biased, head_dim, q.dtype, q.device, max_k)
     table, *table_size = _table_or(position_bias, q)
 
     def launch(chosen):
@@ -369,16 +313,16 @@ def attention_forward(
         _forward[(total_q // BLOCK_M + batch + 1, heads)](
             q, k, v, q if bias is None else bias.contiguous(), table, out, lse, cu_q, cu_k,
             seed_or(seed, cu_q), *_strides(q, k, v, out), batch, total_q, heads, *table_size, scale,
-            threshold(dropout_p), 1.0 / (1.0 - dropout_p), ONE_BLOCK=max_k <= BLOCK_N,
-            BLOCK_D=block_d, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=warps, num_stages=stages,
-            debug=True, sanitize_overflow=False,
+            threshold(dropout_p), 1.0 / (1.0 - dropout_p), NEGATIVE=scale < 0,
+            ONE_BLOCK=max_k <= BLOCK_N, BLOCK_D=block_d, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
+            num_warps=warps, num_stages=stages, debug=True, sanitize_overflow=False,
             **_common(q, bias, position_bias, causal, dropout_p),
         )  # fmt: skip
 
     if q.numel():
         given = causal, bias, position_bias, dropout_p
-        search = functools.partial(_search, q, max_k, *given, tiles=1)
-        tuning.run("attention.forward", tuple(entry), search, launch)
+        search = functools.partial(candidates, q, max_k, *given, tiles=1)
+        tuning.run("attention.forward", entry, search, launch)
     return out, lse
 
 
@@ -390,49 +334,72 @@ def attention_backward(
     cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
     (total_q, heads, head_dim), total_k = q.shape, k.shape[0]
     batch = cu_q.numel() - 1
-    biased = position_bias is not None
-    block_d, *entry = settings(True, biased, head_dim, q.dtype, q.device, max_k)
-    entry, delta = tuple(entry), torch.empty_like(lse)
+    kind = position_bias is not None, head_dim, q.dtype, q.device
+    block_d, short = settings("backward_short", *kind, max(max_q, max_k))
     common = _common(q, bias, position_bias, causal, dropout_p) | {"BLOCK_D": block_d}
-    search = functools.partial(_search, q, max_k, causal, bias, position_bias, dropout_p, tiles=2)
+    search = functools.partial(
+        candidates, q, max_k, causal, bias, position_bias, dropout_p, tiles=2
+    )
     bias = q if bias is None else bias.contiguous()
     table, *table_size = _table_or(position_bias, q)
-    inputs = dout, q, k, v, bias, table, lse, delta
-    numbers = heads, *table_size, scale, threshold(dropout_p), 1.0 / (1.0 - dropout_p)
+    dropout = scale, threshold(dropout_p), 1.0 / (1.0 - dropout_p)
     seed = seed_or(seed, cu_q)
+
+    def launch_short(chosen):
+        BLOCK_M, BLOCK_N, warps, stages = chosen
+        attention_short.backward(
+            (dout, q, k, v, bias, out, lse, dq, dk, dv), cu_q, cu_k, seed,
+            _strides(dout, q, k, v, out, dq, dk, dv), batch, (heads, *dropout),
+            {name: value for name, value in common.items() if name != "HAS_TABLE"},
+            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+
+    def search_short():  # the tile is to hold whole sequences
+        return search()[0], [(*short[:2], warps, 1) for warps in (4, 8)]
+
+    if short and position_bias is None and q.numel() + k.numel():
+        tuning.run("attention.backward_short", short, search_short, launch_short)
+        return
+    work = lse.new_empty(3, *lse.shape)
+    inputs, numbers = (dout, q, k, v, bias, table), (heads, *table_size, *dropout)
+    entries = {
+        name: settings(name, *kind, max_k)[1]
+        for name in ("backward_q", "backward_kv", "backward_table")
+    }
+    # What dropout keeps is drawn once and stored, where it is no more than twice the size of q.
+    least = min(entries[name][1] for name in ("backward_q", "backward_kv"))
+    stored = dropout_p > 0 and least >= 32 and max_k <= 32 * head_dim
+    width = cdiv(max_k, 128) * 16 if stored else 0
+    keeps = q.new_empty(heads, total_q, width, dtype=torch.uint8) if stored else work
+    keeps_q, keeps_kv = ("stored", "loaded") if stored else ("drawn", "drawn")
 
     def launch_q(chosen):
         BLOCK_M, BLOCK_N, warps, stages = chosen
         _backward_q[(total_q // BLOCK_M + batch + 1, heads)](
-            *inputs, dq, cu_q, cu_k, seed, *_strides(dout, q, k, v, dq), batch, total_q, *numbers,
-            **common, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=warps, num_stages=stages,
-            maxnreg=_registers(warps),
+            *inputs, out, lse, work, keeps, dq, cu_q, cu_k, seed, *_strides(dout, q, k, v, out, dq),
+            batch, total_q, width, *numbers, **common, KEEPS=keeps_q, BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N, num_warps=warps, num_stages=stages, maxnreg=registers(warps),
         )  # fmt: skip
 
     def launch_kv(chosen):
         BLOCK_M, BLOCK_N, warps, stages = chosen
         _backward_kv[(total_k // BLOCK_N + batch + 1, heads)](
-            *inputs, dk, dv, cu_q, cu_k, seed, *_strides(dout, q, k, v, dk, dv), batch, total_q,
-            total_k, *numbers, **common, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=warps,
-            num_stages=stages, maxnreg=_registers(warps),
+            *inputs, work, keeps, dk, dv, cu_q, cu_k, seed, *_strides(dout, q, k, v, dk, dv), batch,
+            total_q, width, total_k, *numbers, **common, KEEPS=keeps_kv, BLOCK_M=BLOCK_M,
+            BLOCK_N=BLOCK_N, num_warps=warps, num_stages=stages, maxnreg=registers(warps),
         )  # fmt: skip
 
     def launch_table(chosen):
         BLOCK_M, BLOCK_N, warps, stages = chosen
         attention_table.backward(
-            inputs, dposition_bias, cu_q, cu_k, seed, _strides(dout, q, k, v), batch, numbers,
-            common | {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}, num_warps=warps, num_stages=stages,
-            maxnreg=_registers(warps),
+            (*inputs, work), dposition_bias, cu_q, cu_k, seed, _strides(dout, q, k, v), batch,
+            numbers, common | {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}, num_warps=warps,
+            num_stages=stages, maxnreg=registers(warps),
         )  # fmt: skip
 
     if q.numel():
-        block = 2048 // block_d
-        _delta[(triton.cdiv(total_q, block), heads)](
-            dout, out, delta, *_strides(dout, out), total_q, HEAD_DIM=head_dim, BLOCK_D=block_d,
-            BLOCK=block, enable_fp_fusion=True,
-        )  # fmt: skip
-        tuning.run("attention.backward_q", entry, search, launch_q)
+        tuning.run("attention.backward_q", entries["backward_q"], search, launch_q)
     if k.numel():
-        tuning.run("attention.backward_kv", entry, search, launch_kv)
+        tuning.run("attention.backward_kv", entries["backward_kv"], search, launch_kv)
     if dposition_bias is not None and dposition_bias.numel():
-        tuning.run("attention.backward_table", entry, search, launch_table)
+        tuning.run("attention.backward_table", entries["backward_table"], search, launch_table)

@@ -4,11 +4,13 @@ them count."""
 import triton
 import triton.language as tl
 
+from bert_fast.kernels.common import dot, philox
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 TABLE_BLOCK = tl.constexpr(128)  # the most columns of any tile
 # They differ in every batch: nothing recompiles for them.
-COUNTS = ["batch", "total_q", "total_k", "cut", "table_rows", "table_cols"]
+COUNTS = ["batch", "total_q", "total_k", "cut", "table_rows", "table_cols", "keep_width"]
 
 
 @triton.jit
@@ -42,54 +44,299 @@ def span(cu, sequence, batch):
 
 @triton.jit
 def load_rows(
-    base, begin, row, length, stride, head_stride, bias, part, heads,
-    HAS_BIAS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    base, begin, first, length, stride, head_stride, bias, part, heads, HAS_BIAS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr,
+    MIXED: tl.constexpr = False,
 ):  # fmt: skip
-    """Rows of one head, (rows, BLOCK_D), plus its bias; zeros outside."""
-    head, d = tl.program_id(1), tl.arange(0, BLOCK_D)
-    inside = (row < length)[:, None] & (d < HEAD_DIM)[None, :]
+    """Rows ``first`` to first + ROWS of one head of the sequence that begins at row ``begin``,
+    (ROWS, BLOCK_D), plus their bias. MASKED: zeros past its ``length``; else all are inside.
+    MIXED: in key_order."""
+    head, row, d = tl.program_id(1), key_order(ROWS, MIXED), tl.arange(0, BLOCK_D)
     # 64 bits to the row: a sequence may have more than 2^31 elements.
-    first = base + begin.to(tl.int64) * stride + head.to(tl.int64) * head_stride
-    x = tl.load(first + row.to(tl.int64)[:, None] * stride + d[None, :], inside, 0.0)
+    start = base + (begin.to(tl.int64) + first) * stride + head.to(tl.int64) * head_stride
+    at = start + row.to(tl.int64)[:, None] * stride + d[None, :]
+    inside = (row < length - first)[:, None]
+    if HEAD_DIM < BLOCK_D:
+        columns = (d < HEAD_DIM)[None, :]
+        inside = inside & columns if MASKED else columns
+    x = tl.load(at, inside, 0.0) if MASKED or HEAD_DIM < BLOCK_D else tl.load(at)
     if HAS_BIAS:
-        shift = tl.load(bias + (part * heads + head) * HEAD_DIM + d, d < HEAD_DIM, 0.0)
-        x = tl.where(inside, x.to(tl.float32) + shift.to(tl.float32)[None, :], 0.0).to(x.dtype)
+        shift = load_bias(bias, part, heads, HEAD_DIM, BLOCK_D)
+        x = tl.where(inside, x.to(tl.float32) + shift[None, :], 0.0).to(x.dtype)
     return x
 
 
 @triton.jit
-def store_rows(base, x, begin, row, length, stride, head_stride, HEAD_DIM: tl.constexpr,
-               BLOCK_D: tl.constexpr):  # fmt: skip
-    head, d = tl.program_id(1), tl.arange(0, BLOCK_D)
-    inside = (row < length)[:, None] & (d < HEAD_DIM)[None, :]
-    first = base + begin.to(tl.int64) * stride + head.to(tl.int64) * head_stride
-    at = first + row.to(tl.int64)[:, None] * stride + d[None, :]
+def load_bias(bias, part, heads, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The head's bias of q (``part`` 0), k (1) or v (2), (BLOCK_D,) float32."""
+    d = tl.arange(0, BLOCK_D)
+    at = bias + (part * heads + tl.program_id(1)) * HEAD_DIM + d
+    return tl.load(at, d < HEAD_DIM, 0.0).to(tl.float32)
+
+
+@triton.jit
+def store_rows(base, x, begin, first, length, stride, head_stride, HEAD_DIM: tl.constexpr,
+               BLOCK_D: tl.constexpr, ROWS: tl.constexpr, MIXED: tl.constexpr = False):  # fmt: skip
+    head, row, d = tl.program_id(1), key_order(ROWS, MIXED), tl.arange(0, BLOCK_D)
+    inside = (row < length - first)[:, None] & (d < HEAD_DIM)[None, :]
+    start = base + (begin.to(tl.int64) + first) * stride + head.to(tl.int64) * head_stride
+    at = start + row.to(tl.int64)[:, None] * stride + d[None, :]
     tl.store(at, x.to(base.dtype.element_ty), inside)
 
 
 @triton.jit
-def seen_pairs(row, col, q_length, k_length, CAUSAL: tl.constexpr):
-    """Which (row, col) pairs count. Causal is aligned to the last query and the last key."""
-    seen = (row < q_length)[:, None] & (col < k_length)[None, :]
+def keys_seen(first, q_length, k_length, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr,
+              BLOCK_N: tl.constexpr):  # fmt: skip
+    """How many keys the tile of queries from ``first`` sees, and how many of them, in whole blocks,
+    all its queries see: those need no mask. Causal is aligned to the last query and key."""
+    last, whole = k_length, k_length
     if CAUSAL:
-        seen &= col[None, :] <= row[:, None] + (k_length - q_length)
+        last = tl.minimum(last, first + BLOCK_M + k_length - q_length)
+        whole = tl.maximum(0, tl.minimum(whole, first + 1 + k_length - q_length))
+    return last, whole // BLOCK_N * BLOCK_N
+
+
+@triton.jit
+def seen_pairs(first, begin, q_length, k_length, CAUSAL: tl.constexpr, ROWS: tl.constexpr,
+               COLS: tl.constexpr, MIXED: tl.constexpr):  # fmt: skip
+    """Which pairs count of the queries from ``first`` and the keys from ``begin``; MIXED: these in
+    key_order. Queries past the last are not asked about: nothing of theirs is stored, and their
+    weights are 0 in backward (statistics)."""
+    row, col = first + tl.arange(0, ROWS), begin + key_order(COLS, MIXED)
+    seen = (col < k_length)[None, :]
+    if CAUSAL:
+        seen = seen & (col[None, :] <= row[:, None] + (k_length - q_length))
     return seen
 
 
 @triton.jit
-def plus_table(scores, table, first, row, col, q_length, table_rows, table_cols):
-    """Scores in base 2 plus the position bias, whose table_cols are whole blocks, so that no column
-    need be masked and loads are wide; ``first``: the tile's first row."""
+def plus_table(scores, table, first, begin, q_length, table_rows, table_cols,
+               ROWS: tl.constexpr, COLS: tl.constexpr, MIXED: tl.constexpr):  # fmt: skip
+    """Scores in base 2 of the queries from ``first`` and the keys from ``begin`` (MIXED: in
+    key_order) plus the position bias, whose table_cols are whole blocks, so that no column need be
+    masked and loads are wide."""
     table_cols = tl.multiple_of(table_cols, TABLE_BLOCK)
+    row, col = tl.arange(0, ROWS), begin + key_order(COLS, MIXED)
     at = table + (tl.program_id(1).to(tl.int64) * table_rows + first) * table_cols
-    at += (row - first)[:, None] * table_cols + col[None, :]
-    return scores + tl.load(at, (row < q_length)[:, None], 0.0).to(tl.float32) * LOG2E
+    at += row[:, None] * table_cols + col[None, :]
+    return scores + tl.load(at, (row < q_length - first)[:, None], 0.0).to(tl.float32) * LOG2E
 
 
 @triton.jit
-def statistics(lse, delta, begin, row, length, total_q):
-    """lse in base 2 (+inf where a row saw no key, so that its weights are zero) and delta."""
-    at = tl.program_id(1).to(tl.int64) * total_q + begin + row
-    log = tl.load(lse + at, row < length, float("-inf")) * LOG2E
+def row_shift(queries, bias, heads, factor, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """What k's bias adds to all scores of a row, in base 2. It cancels in the softmax, so it is
+    part of lse alone."""
+    shift = load_bias(bias, 1, heads, HEAD_DIM, BLOCK_D)
+    return tl.sum(queries.to(tl.float32) * shift[None, :], 1) * factor
+
+
+@triton.jit
+def statistics(work, begin, first, length, total_q, heads, NEEDS_EXTRA: tl.constexpr,
+               ROWS: tl.constexpr):  # fmt: skip
+    """What backward_q found of rows ``first`` to first + ROWS: log, center and extra, as
+    score_gradients takes them; log +inf past the last row, so that its weights are zero."""
+    row = tl.arange(0, ROWS)
+    at = work + tl.program_id(1).to(tl.int64) * total_q + begin + first + row
+    inside, part = row < length - first, heads.to(tl.int64) * total_q
+    log = tl.load(at, inside, float("inf"))
+    center = tl.load(at + part, inside, 0.0)
+    extra = tl.load(at + 2 * part, inside, 0.0) if NEEDS_EXTRA else center
+    return log, center, extra
+
+
+@triton.jit
+def find_statistics(
+    queries, douts, out, lse, work, bias, begin, first, length, out_stride, out_head, total_q,
+    heads, factor, DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, ROWS: tl.constexpr, STORED: tl.constexpr,
+):  # fmt: skip
+    """statistics from the beginning, and, STORED, for the kernels after.
+
+    log: lse in base 2, less what k's bias adds to all scores of a row; +inf where a row saw no key.
+    v's bias adds to all of a row's dweights the same, extra = dO bias_v: without dropout that is
+    part of center, which is otherwise delta = rowsum(dO * O).
+    """
+    outs = load_rows(out, begin, first, length, out_stride, out_head, out, 0, heads, False,
+                     HEAD_DIM, BLOCK_D, ROWS, True)  # fmt: skip
+    x = douts.to(tl.float32)
+    center = tl.sum(x * outs.to(tl.float32), 1)
+    row = tl.arange(0, ROWS)
+    at = tl.program_id(1).to(tl.int64) * total_q + begin + first + row
+    inside, part = row < length - first, heads.to(tl.int64) * total_q
+    log = tl.load(lse + at, inside, float("-inf")) * LOG2E
     log = tl.where(log == float("-inf"), float("inf"), log)
-    return log, tl.load(delta + at, row < length, 0.0)
+    extra = center
+    if HAS_BIAS:
+        log -= row_shift(queries, bias, heads, factor, HEAD_DIM, BLOCK_D)
+        extra = tl.sum(x * load_bias(bias, 2, heads, HEAD_DIM, BLOCK_D)[None, :], 1)
+        if not DROPOUT:
+            center -= extra
+    if STORED:
+        tl.store(work + at, log, inside)
+        tl.store(work + at + part, center, inside)
+        if HAS_BIAS and DROPOUT:
+            tl.store(work + at + 2 * part, extra, inside)
+    return log, center, extra
+
+
+@triton.jit
+def score_gradients(
+    queries, keys, values, douts, log, center, extra, table, seed, keeps, q_begin, first, begin,
+    q_length, k_length, total_q, table_rows, table_cols, keep_width, factor, cut, keep_scale,
+    sequence,
+    MASKED: tl.constexpr,  # as in attend
+    CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    KEEPS: tl.constexpr,  # what is kept: "drawn", or also "stored" in keeps, or "loaded" from there
+    HAS_BIAS: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """P * Z and dS (attention.py) of the queries from ``first`` and the keys from ``begin``."""
+    scores = dot(queries, tl.trans(keys), None, PRECISION) * factor
+    if HAS_TABLE:
+        scores = plus_table(scores, table, first, begin, q_length, table_rows, table_cols, BLOCK_M,
+                            BLOCK_N, DROPOUT)  # fmt: skip
+    weights = tl.exp2(scores - log[:, None])
+    if MASKED:
+        seen = seen_pairs(first, begin, q_length, k_length, CAUSAL, BLOCK_M, BLOCK_N, DROPOUT)
+        weights = tl.where(seen, weights, 0.0)
+    dweights = dot(douts, tl.trans(values), None, PRECISION)
+    dropped = weights
+    if DROPOUT:
+        if HAS_BIAS:
+            dweights += extra[:, None]
+        if KEEPS != "drawn":
+            at, inside = kept_at(keeps, q_begin, first, begin, q_length, total_q, keep_width,
+                                 BLOCK_M, BLOCK_N)  # fmt: skip
+        if KEEPS == "loaded":
+            bits = tl.load(at, inside, 0)
+        else:
+            bits = draw(seed, cut, first, begin, sequence, KEEPS == "stored", BLOCK_M, BLOCK_N)
+        if KEEPS == "stored":
+            tl.store(at, bits.to(tl.uint8), inside)
+        z = tl.where(kept(bits, BLOCK_M, BLOCK_N), keep_scale, 0.0)
+        dropped = weights * z
+        dweights = dweights * z
+    return dropped, weights * (dweights - center[:, None])
+
+
+@triton.jit
+def key_order(COLS: tl.constexpr, DROPOUT: tl.constexpr):
+    """The order of a tile's keys, (COLS,). Dropout draws for four neighbouring keys at once, and a
+    thread of the tensor cores has columns 2 i, 2 i + 1, 2 i + 8 and 2 i + 9 of 16: they are given
+    to four neighbouring keys, so that no thread draws what another draws, and none waits for it.
+    Softmax does not mind the order."""
+    c = tl.arange(0, COLS)
+    if DROPOUT:
+        c = (c & -15) | (c & 6) << 1 | (c & 8) >> 2
+    return c
+
+
+@triton.jit
+def draw(seed, cut, first, begin, sequence, STORED: tl.constexpr, ROWS: tl.constexpr,
+         COLS: tl.constexpr):  # fmt: skip
+    """What dropout keeps of the queries from ``first`` and the keys from ``begin``, (ROWS,
+    COLS // 8): a byte has two groups of four neighbouring keys, 16 keys apart, which one thread
+    draws (one group where there are but 16 keys). STORED: the bytes are needed, not the bits alone,
+    for which compilers see comparisons."""
+    PAIR: tl.constexpr = 2 if COLS > 16 else 1
+    BYTES: tl.constexpr = COLS // (4 * PAIR)
+    row, byte = first + tl.arange(0, ROWS), tl.arange(0, BYTES)
+    head, drawn, least = tl.program_id(1), tl.load(seed), cut.to(tl.uint32)
+    bits = tl.zeros((ROWS, BYTES), tl.uint32)
+    for j in tl.static_range(PAIR):
+        group = begin // 4 + byte // 4 * (4 * PAIR) + j * 4 + byte % 4
+        words = philox(drawn, row, group, head, sequence, ROWS, BYTES)
+        for i in tl.static_range(4):
+            if STORED:  # the borrow of one subtraction of 64 bits, which is two instructions
+                high, low = bits.to(tl.uint64) << 32, (~bits).to(tl.uint64) << 32
+                bits = ((high | words[i]) - (low | least) >> 32).to(tl.uint32)
+            else:
+                bits |= (words[i] >= least).to(tl.uint32) << (4 * PAIR - 1 - 4 * j - i)
+    return bits
+
+
+@triton.jit
+def kept(bits, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Of draw's bytes: which elements are kept, (ROWS, COLS), the keys in key_order."""
+    PAIR: tl.constexpr = 2 if COLS > 16 else 1
+    j, two = tl.arange(0, PAIR), tl.arange(0, 2)
+    at = 4 * j[:, None, None, None] + 2 * two[None, :, None, None] + two[None, None, None, :]
+    bits = bits.reshape(ROWS, COLS // (16 * PAIR), 4)[:, :, None, None, :, None]
+    bits = bits >> (4 * PAIR - 1 - at)[None, None, :, :, :, :]
+    return (bits & 1).reshape(ROWS, COLS) != 0
+
+
+@triton.jit
+def kept_at(keeps, begin, first, start, length, total_q, width, ROWS: tl.constexpr,
+            COLS: tl.constexpr):  # fmt: skip
+    """Where draw's bytes stand, in a row of ``width`` for each head and query; and which rows there
+    are."""
+    row, inside = tl.arange(0, ROWS), tl.arange(0, ROWS) < length - first
+    at = keeps + (tl.program_id(1).to(tl.int64) * total_q + begin + first) * width + start // 8
+    return at + row[:, None] * width + tl.arange(0, COLS // 8)[None, :], inside[:, None]
+
+
+@triton.jit
+def attend(
+    queries, top, norm, left, total, k, v, table, seed, k_begin, first, begin, q_length, k_length,
+    k_stride, k_head, v_stride, v_head, heads, table_rows, table_cols, factor, cut, sequence,
+    MASKED: tl.constexpr,  # some of the keys are past the last, or hidden from some queries
+    CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of keys, from ``begin``: the new top, norm, left (the sum of the weights that
+    dropout keeps) and total of a tile of queries from ``first``."""
+    keys = load_rows(k, k_begin, begin, k_length, k_stride, k_head, k, 1, heads, False, HEAD_DIM,
+                     BLOCK_D, BLOCK_N, MASKED, DROPOUT)  # fmt: skip
+    scores = dot(queries, tl.trans(keys), None, PRECISION)
+    if MASKED or HAS_TABLE:
+        scores *= factor
+        if HAS_TABLE:
+            scores = plus_table(scores, table, first, begin, q_length, table_rows, table_cols,
+                                BLOCK_M, BLOCK_N, DROPOUT)  # fmt: skip
+        if MASKED:
+            seen = seen_pairs(first, begin, q_length, k_length, CAUSAL, BLOCK_M, BLOCK_N,
+                              DROPOUT)  # fmt: skip
+            scores = tl.where(seen, scores, float("-inf"))
+        new_top = tl.max(scores, 1)
+        if not ONE_BLOCK:
+            new_top = tl.maximum(top, new_top)
+        # A row that has seen no key yet: any finite number will do, its weights are zero.
+        finite = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2(scores - finite[:, None])
+    else:
+        new_top = tl.maximum(top, tl.max(scores, 1) * factor)
+        finite = new_top
+        weights = tl.exp2(scores * factor - finite[:, None])
+    if ONE_BLOCK:
+        norm = tl.sum(weights, 1)
+    else:
+        shrink = tl.exp2(top - finite)
+        norm = norm * shrink + tl.sum(weights, 1)
+        total *= shrink[:, None]
+    if DROPOUT:
+        bits = draw(seed, cut, first, begin, sequence, False, BLOCK_M, BLOCK_N)
+        weights *= kept(bits, BLOCK_M, BLOCK_N).to(tl.float32)
+        if HAS_BIAS:
+            if not ONE_BLOCK:
+                left *= shrink
+            left += tl.sum(weights, 1)
+    values = load_rows(v, k_begin, begin, k_length, v_stride, v_head, v, 2, heads, False, HEAD_DIM,
+                       BLOCK_D, BLOCK_N, MASKED, DROPOUT)  # fmt: skip
+    if ONE_BLOCK:
+        total = dot(weights.to(values.dtype), values, None, PRECISION)
+    else:
+        total = dot(weights.to(values.dtype), values, total, PRECISION)
+    return new_top, norm, left, total

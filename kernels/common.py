@@ -25,25 +25,37 @@ def dot(a, b, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def keep_mask(seed, cut, rows, group, c2, c3, ROWS: tl.constexpr, GROUPS: tl.constexpr):
-    """Which elements dropout keeps, (ROWS, 4 * GROUPS): Philox4x32-10 (Salmon et al. 2011) by
-    position, as in bert_fast/ops/reference.py. A counter (group, row, c2, c3) gives the words of
-    four neighbouring columns; those below ``cut`` are dropped.
+def philox(seed, rows, groups, c2, c3, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """Philox4x32-10 (Salmon et al. 2011) by position, as in bert_fast/ops/reference.py: a counter
+    (group, row, c2, c3) gives the words of four neighbouring columns, each (ROWS, GROUPS) uint32.
 
-    rows: (ROWS,) row numbers; group: the first column / 4.
+    rows: (ROWS,) row numbers; groups: (GROUPS,) column numbers / 4.
     """
     zero = tl.zeros((ROWS, GROUPS), tl.uint32)
-    w0 = zero + (group + tl.arange(0, GROUPS)).to(tl.uint32)[None, :]
+    w0 = zero + groups.to(tl.uint32)[None, :]
     w1 = zero + rows.to(tl.uint32)[:, None]
     w2 = (zero + c2).to(tl.uint32)
     w3 = (zero + c3).to(tl.uint32)
     key0, key1 = zero + seed.to(tl.uint32), zero + (seed >> 32).to(tl.uint32)
     by0, by1 = zero + MULTIPLIER_0, zero + MULTIPLIER_1
-    for _ in tl.static_range(10):
-        high0, high1 = tl.umulhi(w0, by0), tl.umulhi(w2, by1)
-        w1, w3, w0, w2 = w2 * by1, w0 * by0, high1 ^ w1 ^ key0, high0 ^ w3 ^ key1
+    for _ in tl.static_range(10):  # one wide multiplication gives both halves of a product
+        p0, p1 = w0.to(tl.uint64) * by0, w2.to(tl.uint64) * by1
+        w0 = (p1 >> 32).to(tl.uint32) ^ w1 ^ key0
+        w2 = (p0 >> 32).to(tl.uint32) ^ w3 ^ key1
+        w1, w3 = p1.to(tl.uint32), p0.to(tl.uint32)
         key0 += WEYL_0
         key1 += WEYL_1
+    return w0, w1, w2, w3
+
+
+@triton.jit
+def keep_mask(seed, cut, rows, group, c2, c3, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """Which elements dropout keeps, (ROWS, 4 * GROUPS): those whose word is not below ``cut``.
+
+    rows: (ROWS,) row numbers; group: the first column / 4.
+    """
+    groups = group + tl.arange(0, GROUPS)
+    w0, w1, w2, w3 = philox(seed, rows, groups, c2, c3, ROWS, GROUPS)
     # join puts a new last dimension: [.., i, j] is word 2 i + j.
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(ROWS, 4 * GROUPS)
     return words.to(tl.int64) >= cut

@@ -53,6 +53,20 @@ def _call(like, seed=None, scratch=None, longest_k=0, table=None, dtable=None):
     )  # fmt: skip
 
 
+WEIGHT, BIAS, LINEAR_BIAS = 1, 2, 4  # csrc/cuda/kernels.h
+
+
+def _parameters(like, *parameters):
+    """Parameters as the kernels take them, in ``like``'s dtype or else in float32, and which are in
+    ``like``'s: the sum of their numbers. Each is given as (number, tensor or None)."""
+    low, taken = 0, []
+    for number, parameter in parameters:
+        if parameter is not None and parameter.dtype == like.dtype != torch.float32:
+            parameter, low = parameter.contiguous(), low + number
+        taken.append(parameter if low & number else as_float32(parameter))
+    return (*taken, low)
+
+
 def _scratch(like, *shape):
     return torch.empty(shape, dtype=torch.float32, device=like.device)
 
@@ -80,11 +94,11 @@ def attention_backward(
     dq, dk, dv, position_bias=None, dposition_bias=None,
 ):  # fmt: skip
     cu_q, cu_k, bias = cu_q.contiguous(), cu_k.contiguous(), as_float32(bias)
-    delta, table = torch.empty_like(lse), as_float32(position_bias)
+    rows, table = _scratch(lse, 3, *lse.shape), as_float32(position_bias)
     _kernels.cuda_attention_backward(
         attention_shape(q, k, cu_q, cu_k, scale, causal, dropout_p, module=_kernels),
         *map(strided, (q, k, v, out, dout, dq, dk, dv)), address(bias), address(lse),
-        _call(q, seed, delta, max_k, table, dposition_bias),
+        _call(q, seed, rows, max_k, table, dposition_bias),
     )  # fmt: skip
 
 
@@ -99,10 +113,13 @@ def layer_norm_forward(
     is_x = residual is None and linear_bias is None and dropout_p == 0
     total = torch.empty_like(x) if training and not is_x else None
     mean, rstd = (_scratch(x, rows) if training else None for _ in range(2))
-    weight, bias, linear_bias = as_float32(weight), as_float32(bias), as_float32(linear_bias)
+    weight, bias, linear_bias, low = _parameters(
+        x, (WEIGHT, weight), (BIAS, bias), (LINEAR_BIAS, linear_bias)
+    )
     _kernels.cuda_layer_norm_forward(
         DTYPES[x.dtype], rows, hidden, *map(address, (x, residual, linear_bias, weight, bias)),
         *map(address, (out, total, mean, rstd)), eps, dropout_p, 0, 0, _call(x, seed),
+        low=low,
     )  # fmt: skip
     return out, total, mean, rstd
 
@@ -115,13 +132,14 @@ def layer_norm_backward(dout, total, mean, rstd, weight, has_linear_bias, dropou
     dresidual = torch.empty_like(total)
     dx = torch.empty_like(total) if dropout_p > 0 else None
     dweight, dbias, dlinear_bias = (_scratch(total, hidden) for _ in range(3))
-    dlinear_bias, weight = dlinear_bias if has_linear_bias else None, as_float32(weight)
+    dlinear_bias = dlinear_bias if has_linear_bias else None
+    weight, low = _parameters(total, (WEIGHT, weight))
     scratch = _scratch(total, 3, _programs(total.device), hidden)
     _kernels.cuda_layer_norm_backward(
         DTYPES[total.dtype], total.numel() // hidden, hidden,
         *map(address, (dout, total, mean, rstd, weight)),
         *map(address, (dresidual, dx, dweight, dbias, dlinear_bias)), dropout_p, 0, 0,
-        _call(total, seed, scratch),
+        _call(total, seed, scratch), low=low,
     )  # fmt: skip
     return dx, dresidual, dweight, dbias, dlinear_bias
 
@@ -129,10 +147,10 @@ def layer_norm_backward(dout, total, mean, rstd, weight, has_linear_bias, dropou
 @on_own_device("cuda")
 def gelu_forward(x, bias, approximate, out=None):
     out = torch.empty_like(x) if out is None else out
-    bias = as_float32(bias)
+    bias, low = _parameters(x, (BIAS, bias))
     _kernels.cuda_gelu_forward(
         DTYPES[x.dtype], x.numel() // x.shape[-1], x.shape[-1], *map(address, (x, bias, out)),
-        APPROXIMATE[approximate], 0, _call(x),
+        APPROXIMATE[approximate], 0, _call(x), low=low,
     )  # fmt: skip
     return out
 
@@ -140,11 +158,12 @@ def gelu_forward(x, bias, approximate, out=None):
 @on_own_device("cuda")
 def gelu_backward(dout, x, bias, approximate):
     """Returns dx and dbias (None without a bias)."""
-    dx, width, bias = torch.empty_like(x), x.shape[-1], as_float32(bias)
+    dx, width = torch.empty_like(x), x.shape[-1]
+    bias, low = _parameters(x, (BIAS, bias))
     dbias = None if bias is None else _scratch(x, width)
     scratch = _scratch(x, _programs(x.device), width)
     _kernels.cuda_gelu_backward(
         DTYPES[x.dtype], x.numel() // width, width, *map(address, (dout, x, bias, dx, dbias)),
-        APPROXIMATE[approximate], 0, _call(x, scratch=scratch),
+        APPROXIMATE[approximate], 0, _call(x, scratch=scratch), low=low,
     )  # fmt: skip
     return dx, dbias

@@ -11,6 +11,7 @@ from bert_fast.embeddings.settings import read_json
 from bert_fast.extras import missing
 from bert_fast.files import CheckpointError
 from bert_fast.models.bert import BertModel
+from bert_fast.models.graphs import positions
 from bert_fast.models.heads import BertForSequenceClassification
 from bert_fast.models.inference import Precision, encoder_of
 from bert_fast.models.packed_file import packed_alone
@@ -74,15 +75,6 @@ def padded_batches(encodings, size=32):
 def _is_classifier(values):
     named = any("Classification" in name for name in values.get("architectures") or [])
     return named or "id2label" in values
-
-
-def positions(model):
-    """The longest input of a model of any family, in tokens."""
-    longest, pad = model.config.max_position_embeddings, model.config.pad_token_id
-    embeddings = getattr(getattr(model, "base_model", None), "embeddings", None)
-    # RoBERTa's first position is the one after the padding's.
-    counts_from_padding = getattr(embeddings, "padding_idx", None) == pad and pad is not None
-    return longest - (pad + 1 if counts_from_padding else 0)
 
 
 # How results come is between us and the model, whatever its config says.
@@ -169,7 +161,10 @@ class Accelerated:
         if self.takes_types:
             options["token_type_ids"] = torch.zeros_like(ids).masked_scatter_(mask, types)
         out = self.model(ids, mask.long(), **options)
-        return out.logits if hasattr(out, "logits") else out.last_hidden_state[mask]
+        if hasattr(out, "logits"):
+            return out.logits
+        index = torch.nonzero_static(mask.reshape(-1), size=len(tokens)).squeeze(1)  # no wait
+        return out.last_hidden_state.flatten(0, 1).index_select(0, index)
 
     def around(self, numbers):
         return contextlib.nullcontext()

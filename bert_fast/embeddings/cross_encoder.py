@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from bert_fast.embeddings.encoder import TextModel, check_batches, converted
 from bert_fast.embeddings.modules import read_activation
 from bert_fast.embeddings.settings import read_json
+from bert_fast.embeddings.text_model import TextModel, check_batches, converted
 from bert_fast.files import CheckpointError
 
 
@@ -21,7 +21,8 @@ class CrossEncoder(TextModel):
     Args:
         directory: a checkpoint's, or its name on the Hugging Face Hub: a sequence classifier of any
             family that :class:`SentenceEncoder` takes.
-        dtype, device, revision, cache_dir, local_files_only: as of :class:`SentenceEncoder`.
+        dtype, device, revision, cache_dir, local_files_only, cuda_graphs: as of
+            :class:`SentenceEncoder`.
         max_length: tokens of a pair; default what the files say.
         activation_fn: of the scores; default what the files say, else sigmoid for one label and
             nothing for several.
@@ -38,7 +39,9 @@ class CrossEncoder(TextModel):
         device: torch.device | str = "cpu", *, revision: str | None = None,
         cache_dir: str | Path | None = None, local_files_only: bool = False,
         max_length: int | None = None, activation_fn: Callable | None = None,
+        cuda_graphs: bool = True,
     ):  # fmt: skip
+        self.cuda_graphs = cuda_graphs
         hub = {
             "revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only,
         }  # fmt: skip

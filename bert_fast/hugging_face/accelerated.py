@@ -189,7 +189,12 @@ def _heir(kind, mixin):
     heir.__qualname__, heir.__doc__ = kind.__qualname__, kind.__doc__
     heir.parameters_by_place = _parameters(kind.forward)
     if mixin is _Model:
-        heir.forward = functools.wraps(kind.forward)(_forward_model)
+
+        @functools.wraps(kind.forward)  # a function of its own: it bears this family's signature
+        def forward(self, *args, **kwargs):
+            return _forward_model(self, *args, **kwargs)
+
+        heir.forward = forward
     return heir
 
 

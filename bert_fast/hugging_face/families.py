@@ -165,7 +165,7 @@ def why_not_this_state(base, family, classes):
         if known.kind.forward is not known.forward or not _is_theirs(known.forward):
             return f"a forward of somebody's own in {known.kind.__name__}"
     seen = _seen.get(base)
-    if seen is not None and all(map(_is_as_seen, seen[0])):
+    if seen is not None and _are_as_seen(seen[0]):
         return None
     if (reason := _why_not(encoder, family, classes)) is None:
         _seen[base] = _look(encoder), {}
@@ -185,18 +185,24 @@ def _look(encoder):
     return found
 
 
-def _is_as_seen(seen):
-    module, kind, own, children, hooks, attributes = seen
-    return (
-        type(module) is kind
-        and "forward" not in own
-        and own["_forward_hooks"] == hooks[0]
-        and own["_forward_pre_hooks"] == hooks[1]
-        and own["_backward_hooks"] == hooks[2]
-        and own["_backward_pre_hooks"] == hooks[3]
-        and tuple(own["_modules"].values()) == children
-        and all(own.get(name) == value for name, value in attributes)
-    )
+def _are_as_seen(seen):
+    for module, kind, own, children, hooks, attributes in seen:
+        if type(module) is not kind or "forward" in own:
+            return False
+        if any(hooks):
+            if tuple(dict(own[kind]) for kind in _HOOKS) != hooks:
+                return False
+        elif (
+            own["_forward_hooks"] or own["_forward_pre_hooks"]
+            or own["_backward_hooks"] or own["_backward_pre_hooks"]
+        ):  # fmt: skip
+            return False
+        if (children or own["_modules"]) and tuple(own["_modules"].values()) != children:
+            return False
+        for name, value in attributes:
+            if own.get(name) != value:
+                return False
+    return True
 
 
 def _why_not(encoder, family, classes):

@@ -67,7 +67,8 @@ def cuda_kernels(chips, names=""):
             products = sorted(m[1] for m in map(MATRIX.match, opcodes) if m)
             loads = [o for o in opcodes if o.startswith(("LDG", "LDGSTS"))]
             spilled = any(o.startswith("STL") for o in opcodes)
-            warps = 4 if file == "attention_mma" else 16 if kernel.endswith(" 512>") else 8
+            wide, few = kernel.endswith(" 512>"), file.startswith("attention_mma") or file == "gelu"
+            warps = 4 if few else 16 if wide else 8
             yield Compiled(
                 kernel, 0, 0, f"cuda/{file}.cu", chip, warps,
                 int(registers), None, int(stack) if spilled else 0,

@@ -9,7 +9,7 @@ from bert_fast.inspect.chips import CHIPS, KIB, REGISTERS
 
 # Kernels that must use the tensor cores.
 PRODUCTS = ("attention.forward", "attention.backward_q", "attention.backward_kv",
-            "attention_table.backward",
+            "attention_short.backward", "attention_table.backward",
             "linear.forward", "linear.backward")  # fmt: skip
 
 

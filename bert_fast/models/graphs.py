@@ -3,35 +3,54 @@ launches are one replay."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import inspect
+import threading
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from bert_fast.models.config import BertConfig
+from bert_fast.models.packing import check_mask, fixed_rows, is_on_host, look_at
 
 
-def cudagraph(model: nn.Module, *, max_graphs: int = 32) -> CudaGraphs:
-    """A callable that runs a model of ours by replaying CUDA graphs, for inference.
+def cudagraph(model: nn.Module, *, max_graphs: int = 32) -> Any:
+    """A callable that runs a model by replaying CUDA graphs, for inference.
 
     Batch, length and number of real tokens are rounded up to buckets (1, 2, 3, 4, 6, 8, 12, ...:
     at most a third of the tokens is in vain), and each combination is captured once, by its first
-    call. Padding is dropped inside the graph. Weights may change in place; a parameter that is
-    replaced by another is not seen.
+    call, which takes about as long as four calls. Padding is dropped inside the graph. Weights may
+    change in place; where a parameter or a module is replaced, all graphs are captured anew. A
+    model with hooks is called, without graphs.
 
     Args:
-        model: :class:`bert_fast.BertModel` or one of the task heads, in eval mode on a CUDA device.
-        max_graphs: captured graphs that are kept, the latest used; each holds its activations.
+        model: in eval mode on a CUDA device: :class:`bert_fast.BertModel`, one of the task heads, a
+            model of transformers after :func:`bert_fast.accelerate` (but MPNet), or what holds one:
+            a SentenceTransformer, a CrossEncoder.
+        max_graphs: captured graphs that are kept, the latest used; each holds its inputs and
+            results, and all share the memory in between.
 
     Returns:
         ``run(input_ids, attention_mask=None, token_type_ids=None)``, of (batch, seqlen) tensors on
-        any device, which gives what ``model`` gives. Best with the mask on the CPU, where its
-        tokens are counted; a mask on a GPU is not waited for, and counted as full.
+        any device, which gives what ``model`` gives, in tensors of the caller's own. Best with all
+        of them on the CPU, as a tokenizer makes them: one transfer. The real tokens of a mask on a
+        GPU are counted there, and their number is waited for. Several threads may call it: one
+        after the other. Of a SentenceTransformer or CrossEncoder: a copy that shares its weights,
+        whose ``encode`` or ``predict`` replays graphs where it is called without gradients.
 
     Raises:
         TypeError, ValueError: naming what does not fit.
+        RuntimeError: in a call: the model is in training, or cannot be captured.
     """
-    return CudaGraphs(model, max_graphs)
+    if _is_ours(model) or _is_accelerated(model):
+        return CudaGraphs(model, max_graphs)
+    if (inner := _accelerated_inside(model)) is not None:
+        return _with(model, inner, Graphed(inner, CudaGraphs(inner, max_graphs)))
+    raise _unfit(model)
 
 
 def bucket(number):
@@ -42,12 +61,32 @@ def bucket(number):
     return power * 3 // 4 if number <= power * 3 // 4 else power
 
 
-class CudaGraphs:
-    """See :func:`cudagraph`. ``captured`` counts the graphs that were made."""
+def positions(model):
+    """The longest input of a model of any family, in tokens."""
+    longest, pad = model.config.max_position_embeddings, model.config.pad_token_id
+    embeddings = getattr(getattr(model, "base_model", None), "embeddings", None)
+    # RoBERTa's first position is the one after the padding's.
+    counts_from_padding = getattr(embeddings, "padding_idx", None) == pad and pad is not None
+    return longest - (pad + 1 if counts_from_padding else 0)
 
-    def __init__(self, model, max_graphs=32, capture=None):
-        if not isinstance(getattr(model, "config", None), BertConfig):
-            raise TypeError(f"model must be one of bert_fast's, not {type(model).__name__}")
+
+class CaptureError(RuntimeError):
+    """CUDA cannot capture what a model does, or has no memory left for it."""
+
+
+class CudaGraphs:
+    """See :func:`cudagraph`. ``captured`` counts the graphs that were made.
+
+    Args:
+        capture: in the place of CUDA's: of a function that gives a list of tensors, (a function
+            that fills them again, the list).
+        capture_at: the use of a bucket that captures it; the ones before run the model.
+    """
+
+    def __init__(self, model, max_graphs=32, capture=None, capture_at=1):
+        self.ours = _is_ours(model)
+        if not self.ours and not _is_accelerated(model):
+            raise _unfit(model)
         if max_graphs < 1:
             raise ValueError(f"max_graphs must be at least 1, not {max_graphs}")
         self.device = next(model.parameters()).device
@@ -56,10 +95,42 @@ class CudaGraphs:
                 raise ValueError(f"model must be on a CUDA device, not on {self.device}")
             capture = _Capture()
         self.model, self.max_graphs, self.capture = model, max_graphs, capture
-        self.graphs, self.captured, self.seqlen_dims = OrderedDict(), 0, None
+        self.capture_at, self.longest = capture_at, positions(model)
+        self.pad = getattr(model.config, "pad_token_id", None) or 0
+        takes_types = self.ours or "token_type_ids" in inspect.signature(model.forward).parameters
+        self.takes_types = takes_types
+        self.graphs, self.captured, self.uses = OrderedDict(), 0, OrderedDict()
+        self.watch = self.form = None  # the model when the graphs were captured; its results
+        self.lock, self.last = threading.Lock(), None
 
     @torch.inference_mode()
     def __call__(self, input_ids, attention_mask=None, token_type_ids=None):
+        found = self.replayed(input_ids, attention_mask, token_type_ids)
+        if found is None:
+            return self._directly(input_ids, token_type_ids, attention_mask)
+        return found
+
+    @torch.inference_mode()
+    def replayed(self, input_ids, attention_mask=None, token_type_ids=None):
+        """The same by a graph; None where there is none for these inputs, or not yet."""
+        self._check(input_ids, attention_mask, token_type_ids)
+        inputs = input_ids, token_type_ids, attention_mask
+        (batch, seqlen), tokens = input_ids.shape, input_ids.numel()
+        if attention_mask is not None:
+            tokens = _count(attention_mask)
+        rows, columns = bucket(batch), min(bucket(seqlen), self.longest)
+        key = rows, columns, min(bucket(tokens), rows * columns), self._autocast()
+        with self.lock, self._device():
+            graph = self._graph(key)
+            if graph is not None:
+                self._fill(graph.inputs, inputs, batch, seqlen)
+                graph.replay()
+                found = self._found(graph.outputs, batch, seqlen, tokens)
+                self._end_turn()
+                return found
+        return None
+
+    def _check(self, input_ids, attention_mask, token_type_ids):
         if self.model.training:
             raise RuntimeError("cudagraph is for inference: call eval() first")
         if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.numel() == 0:
@@ -68,72 +139,280 @@ class CudaGraphs:
             if value is not None and value.shape != input_ids.shape:
                 raise ValueError(f"{name} must have input_ids' shape {tuple(input_ids.shape)}, "
                                  f"not {tuple(value.shape)}")  # fmt: skip
-        (batch, seqlen), config = input_ids.shape, self.model.config
-        if seqlen > config.max_position_embeddings:
-            raise ValueError(f"input_ids hold {seqlen} tokens a sequence; the model has "
-                             f"{config.max_position_embeddings} positions")  # fmt: skip
-        if self.seqlen_dims is None:
-            self.seqlen_dims = self._find_seqlen_dims()
-        rows, columns = bucket(batch), min(bucket(seqlen), config.max_position_embeddings)
-        tokens = batch * seqlen
-        if attention_mask is not None and attention_mask.device.type == "cpu":
-            real = attention_mask.bool()
-            if not torch.equal(attention_mask, real.to(attention_mask.dtype)):
-                raise ValueError("attention_mask must hold ones and zeros alone")
-            tokens = int(real.sum())
-        graph = self._graph(rows, columns, min(bucket(tokens), rows * columns))
-        graph.inputs.zero_()
-        place = graph.inputs[:, :batch, :seqlen]
-        for i, value in enumerate((input_ids, token_type_ids, attention_mask)):
-            if value is not None:
-                place[i].copy_(value, non_blocking=True)
-        if attention_mask is None:
-            place[2].fill_(1)
-        graph.replay()
-        found = (
-            self._cut(value, dims, batch, seqlen)
-            for value, dims in zip(graph.outputs, self.seqlen_dims, strict=True)
-        )
-        return type(graph.outputs)(*found)
+        if token_type_ids is not None and not self.takes_types:
+            raise TypeError(f"{type(self.model).__name__} takes no token_type_ids")
+        if input_ids.shape[1] > self.longest:
+            raise ValueError(
+                f"input_ids hold {input_ids.shape[1]} tokens a sequence; the model has "
+                f"{self.longest} positions"
+            )
 
-    def _graph(self, rows, columns, capacity):
-        """The graph of a bucket, captured if need be."""
-        key = rows, columns, capacity
+    def _autocast(self):
+        device = self.device.type
+        on = torch.is_autocast_enabled(device)
+        return torch.get_autocast_dtype(device) if on else None
+
+    @contextlib.contextmanager
+    def _device(self):
+        """The model's device, after what another stream has left to do in the graphs' memory."""
+        if self.device.type != "cuda":
+            yield
+            return
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream()
+            if self.last is not None and self.last[0] != stream.cuda_stream:
+                stream.wait_event(self.last[1])
+            yield
+
+    def _end_turn(self):
+        if self.device.type == "cuda":
+            event = torch.cuda.Event() if self.last is None else self.last[1]
+            event.record()
+            self.last = torch.cuda.current_stream().cuda_stream, event
+
+    def _fill(self, place, inputs, batch, seqlen):
+        """Copies inputs in; from the CPU in one transfer."""
+        on_cpu = all(value is None or value.device.type == "cpu" for value in inputs)
+        pin = on_cpu and place.is_cuda
+        staged = torch.empty(place.shape, dtype=place.dtype, pin_memory=pin) if on_cpu else place
+        staged[0].fill_(self.pad)
+        staged[1:].zero_()
+        for i, value in enumerate(inputs):
+            if value is not None:
+                staged[i, :batch, :seqlen].copy_(value, non_blocking=True)
+        if inputs[2] is None:
+            staged[2, :batch, :seqlen].fill_(1)
+        if staged is not place:
+            place.copy_(staged, non_blocking=True)
+
+    def _graph(self, key):
+        """The graph of a bucket, captured if it is time to; None: the model is to be called."""
+        if self.watch is None or not self.watch.is_as_it_was():
+            self.graphs.clear()
+            self.watch, self.form = _Watch(self.model), None
+        if self.watch.is_looked_into():
+            return None
         if key not in self.graphs:
+            self.uses[key] = self.uses.pop(key, 0) + 1
+            while len(self.uses) > 1024:
+                self.uses.popitem(last=False)
+            if self.uses[key] < self.capture_at:
+                return None
+            if self.form is None:
+                self.form = self._find_form()
             while len(self.graphs) >= self.max_graphs:
                 self.graphs.popitem(last=False)
-            # One real token, lest the first run has none.
-            inputs = torch.zeros(3, rows, columns, dtype=torch.int64, device=self.device)
-            inputs[2, 0, 0] = 1
-
-            def run():
-                ids, types, mask = inputs
-                return self.model(ids, mask, types, capacity=capacity)
-
-            self.graphs[key] = _Graph(inputs, *self.capture(run))
+            self.graphs[key] = self._captured(*key[:3])
             self.captured += 1
         self.graphs.move_to_end(key)
         return self.graphs[key]
 
-    def _find_seqlen_dims(self):
-        """For each of the model's results, which dimensions follow the sequence's length."""
-        short, long = (
-            self.model(torch.zeros(1, n, dtype=torch.int64, device=self.device)) for n in (1, 2)
-        )
-        return [
+    def _captured(self, rows, columns, capacity):
+        # One real token, lest the first run has none.
+        inputs = torch.zeros(3, rows, columns, dtype=torch.int64, device=self.device)
+        inputs[2, 0, 0] = 1
+
+        def run():
+            leaves, _ = tree_flatten(self._compute(*inputs, capacity))
+            return [leaf for leaf in leaves if leaf is not None]
+
+        try:
+            return _Graph(inputs, *self.capture(run))
+        except Exception as error:
+            name = type(self.model).__name__
+            raise CaptureError(f"cudagraph cannot capture {name}: {error}") from error
+
+    def _compute(self, ids, types, mask, capacity):
+        if self.ours:
+            return self.model(ids, mask, types, capacity=capacity)
+        with fixed_rows(capacity):
+            return self._theirs(ids, types, mask)
+
+    def _theirs(self, ids, types, mask):
+        given = {"token_type_ids": types} if self.takes_types and types is not None else {}
+        return self.model(input_ids=ids, attention_mask=mask, **given)
+
+    def _directly(self, ids, types, mask):
+        ids, types = (t if t is None else t.to(self.device) for t in (ids, types))
+        if self.ours:
+            return self.model(ids, mask, types)
+        return self._theirs(ids, types, mask)
+
+    def _find_form(self):
+        """How the model's results are made of tensors (or None); and of each tensor, which
+        dimensions follow the sequence's length."""
+        (short, form), (long, _) = (
+            tree_flatten(
+                self._directly(torch.zeros(1, n, dtype=torch.int64), None, None)
+            )
+            for n in (1, 2)
+        )  # fmt: skip
+        return form, [
             None if a is None else [i for i in range(a.ndim) if a.shape[i] != b.shape[i]]
             for a, b in zip(short, long, strict=True)
         ]
 
-    @staticmethod
-    def _cut(value, dims, batch, seqlen):
-        """A copy, for the next replay writes here, without the bucket's surplus."""
-        if value is None:
-            return None
-        value = value[:batch]
-        for dim in dims:
-            value = value.narrow(dim, 0, seqlen)
-        return value.clone()
+    def _found(self, outputs, batch, seqlen, tokens):
+        """Copies, for the next replay writes here, without the bucket's surplus."""
+        form, every = self.form
+        outputs = iter(outputs)
+        return tree_unflatten(
+            [None if dims is None else _cut(next(outputs), dims, batch, seqlen) for dims in every],
+            form,
+        )
+
+
+class PackedGraphs(CudaGraphs):
+    """Of a BertModel: its last hidden states alone, packed, (total_tokens, hidden)."""
+
+    def _compute(self, ids, types, mask, capacity):
+        return self.model.encode(ids, mask, types, capacity=capacity)[0][-1]
+
+    def _directly(self, ids, types, mask):
+        ids, types = (t if t is None else t.to(self.device) for t in (ids, types))
+        return self.model.encode(ids, mask, types)[0][-1]
+
+    def _find_form(self):
+        return ()
+
+    def _found(self, outputs, batch, seqlen, tokens):
+        return outputs[0][:tokens].clone()
+
+
+def _cut(value, dims, batch, seqlen):
+    value = value[:batch]
+    for dim in dims:
+        value = value.narrow(dim, 0, seqlen)
+    return value.clone()
+
+
+def _count(mask):
+    """The number of real tokens."""
+    check_mask(mask)
+    if not is_on_host(mask):
+        return look_at(mask)[2]
+    real = mask.bool()
+    if not torch.equal(mask, real.to(mask.dtype)):
+        raise ValueError("attention_mask must hold ones and zeros alone")
+    return int(real.sum())
+
+
+_ASKED = "output_hidden_states", "output_attentions", "return_dict", "_attn_implementation"
+
+
+class _Watch:
+    """A model as it was when its graphs were captured: they read what was its own then."""
+
+    def __init__(self, model):
+        self.config = model.config
+        self.asked = [getattr(self.config, name, None) for name in _ASKED]
+        self.tensors, self.parents, self.modules = [], [], []
+        for module in model.modules():
+            own = module.__dict__
+            for of in (own["_parameters"], own["_buffers"]):
+                self.tensors += [(of, n, t, t.data_ptr()) for n, t in of.items() if t is not None]
+            if own["_modules"]:
+                self.parents.append((own["_modules"], tuple(own["_modules"].values())))
+            numbers = own["training"], own.get("eps"), own.get("approximate"), own.get("num_heads")
+            hooks = own["_forward_hooks"], own["_forward_pre_hooks"]
+            self.modules.append((module, type(module), own, *hooks, *numbers))
+
+    def is_as_it_was(self):
+        """In every call: some 0.4 us a module and parameter."""
+        for of, name, tensor, place in self.tensors:
+            if of.get(name) is not tensor or tensor.data_ptr() != place:
+                return False
+        for of, children in self.parents:
+            if tuple(of.values()) != children:
+                return False
+        for module, kind, own, _, _, training, eps, approximate, num_heads in self.modules:
+            if (
+                type(module) is not kind
+                or own["training"] is not training
+                or own.get("eps") != eps
+                or own.get("approximate") != approximate
+                or own.get("num_heads") != num_heads
+            ):
+                return False
+        return self.asked == [getattr(self.config, name, None) for name in _ASKED]
+
+    def is_looked_into(self):
+        """Whether somebody looks at what the modules do, or does it in their place."""
+        every = nn.modules.module
+        if every._global_forward_hooks or every._global_forward_pre_hooks:
+            return True
+        for _, _, own, hooks, before, *_ in self.modules:
+            if ((hooks or before) and _watched(own)) or "forward" in own:
+                return True
+        return False
+
+
+def _watched(own):
+    """By others than transformers, whose own hooks record hidden states when it is asked to."""
+    hooks = *own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()
+    return not all(str(getattr(h, "__module__", "")).startswith("transformers.") for h in hooks)
+
+
+def _is_ours(model):
+    return isinstance(getattr(model, "config", None), BertConfig)
+
+
+def _is_accelerated(model):
+    """Whether it is a model of transformers, with or without a head, that was accelerated."""
+    if not hasattr(type(model), "base_model_prefix"):
+        return False
+    bases = [m for m in (model, getattr(model, "base_model", None)) if isinstance(m, nn.Module)]
+    found = [m.__dict__["_bert_fast"] for m in bases if "_bert_fast" in m.__dict__]
+    # Relative positions are those of columns, which a packed buffer of fixed size does not know.
+    return bool(found) and not getattr(found[0][0], "position_bias", None)
+
+
+def _accelerated_inside(model):
+    if not isinstance(model, nn.Module):
+        return None
+    return next((m for m in model.modules() if m is not model and _is_accelerated(m)), None)
+
+
+def _unfit(model):
+    return TypeError(
+        f"model must be one of bert_fast's, not {type(model).__name__}; or one of transformers' "
+        "after bert_fast.accelerate (but MPNet)"
+    )
+
+
+def _with(module, old, new):
+    """A copy of a module, with the same weights, that has ``new`` in the place of ``old``."""
+    if module is old:
+        return new
+    made = copy.copy(module)
+    made.__dict__["_modules"] = type(module._modules)(
+        (name, child if child is None else _with(child, old, new))
+        for name, child in module._modules.items()
+    )
+    return made
+
+
+class Graphed(nn.Module):
+    """Stands in a model's place: calls in inference that ask for nothing else are replayed."""
+
+    def __init__(self, model, run):
+        super().__init__()
+        self.model, self.__dict__["run"] = model, run
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+    def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, **options):
+        plain = all(v is None or (k, v) == ("return_dict", True) for k, v in options.items())
+        if torch.is_grad_enabled() or self.model.training or input_ids is None or not plain:
+            given = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+            return self.model(
+                input_ids=input_ids, attention_mask=attention_mask, **given, **options
+            )
+        return self.run(input_ids, attention_mask, token_type_ids)
 
 
 class _Graph:
@@ -154,6 +433,6 @@ class _Capture:
             function()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             outputs = function()
         return graph.replay, outputs

@@ -4,14 +4,32 @@ ByteTransformer's idea (Zhai et al. 2023): a batch of B padded rows of S tokens 
 tokens alone, one sequence after another, with ``cu_seqlens`` (B + 1 offsets) to tell them apart.
 """
 
+import contextlib
+import contextvars
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+# The rows of every packed buffer that is made in a context: of what a CUDA graph is to capture.
+_rows: contextvars.ContextVar[int | None] = contextvars.ContextVar("bert_fast_rows", default=None)
+
+
+@contextlib.contextmanager
+def fixed_rows(rows):
+    """Packing.of_mask in this context has ``capacity`` ``rows``, whoever calls it."""
+    token = _rows.set(rows)
+    try:
+        yield
+    finally:
+        _rows.reset(token)
+
 
 def is_captured(device):
-    """Whether a CUDA graph captures what is done on a device now, by its own current stream."""
+    """Whether a CUDA graph captures what is done on a device now, by its own current stream, or is
+    about to (:func:`fixed_rows`)."""
+    if _rows.get() is not None:
+        return True
     if device.type != "cuda":
         return False
     if device.index in (None, torch.cuda.current_device()):
@@ -55,6 +73,8 @@ class Packing:
         """
         check_mask(mask)
         compiled = torch.compiler.is_compiling()
+        if capacity is None and not compiled:
+            capacity = _rows.get()
         if capacity is not None or mask.is_meta or compiled or is_captured(mask.device):
             return _of_fixed_size(mask, capacity, is_on_host(mask) and not compiled)
         return _counted(mask) if is_on_host(mask) else _by_one_read(mask)
@@ -105,7 +125,7 @@ class Packing:
             return packed.view(shape)
         # One row more than the batch: the tail's rows all land there.
         flat = packed.new_zeros(self.batch * self.seqlen + 1, *packed.shape[1:])
-        return flat.index_copy(0, self.index, packed)[:-1].view(shape)
+        return flat.index_copy_(0, self.index, packed)[:-1].view(shape)
 
 
 def check_mask(mask):

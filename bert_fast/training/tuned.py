@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from bert_fast.embeddings.backbone import positions
 from bert_fast.embeddings.tokenizer import batches_by_tokens, load_tokenizer_and_settings
 from bert_fast.files import CheckpointError
+from bert_fast.models.graphs import positions
 from bert_fast.training import tasks
 from bert_fast.training.models import load_model, takes_types
 

@@ -309,7 +309,9 @@ void find_dtable(const AttentionBackward& a, const Dropout& drop, const Call& ca
 
 template <class T>
 const char* attend(const AttentionBackward& a, const Dropout& drop, const Call& call) {
-  if (a.total_q) {
+  if constexpr (sizeof(T) == 2) {
+    if (a.total_q) backward_rows<T>(a, drop, call);
+  } else if (a.total_q) {
     const int64_t rows = kThreads / kWarp;
     launch(delta_kernel<T>, dim3(static_cast<unsigned>((a.total_q + rows - 1) / rows),
                                  static_cast<unsigned>(a.num_heads)),

@@ -74,6 +74,8 @@ __device__ __forceinline__ T* row_of(const Strided& t, int64_t row, int head) {
 
 // The kernels on tensor cores (16-bit types); false where they do not fit the chip.
 template <class T> bool forward_mma(const AttentionForward&, const Dropout&, const Call&);
+// `backward_rows` first, in any case: delta is the first of what it leaves in the scratch.
+template <class T> void backward_rows(const AttentionBackward&, const Dropout&, const Call&);
 template <class T> bool backward_mma(const AttentionBackward&, const Dropout&, const Call&);
 
 }  // namespace cuda

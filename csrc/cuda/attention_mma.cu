@@ -27,56 +27,15 @@ struct Sums {
   float total[kM][kD / 8][4];
 };
 
-struct Block {  // of keys, for a warp's queries
-  int row, q_length, k_length, first, head, sequence;
-  bool causal, biased;
-};
-
-// Scores in base 2, with the position bias; `row` is the lane's first.
-template <int kM, int kTiles>
-__device__ __forceinline__ void add_table(float (&scores)[kM][kTiles][4], const Block& b, float c,
-                                          const Table& table) {
-  const int quad = threadIdx.x % 4;
-#pragma unroll
-  for (int m = 0; m < kM; ++m) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = min(b.row + 16 * m + i / 2 * 8, b.q_length - 1);  // past the end: anything
-      const int column = b.first + quad * 4 + i % 2;
-      const float* from = table.data + (b.head * table.rows + row) * table.columns + column;
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        const int at = n / 2 * 16 + n % 2 * 2;
-        const float bias = column + at < b.k_length ? from[at] : -INFINITY;
-        scores[m][n][i] = bias == -INFINITY ? bias : fmaf(scores[m][n][i], c, bias * kLog2e);
-      }
-    }
-  }
-}
-template <int kM, int kTiles>
-__device__ __forceinline__ void add_table(float (&)[kM][kTiles][4], const Block&, float) {}
-
 // Softmax's sums over kTiles * 8 keys, from their scores; leaves the weights in their place.
 template <bool kMasked, bool kDrop, int kD, int kM, int kTiles>
 __device__ __forceinline__ void weigh(float (&scores)[kM][kTiles][4], Sums<kD, kM>& s, const Block& b,
-                                      float c, const Dropout& drop, uint64_t seed) {
-  const int quad = threadIdx.x % 4;
+                                      float c, const Dropout& drop, const PhiloxKeys& draw, bool kept) {
   float tops[2 * kM];
   bool grows = false;
 #pragma unroll
   for (int r = 0; r < 2 * kM; ++r) {
-    if constexpr (kMasked) {
-      const int row = b.row + 8 * r;
-      const int end = b.causal ? min(b.k_length, row + 1 + b.k_length - b.q_length) : b.k_length;
-      const int left = end - b.first - quad * 4;
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          if (n / 2 * 16 + n % 2 * 2 + j >= left) scores[r / 2][n][r % 2 * 2 + j] = -INFINITY;
-        }
-      }
-    }
+    if constexpr (kMasked) hide(scores[r / 2], b, 8 * r, r % 2);
     tops[r] = s.top[r];
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
@@ -117,7 +76,7 @@ __device__ __forceinline__ void weigh(float (&scores)[kM][kTiles][4], Sums<kD, k
   for (int r = 0; r < 2 * kM; ++r) {
 #pragma unroll
     for (int n = 0; n < kTiles; n += 2) {
-      const Words w = philox(seed, b.first / 4 + n * 2 + quad, b.row + 8 * r, b.head, b.sequence);
+      const Words w = philox(draw, static_cast<unsigned>(b.key) / 4 + n * 2, b.query + 8 * r, b.head, b.sequence);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         float& weight = scores[r / 2][n + j / 2][r % 2 * 2 + j % 2];
@@ -125,7 +84,7 @@ __device__ __forceinline__ void weigh(float (&scores)[kM][kTiles][4], Sums<kD, k
       }
     }
   }
-  if (!b.biased) return;
+  if (!kept) return;
 #pragma unroll
   for (int r = 0; r < 2 * kM; ++r) {
 #pragma unroll
@@ -173,10 +132,9 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(AttentionForward a
   const int local = warp * kMine, first_row = tile.first + local;
   const Place<T, kD> left = place_of_left<T, kD>(local), rows = place_of_rows<T, kD>(),
                       columns = place_of_columns<T, kD>();
-  // Queries are multiplied by the scale's sign, so that the greatest product is the greatest score.
-  const float sign = a.scale > 0 ? 1.0f : a.scale < 0 ? -1.0f : 0.0f;
-  const float c = (sign != 0 ? fabsf(a.scale) : 1.0f) * kLog2e;
-  const uint64_t seed = kDrop && drop.seed ? *drop.seed : 0;
+  const Scale scale(a.scale);
+  const float sign = scale.sign, c = scale.c;
+  const PhiloxKeys draw = keys_of<kDrop, kD <= 64>(drop);
   // Keys that some query of the CTA sees, of the warp sees, and that all of the warp's queries see.
   const int ahead = k_length - tile.length;
   int last = k_length, warp_last = k_length, whole = k_length;
@@ -201,12 +159,13 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(AttentionForward a
   };
   auto step = [&](auto count, auto masked, int stage, int offset, int first) {
     constexpr int kTiles = decltype(count)::value / 8;
-    const Block b = {first_row + lane / 4, tile.length, k_length, first + offset, head, tile.sequence,
-                     a.causal, bias != nullptr};
+    const Block b = {first_row + lane / 4, first + offset + lane % 4 * 4, tile.length, k_length, head,
+                     tile.sequence, a.causal};
     float scores[kM][kTiles][4] = {};
     multiply_rows<T, kD, kM, kTiles>(scores, read, key_tile(stage), offset / 16, rows);
     add_table(scores, b, c, table...);
-    weigh<decltype(masked)::value, kDrop>(scores, s, b, kHasTable ? 1.0f : c, drop, seed);
+    weigh<decltype(masked)::value, kDrop>(scores, s, b, kHasTable ? 1.0f : c, drop, draw,
+                                         bias != nullptr);
     multiply_weights<T, kD, kM, kTiles>(s.total, scores, value_tile(stage), offset / 16, columns);
   };
 

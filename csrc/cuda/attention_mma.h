@@ -40,7 +40,10 @@ template <class T, int kD>
 struct Place {
   unsigned row, chunk;  // in elements
   __device__ __forceinline__ Place(unsigned first, unsigned c)
-      : row(first * kD), chunk((c ^ Matrix<T, kD>::twist(first)) * 8) {}
+      : row(first * kD), chunk((c ^ Matrix<T, kD>::twist(first)) * 8) {
+    keep(row);
+    keep(chunk);
+  }
   // `rows` on, which have no bit in common with the first, and chunk c ^ `chunks`.
   __device__ __forceinline__ T* at(const Matrix<T, kD>& m, unsigned rows, unsigned chunks) const {
     return m.data + (row + (chunk ^ (chunks ^ Matrix<T, kD>::twist(rows)) * 8)) + rows * kD;
@@ -220,19 +223,61 @@ __device__ __forceinline__ void multiply_rows(float (&acc)[kM][kTiles][4], const
   }
 }
 
+// Where scores are in their sequence: the lane's first query and first key.
+struct Block {
+  int query, key, q_length, k_length, head, sequence;
+  bool causal;
+};
+
+// -inf for the keys that do not count, in row `half` of a tile's two, the lane's first + `down`.
+template <int kTiles>
+__device__ __forceinline__ void hide(float (&scores)[kTiles][4], const Block& b, int down, int half) {
+  const int seen = b.query + down + 1 + b.k_length - b.q_length;
+  const int left = (b.causal ? min(b.k_length, seen) : b.k_length) - b.key;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      if (n / 2 * 16 + n % 2 * 2 + j >= left) scores[n][half * 2 + j] = -INFINITY;
+    }
+  }
+}
+
+// Scores, of queries by keys, in base 2 and with the position bias.
+template <int kM, int kTiles>
+__device__ __forceinline__ void add_table(float (&scores)[kM][kTiles][4], const Block& b, float c,
+                                          const Table& table) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = min(b.query + 16 * m + i / 2 * 8, b.q_length - 1);  // past the end: anything
+      const float* from = table.data + (b.head * table.rows + row) * table.columns + b.key + i % 2;
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        const int at = n / 2 * 16 + n % 2 * 2;
+        const float bias = b.key + at + i % 2 < b.k_length ? from[at] : -INFINITY;
+        scores[m][n][i] = bias == -INFINITY ? bias : fmaf(scores[m][n][i], c, bias * kLog2e);
+      }
+    }
+  }
+}
+template <int kM, int kTiles>
+__device__ __forceinline__ void add_table(float (&)[kM][kTiles][4], const Block&, float) {}
+
 // A warp's 16 rows of accumulators to memory, by way of its own rows of shared memory, which nobody
-// may still be reading.
-template <class T, int kD>
+// may still be reading. kPaired: a lane's two rows lie side by side.
+template <class T, int kD, bool kPaired = false>
 __device__ __forceinline__ void store_rows(const float (&acc)[kD / 8][4], float scale0, float scale1,
                                            const Matrix<T, kD>& m, int row, const Side& s, int first) {
   const int lane = threadIdx.x % kWarp, pair = lane % 4 * 2;
-  const Place<T, kD> mine(row + lane / 4, 0);
+  const Place<T, kD> mine(row + (kPaired ? lane / 4 * 2 : lane / 4), 0);
 #pragma unroll
   for (int n = 0; n < kD / 8; ++n) {
     const uint32_t top = pack_pair<T>(acc[n][0] * scale0, acc[n][1] * scale0);
     const uint32_t bottom = pack_pair<T>(acc[n][2] * scale1, acc[n][3] * scale1);
     store(mine.at(m, 0, n) + pair, top);
-    store(mine.at(m, 8, n) + pair, bottom);
+    store(mine.at(m, kPaired ? 1 : 8, n) + pair, bottom);
   }
   warp_barrier();
   constexpr int kChunks = kD / 8, kStep = kWarp / kChunks;
@@ -254,6 +299,26 @@ __device__ __forceinline__ void store_rows(const float (&acc)[kD / 8][4], float 
     }
   }
 }
+
+// Philox's keys; kPinned: they stay in registers.
+template <bool kDrop, bool kPinned>
+__device__ __forceinline__ PhiloxKeys keys_of(const Dropout& drop) {
+  PhiloxKeys draw = philox_keys(kDrop && drop.seed ? *drop.seed : 0);
+  if constexpr (kDrop && kPinned) {
+#pragma unroll
+    for (uint32_t& word : draw.words) keep(word);
+  }
+  return draw;
+}
+
+// The scale by its sign, which one operand is multiplied by, and its size, in base 2: so the greatest
+// product is the greatest score, and -inf stays what hides one.
+struct Scale {
+  float sign, c;
+  explicit __device__ __forceinline__ Scale(float scale)
+      : sign(scale > 0 ? 1.0f : scale < 0 ? -1.0f : 0.0f),
+        c((scale != 0 ? fabsf(scale) : 1.0f) * kLog2e) {}
+};
 
 __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, shuffle_xor(x, 1));

@@ -1,420 +1,517 @@
-// Attention on tensor cores, forward and backward, bf16 and fp16: mma.sync m16n8k16 (Turing: two
-// m16n8k8). A CTA of four warps owns 64 rows, each warp 16 of them: queries in forward and for dq,
-// keys for dk and dv, so that nothing is added atomically. The other side comes through shared
-// memory by tiles (cp.async; swizzled, so that ldmatrix meets no bank conflict). Scores stay in
-// registers: the accumulators of one product have the layout of the next one's left operand.
-#include <type_traits>
-
-#include "attention.h"
+// Attention's backward on tensor cores, bf16 and fp16. A CTA of four warps owns 64 rows, each warp 16
+// of them: queries for dq, keys for dk and dv, so that nothing is added atomically. The other side
+// comes through shared memory by tiles, the next while one is used.
+//
+// The bias of k adds the same to all scores of a row, that of v the same to all of dP's: `rows_kernel`
+// takes the first out of the row's log-sum-exp and puts the second into what dP starts from, so that
+// k and v are used as they are.
+#include "attention_mma.h"
 
 namespace bert_fast {
 namespace cuda {
 namespace {
 
-constexpr int kWarps = 4, kThreads = kWarps * kWarp, kRows = 16 * kWarps;
+constexpr int kRows = 16 * kWarps;
 
-// Rows of kD elements in shared memory; chunks of 8 are swizzled by row.
+// Rows of a tile of the other side: what the registers allow, of which others take some.
+enum Taken { kNone, kSome, kMany };
+template <int kD, Taken kTaken>
+constexpr int kOther = kD <= 64 ? (kTaken ? 32 : 64) : kD <= 128 && kTaken < kMany ? 32 : 16;
+template <bool kHasTable>
+constexpr Taken kTakenOfDq = kHasTable ? kSome : kNone;
+template <bool kHasTable, bool kDrop>
+constexpr Taken kTakenOfDkv = kHasTable ? kMany : kDrop ? kSome : kNone;
+// How many tiles of the other side are in shared memory, of which Turing has 64 KiB.
+template <int kD>
+constexpr int kStages = kD <= 64 ? 2 : 1;
+// Rows past the last whole tile, and those that causal hides in part, go by so many.
+template <int kOther>
+constexpr int kTail = kOther < 32 ? kOther : 32;
+
+// What each row of queries brings, (3, num_heads, total_q): delta = rowsum(dO * O); what dP starts
+// from; and minus its log-sum-exp in base 2 (-inf where every score was: its weights are zero).
+struct RowValues {
+  float *delta, *start, *shift;
+  RowValues(float* scratch, const AttentionShape& a)
+      : delta(scratch), start(delta + a.num_heads * a.total_q), shift(start + a.num_heads * a.total_q) {}
+};
+
+// Grid: (blocks of rows, heads). kD / 8 lanes share a row.
 template <class T, int kD>
-struct Matrix {
-  T* data;
-  __device__ __forceinline__ T* chunk(int row, int c) const {
-    const int twist = kD >= 64 ? row % 8 : row / 2 % 4;
-    return data + row * kD + (c ^ twist) * 8;
-  }
-};
-
-// Which tensors can be moved by 16 bytes.
-enum Wide { kQ = 1, kK = 2, kV = 4, kDout = 8, kOut = 16, kDq = 32, kDk = 64, kDv = 128 };
-
-struct Side {  // rows of one tensor, of one sequence and head
-  Strided tensor;
-  int begin, length, head, head_dim;
-  bool wide;
-};
-
-// Who loads a tile together and waits for each other: a CTA, or a warp on its own.
-template <int kTeam>
-__device__ __forceinline__ void team_barrier() {
-  if constexpr (kTeam == kWarp) warp_barrier();
-  else barrier();
-}
-
-template <int kTeam>
-__device__ __forceinline__ unsigned team_thread() {
-  return kTeam == kThreads ? threadIdx.x : threadIdx.x % kTeam;
-}
-
-// Rows `first` on into shared memory; zeros outside. To be waited for, then `add_bias`.
-template <class T, int kD, int kCount, int kTeam = kThreads>
-__device__ __forceinline__ void load_rows(const Matrix<T, kD>& to, const Side& s, int first) {
-  constexpr int kChunks = kD / 8;
-#pragma unroll 4
-  for (int i = team_thread<kTeam>(); i < kCount * kChunks; i += kTeam) {
-    const int row = i / kChunks, c = i % kChunks, d = c * 8;
-    const bool inside = first + row < s.length && d < s.head_dim;
-    const T* from = row_of<T>(s.tensor, static_cast<int64_t>(s.begin) + (inside ? first + row : 0), s.head);
-    if (s.wide) {
-      copy_async_16(to.chunk(row, c), from + (inside ? d : 0), inside);
+__global__ void __launch_bounds__(kThreads) rows_kernel(AttentionBackward a, bool drops, int wide,
+                                                     RowValues values) {
+  constexpr int kLanes = kD / 8;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / kLanes) + threadIdx.x / kLanes;
+  const int head = blockIdx.y, d = threadIdx.x % kLanes * 8, head_dim = static_cast<int>(a.head_dim);
+  const int64_t part = a.num_heads * a.head_dim;
+  const float* bias = a.bias ? a.bias + head * head_dim : nullptr;
+  float delta = 0.0f, start = 0.0f, shifted = 0.0f;
+  const auto read = [&](const Strided& t, bool is_wide, Pack<T, 8>& pack) {
+    const T* from = row_of<T>(t, row, head) + d;
+    if (is_wide) {
+      pack = load<Pack<T, 8>>(from);
     } else {
-      Pack<T, 8> pack;
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        pack.values[j] = inside && d + j < s.head_dim ? from[d + j] : from_float<T>(0.0f);
-      }
-      store(to.chunk(row, c), pack);
+      for (int j = 0; j < 8; ++j) pack.values[j] = d + j < head_dim ? from[j] : from_float<T>(0.0f);
     }
-  }
-}
-
-// Adds the projection's bias to the chunks that this thread has loaded.
-template <class T, int kD, int kCount, int kTeam = kThreads>
-__device__ __forceinline__ void add_bias(const Matrix<T, kD>& m, const Side& s, int first,
-                                         const float* bias) {
-  if (!bias) return;
-  bias += s.head * s.head_dim;
-  constexpr int kChunks = kD / 8;
-  for (int i = team_thread<kTeam>(); i < kCount * kChunks; i += kTeam) {
-    const int row = i / kChunks, c = i % kChunks;
-    if (first + row >= s.length) continue;
-    Pack<T, 8> pack = load<Pack<T, 8>>(m.chunk(row, c));
+  };
+  if (row < a.total_q && d < head_dim) {
+    Pack<T, 8> dout, out, q;
+    read(a.dout, wide & kDout, dout);
+    read(a.out, wide & kOut, out);
+    if (bias) read(a.q, wide & kQ, q);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const int d = c * 8 + j;
-      if (d < s.head_dim) pack.values[j] = from_float<T>(to_float(pack.values[j]) + bias[d]);
-    }
-    store(m.chunk(row, c), pack);
-  }
-}
-
-// acc (16 x 8 kTiles) = rows of `left` from `row` on times the rows of `right`: left right^T.
-template <class T, int kD, int kTiles>
-__device__ __forceinline__ void multiply_rows(float (&acc)[kTiles][4], const Matrix<T, kD>& left,
-                                              int row, const Matrix<T, kD>& right) {
-  const int lane = threadIdx.x % kWarp;
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) acc[n][i] = 0.0f;
-  }
-#pragma unroll
-  for (int k = 0; k < kD / 16; ++k) {
-    uint32_t a[4];
-    load_matrices<false>(a, left.chunk(row + lane % 16, 2 * k + lane / 16));
-#pragma unroll
-    for (int n = 0; n < kTiles; n += 2) {
-      uint32_t b[4];
-      load_matrices<false>(b, right.chunk(n * 8 + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
-      mma<T>(acc[n], a, b[0], b[1]);
-      mma<T>(acc[n + 1], a, b[2], b[3]);
-    }
-  }
-}
-
-// acc (16 x kD) += weights (16 x 8 kTiles, accumulators of a product) times the rows of `right`.
-template <class T, int kD, int kTiles>
-__device__ __forceinline__ void multiply_weights(float (&acc)[kD / 8][4],
-                                                 const float (&weights)[kTiles][4],
-                                                 const Matrix<T, kD>& right) {
-  const int lane = threadIdx.x % kWarp;
-#pragma unroll
-  for (int k = 0; k < kTiles / 2; ++k) {
-    const float(&low)[4] = weights[2 * k], (&high)[4] = weights[2 * k + 1];
-    const uint32_t a[4] = {pack_pair<T>(low[0], low[1]), pack_pair<T>(low[2], low[3]),
-                           pack_pair<T>(high[0], high[1]), pack_pair<T>(high[2], high[3])};
-#pragma unroll
-    for (int n = 0; n < kD / 8; n += 2) {
-      uint32_t b[4];
-      load_matrices<true>(b, right.chunk(k * 16 + lane % 16, n + lane / 16));
-      mma<T>(acc[n], a, b[0], b[1]);
-      mma<T>(acc[n + 1], a, b[2], b[3]);
-    }
-  }
-}
-
-// A warp's 16 rows of accumulators to memory, by way of its own rows of shared memory, which nobody
-// may still be reading.
-template <class T, int kD>
-__device__ __forceinline__ void store_rows(const float (&acc)[kD / 8][4], float scale0, float scale1,
-                                           const Matrix<T, kD>& m, int row, const Side& s, int first) {
-  const int lane = threadIdx.x % kWarp, group = lane / 4, pair = lane % 4 * 2;
-#pragma unroll
-  for (int n = 0; n < kD / 8; ++n) {
-    const uint32_t top = pack_pair<T>(acc[n][0] * scale0, acc[n][1] * scale0);
-    const uint32_t bottom = pack_pair<T>(acc[n][2] * scale1, acc[n][3] * scale1);
-    store(m.chunk(row + group, n) + pair, top);
-    store(m.chunk(row + group + 8, n) + pair, bottom);
-  }
-  warp_barrier();
-  for (int i = lane; i < 16 * (kD / 8); i += kWarp) {
-    const int r = row + i / (kD / 8), c = i % (kD / 8), d = c * 8;
-    if (first + r >= s.length || d >= s.head_dim) continue;
-    T* to = row_of<T>(s.tensor, static_cast<int64_t>(s.begin) + first + r, s.head) + d;
-    const Pack<T, 8> pack = load<Pack<T, 8>>(m.chunk(r, c));
-    if (s.wide) {
-      store_16(to, &pack);
-    } else {
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        if (d + j < s.head_dim) to[j] = pack.values[j];
-      }
-    }
-  }
-}
-
-// Dropout's factors of an accumulator tile whose rows are queries. Lanes share their draws: of two
-// neighbours one draws for the upper rows, the other for the lower, four keys each.
-__device__ __forceinline__ void factors_by_query(float (&keep)[4], const Dropout& drop, int row,
-                                                 int column, int head, int sequence) {
-  const int lane = threadIdx.x % kWarp, odd = lane % 2;
-  const int mine = row + lane / 4 + 8 * odd, group = (column + lane % 4 / 2 * 4) / 4;
-  const Words w = philox(*drop.seed, group, mine, head, sequence);
-  // Even lanes keep words 0, 1 of the upper row and get those of the lower; odd lanes 2 and 3.
-  const uint32_t other0 = shuffle_xor(odd ? w.w[0] : w.w[2], 1);
-  const uint32_t other1 = shuffle_xor(odd ? w.w[1] : w.w[3], 1);
-  const uint32_t words[4] = {odd ? other0 : w.w[0], odd ? other1 : w.w[1],
-                             odd ? w.w[2] : other0, odd ? w.w[3] : other1};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) keep[i] = words[i] >= drop.cut ? drop.scale : 0.0f;
-}
-
-// The same where rows are keys and columns queries: the four lanes whose keys share a draw make one
-// each, of the tile's four (two queries, keys above and below), and transpose them.
-__device__ __forceinline__ void factors_by_key(float (&keep)[4], const Dropout& drop, int key,
-                                               int query, int head, int sequence) {
-  const int lane = threadIdx.x % kWarp, j = lane / 4 % 4;
-  const int mine = query + lane % 4 * 2 + j % 2, group = (key + lane / 16 * 4 + j / 2 * 8) / 4;
-  Words w = philox(*drop.seed, group, mine, head, sequence);
-#pragma unroll
-  for (int bit = 1; bit <= 2; bit *= 2) {  // swaps word i of lane j with word j of lane i
-    const bool upper = j & bit;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i & bit) continue;
-      const uint32_t got = shuffle_xor(upper ? w.w[i] : w.w[i + bit], 4 * bit);
-      if (upper) w.w[i] = got;
-      else w.w[i + bit] = got;
+      delta += to_float(dout.values[j]) * to_float(out.values[j]);
+      if (!bias || d + j >= head_dim) continue;
+      start += to_float(dout.values[j]) * bias[2 * part + d + j];
+      const T biased = from_float<T>(to_float(q.values[j]) + bias[d + j]);  // as forward rounds it
+      shifted += to_float(biased) * bias[part + d + j];
     }
   }
 #pragma unroll
-  for (int i = 0; i < 4; ++i) keep[i] = w.w[i] >= drop.cut ? drop.scale : 0.0f;
+  for (int mask = kLanes / 2; mask; mask /= 2) {
+    delta += shuffle_xor(delta, mask);
+    start += shuffle_xor(start, mask);
+    shifted += shuffle_xor(shifted, mask);
+  }
+  if (row >= a.total_q || d) return;
+  const int64_t at = head * a.total_q + row;
+  values.delta[at] = delta;
+  values.start[at] = drops ? start : start - delta;
+  const float lse = a.lse[at];
+  values.shift[at] = lse == -INFINITY ? lse : (shifted * a.scale - lse) * kLog2e;
 }
 
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, shuffle_xor(x, 1));
-  return fmaxf(x, shuffle_xor(x, 2));
+// Weights, and dscores from dP, of a tile of pairs; `factor` is dropout's for what is kept, 0 for
+// what is not. Without dropout delta is in dP already.
+__device__ __forceinline__ void differentiate(float& score, float& dscore, float c, float shift) {
+  score = exp2_fast(fmaf(score, c, shift));
+  dscore *= score;
 }
-__device__ __forceinline__ float quad_sum(float x) {
-  x += shuffle_xor(x, 1);
-  return x + shuffle_xor(x, 2);
+__device__ __forceinline__ void differentiate(float& score, float& dscore, float c, float shift,
+                                              bool keep, float scale, float delta) {
+  const float weight = exp2_fast(fmaf(score, c, shift));
+  dscore = weight * fmaf(dscore, keep ? scale : 0.0f, -delta);
+  score = keep ? weight : 0.0f;
 }
 
-// Rows of a tile of the other side, in backward: what the registers allow, of which a table (kBiased)
-// takes some.
-template <int kD, bool kBiased>
-constexpr int kOther = kD <= 64 && !kBiased ? 64 : kD <= 128 ? 32 : 16;
-
-template <class T, int kD, class... Bias>
+template <class T, int kD, bool kDrop, class... Bias>
 __global__ void __launch_bounds__(kThreads, 2) dq_kernel(AttentionBackward a, Dropout drop,
-                                                      const float* delta, int wide, Bias... table) {
-  constexpr int kKeys = kOther<kD, (sizeof...(Bias) > 0)>, kTiles = kKeys / 8;
+                                                      RowValues values, int wide, Bias... table) {
+  constexpr bool kHasTable = sizeof...(Bias) > 0, kHeld = kD <= 64;
+  constexpr int kKeys = kOther<kD, kTakenOfDq<kHasTable>>, kPipeline = kStages<kD>;
   const int batch = static_cast<int>(a.batch), head = blockIdx.y;
   const Tile tile = find_tile(blockIdx.x, a.cu_q, batch, static_cast<int>(a.total_q), kRows);
   if (tile.first >= tile.length) return;
   int k_begin;
   const int k_length = span(a.cu_k, batch, tile.sequence, k_begin);
-  const int head_dim = static_cast<int>(a.head_dim), part = static_cast<int>(a.num_heads) * head_dim;
+  const int head_dim = static_cast<int>(a.head_dim);
   const Side qs = {a.q, tile.begin, tile.length, head, head_dim, (wide & kQ) != 0};
   const Side ds = {a.dout, tile.begin, tile.length, head, head_dim, (wide & kDout) != 0};
   const Side ks = {a.k, k_begin, k_length, head, head_dim, (wide & kK) != 0};
   const Side vs = {a.v, k_begin, k_length, head, head_dim, (wide & kV) != 0};
   T* shared = reinterpret_cast<T*>(shared_memory());
-  const Matrix<T, kD> q = {shared}, dout = {q.data + kRows * kD}, k = {dout.data + kRows * kD},
-                      v = {k.data + kKeys * kD};
+  const Matrix<T, kD> q = {shared}, dout = {shared + kRows * kD};
+  auto key_tile = [&](int stage) { return Matrix<T, kD>{shared + (2 * kRows + stage * kKeys) * kD}; };
+  auto value_tile = [&](int stage) {
+    return Matrix<T, kD>{shared + (2 * kRows + (kPipeline + stage) * kKeys) * kD};
+  };
+  Loader<T, kD, kKeys> keys(ks, 0), columns_of_v(vs, 0);
+  auto load_keys = [&](int stage) {
+    keys.load(key_tile(stage));
+    columns_of_v.load(value_tile(stage));
+    copy_async_commit();
+  };
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int local = warp * 16, row = tile.first + local + lane / 4;
-  float log[2], center[2], total[kD / 8][4] = {};
+  const int local = warp * 16, first_row = tile.first + local;
+  const Place<T, kD> left = place_of_left<T, kD>(local), rows = place_of_rows<T, kD>(),
+                     columns = place_of_columns<T, kD>();
+  const Scale scale(a.scale);
+  const float sign = scale.sign, c = scale.c;
+  const PhiloxKeys draw = keys_of<kDrop, kD <= 64>(drop);
+  const bool drops = kDrop && (!kHasTable || drop.seed);
+  const int ahead = k_length - tile.length;
+  int last = k_length, warp_last = k_length, whole = k_length;
+  if (a.causal) {
+    last = min(last, tile.first + kRows + ahead);
+    warp_last = min(last, first_row + 16 + ahead);
+    whole = min(last, first_row + 1 + ahead);
+  }
+  if (first_row >= tile.length) warp_last = whole = 0;
+  float shift[2], start[2], delta[2], total[1][kD / 8][4] = {};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const bool inside = row + 8 * i < tile.length;
-    const int64_t at = head * a.total_q + tile.begin + row + 8 * i;
-    log[i] = inside ? log2_of(a.lse[at]) : 0.0f;
-    center[i] = inside ? delta[at] : 0.0f;
+    const int row = first_row + lane / 4 + 8 * i;
+    const int64_t at = head * a.total_q + tile.begin + row;
+    shift[i] = row < tile.length ? values.shift[at] : -INFINITY;
+    start[i] = row < tile.length ? values.start[at] : 0.0f;
+    delta[i] = kDrop && row < tile.length ? values.delta[at] : 0.0f;
   }
-  int last = k_length;
-  if (a.causal) last = min(last, tile.first + kRows + k_length - tile.length);
-  load_rows<T, kD, kRows>(q, qs, tile.first);
-  load_rows<T, kD, kRows>(dout, ds, tile.first);
-  copy_async_commit();
-  for (int first = 0; first < last; first += kKeys) {
-    load_rows<T, kD, kKeys>(k, ks, first);
-    load_rows<T, kD, kKeys>(v, vs, first);
-    copy_async_commit();
-    copy_async_wait<0>();
-    if (first == 0) add_bias<T, kD, kRows>(q, qs, tile.first, a.bias);
-    add_bias<T, kD, kKeys>(k, ks, first, a.bias ? a.bias + part : nullptr);
-    add_bias<T, kD, kKeys>(v, vs, first, a.bias ? a.bias + 2 * part : nullptr);
-    barrier();
-    float scores[kTiles][4], dscores[kTiles][4];
-    multiply_rows<T, kD, kTiles>(scores, q, local, k);
-    multiply_rows<T, kD, kTiles>(dscores, dout, local, v);
+  uint32_t held[2][kHeld ? kD / 16 : 1][4];
+  auto read = [&](int which, int k, uint32_t(&fragment)[4]) {
+    if constexpr (kHeld) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) fragment[i] = held[which][k][i];
+    } else {
+      load_matrices<false>(fragment, left.at(which ? dout : q, 0, 2 * k));
+    }
+  };
+  auto step = [&](auto count, auto masked, int stage, int offset, int first) {
+    constexpr int kTiles = decltype(count)::value / 8;
+    const Block b = {first_row + lane / 4, first + offset + lane % 4 * 4, tile.length, k_length, head,
+                     tile.sequence, a.causal};
+    float scores[1][kTiles][4] = {}, dscores[1][kTiles][4];
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
-      float keep[4] = {1.0f, 1.0f, 1.0f, 1.0f};
-      if (drop.seed) factors_by_query(keep, drop, tile.first + local, first + n * 8, head, tile.sequence);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int column = first + n * 8 + lane % 4 * 2 + i % 2;
-        float score = scores[n][i] * (a.scale * kLog2e);
-        const bool counts =
-            scored(score, row + i / 2 * 8, column, tile.length, k_length, a.causal, head, table...);
-        const float weight = exp2_fast(score - log[i / 2]);
-        dscores[n][i] = counts ? weight * (dscores[n][i] * keep[i] - center[i / 2]) : 0.0f;
+      for (int i = 0; i < 4; ++i) dscores[0][n][i] = start[i / 2];
+    }
+    multiply_rows<T, kD, 1, kTiles>(
+        scores, [&](int, int k, uint32_t(&f)[4]) { read(0, k, f); }, key_tile(stage), offset / 16, rows);
+    multiply_rows<T, kD, 1, kTiles>(
+        dscores, [&](int, int k, uint32_t(&f)[4]) { read(1, k, f); }, value_tile(stage), offset / 16, rows);
+    add_table(scores, b, c, table...);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if constexpr (decltype(masked)::value) hide(scores[0], b, 8 * r, r);
+#pragma unroll
+      for (int n = 0; n < kTiles; n += 2) {
+        Words w;
+        if (drops) w = philox(draw, static_cast<unsigned>(b.key) / 4 + n * 2, b.query + 8 * r, head, tile.sequence);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          float& score = scores[0][n + j / 2][r * 2 + j % 2];
+          float& dscore = dscores[0][n + j / 2][r * 2 + j % 2];
+          if constexpr (kDrop) {
+            const bool keep = !drops || w.w[j] >= drop.cut;
+            differentiate(score, dscore, kHasTable ? 1.0f : c, shift[r], keep, drop.scale,
+                          drops ? delta[r] : 0.0f);
+          } else {
+            differentiate(score, dscore, c, shift[r]);
+          }
+        }
       }
     }
-    multiply_weights<T, kD, kTiles>(total, dscores, k);
-    barrier();
+    multiply_weights<T, kD, 1, kTiles>(total, dscores, key_tile(stage), offset / 16, columns);
+  };
+
+  Loader<T, kD, kRows>(qs, tile.first).load(q);
+  Loader<T, kD, kRows>(ds, tile.first).load(dout);
+  load_keys(0);
+  copy_async_wait<0>();
+  if (a.bias || sign != 1) {
+    add_bias<T, kD, kRows, kThreads>(q, a.bias ? a.bias + head * head_dim : nullptr, head_dim, sign);
   }
-  if (last <= 0) {
+  barrier();
+  if constexpr (kHeld) {
+#pragma unroll
+    for (int k = 0; k < kD / 16; ++k) {
+      load_matrices<false>(held[0][k], left.at(q, 0, 2 * k));
+      load_matrices<false>(held[1][k], left.at(dout, 0, 2 * k));
+    }
+  }
+  for (int first = 0, stage = 0; first < last; first += kKeys) {
+    const bool more = first + kKeys < last;
+    if (kPipeline == 2 && more) load_keys(stage ^ 1);
+    if (kKeys > kTail<kKeys> && first + kKeys <= whole) {
+      step(std::integral_constant<int, kKeys>(), std::false_type(), stage, 0, first);
+    } else {
+#pragma unroll 1
+      for (int offset = 0; offset < kKeys && first + offset < warp_last; offset += kTail<kKeys>) {
+        step(std::integral_constant<int, kTail<kKeys>>(), std::true_type(), stage, offset, first);
+      }
+    }
+    if (!more) break;
+    if (kPipeline == 1) {
+      barrier();
+      load_keys(0);
+    }
     copy_async_wait<0>();
-    barrier();
+    barrier();  // and all have read what comes next into this stage's place
+    if (kPipeline == 2) stage ^= 1;
   }
   const Side os = {a.dq, tile.begin, tile.length, head, head_dim, (wide & kDq) != 0};
-  store_rows<T, kD>(total, a.scale, a.scale, q, local, os, tile.first);
+  store_rows<T, kD>(total[0], a.scale, a.scale, q, local, os, tile.first);
 }
 
-// dk and dv of a tile of keys; for wide heads one of them a launch, which the registers allow.
-template <class T, int kD, bool kWantsDk, bool kWantsDv, class... Bias>
+// The position bias, where rows are keys and columns queries; `keys`: the lane's two.
+template <int kTiles>
+__device__ __forceinline__ void add_table_by_key(float (&scores)[1][kTiles][4], const Block& b,
+                                                 const int (&keys)[2], float c, const Table& table) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int query = min(b.query + n / 2 * 16 + n % 2 * 2 + i % 2, b.q_length - 1);
+      const int key = min(keys[i / 2], b.k_length - 1);
+      const float bias = table.data[(b.head * table.rows + query) * table.columns + key];
+      scores[0][n][i] = bias == -INFINITY ? bias : fmaf(scores[0][n][i], c, bias * kLog2e);
+    }
+  }
+}
+template <int kTiles>
+__device__ __forceinline__ void add_table_by_key(float (&)[1][kTiles][4], const Block&, const int (&)[2],
+                                                 float) {}
+
+// What dropout keeps of 16 keys by kTiles * 8 queries. A lane has two keys, of the four of a draw, and
+// its neighbour of the next keys the other two: each draws for half of their queries. Bit 8 p + 4 j +
+// key of low, high: queries 16 p + j, and 2 + j, of the lane's.
+template <int kTiles>
+__device__ __forceinline__ void draw_by_key(uint32_t& low, uint32_t& high, const PhiloxKeys& draw,
+                                            const Dropout& drop, const Block& b, int sequence) {
+  const int odd = threadIdx.x / 4 % 2;
+  uint32_t mine = 0;
+#pragma unroll
+  for (int p = 0; p < kTiles / 2; ++p) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const Words w = philox(draw, static_cast<unsigned>(b.key) / 4, b.query + 16 * p + 2 * odd + j,
+                             b.head, sequence);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) mine |= static_cast<uint32_t>(w.w[i] >= drop.cut) << (8 * p + 4 * j + i);
+    }
+  }
+  const uint32_t other = shuffle_xor(mine, 4);
+  low = (odd ? other : mine) >> 2 * odd;
+  high = (odd ? mine : other) >> 2 * odd;
+}
+
+// dk and dv of a tile of keys; for wide heads one of them a launch, which the registers allow. With
+// dropout a lane's two keys lie side by side.
+template <class T, int kD, bool kWantsDk, bool kWantsDv, bool kDrop, class... Bias>
 __global__ void __launch_bounds__(kThreads, 2) dkv_kernel(AttentionBackward a, Dropout drop,
-                                                       const float* delta, int wide, Bias... table) {
-  constexpr int kQueries = kOther<kD, (sizeof...(Bias) > 0)>, kTiles = kQueries / 8;
+                                                       RowValues values, int wide, Bias... table) {
+  constexpr bool kHasTable = sizeof...(Bias) > 0, kHeld = kD <= 64;
+  constexpr int kQueries = kOther<kD, kTakenOfDkv<kHasTable, kDrop>>, kPipeline = kStages<kD>;
+  constexpr int kValues = (kDrop ? 3 : 2) * kQueries;  // of a tile: shifts, starts, deltas
   const int batch = static_cast<int>(a.batch), head = blockIdx.y;
   const Tile tile = find_tile(blockIdx.x, a.cu_k, batch, static_cast<int>(a.total_k), kRows);
   if (tile.first >= tile.length) return;
   int q_begin;
   const int q_length = span(a.cu_q, batch, tile.sequence, q_begin);
-  const int head_dim = static_cast<int>(a.head_dim), part = static_cast<int>(a.num_heads) * head_dim;
+  const int head_dim = static_cast<int>(a.head_dim);
+  const float* bias = a.bias ? a.bias + head * head_dim : nullptr;
   const Side ks = {a.k, tile.begin, tile.length, head, head_dim, (wide & kK) != 0};
   const Side vs = {a.v, tile.begin, tile.length, head, head_dim, (wide & kV) != 0};
   const Side qs = {a.q, q_begin, q_length, head, head_dim, (wide & kQ) != 0};
   const Side ds = {a.dout, q_begin, q_length, head, head_dim, (wide & kDout) != 0};
   T* shared = reinterpret_cast<T*>(shared_memory());
-  const Matrix<T, kD> k = {shared}, v = {k.data + kRows * kD}, q = {v.data + kRows * kD},
-                      dout = {q.data + kQueries * kD};
-  float* logs = reinterpret_cast<float*>(dout.data + kQueries * kD);  // then the deltas
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int local = warp * 16, column = tile.first + local + lane / 4;  // the keys
-  float dk[kWantsDk ? kD / 8 : 1][4] = {}, dv[kWantsDv ? kD / 8 : 1][4] = {};
-  load_rows<T, kD, kRows>(k, ks, tile.first);
-  load_rows<T, kD, kRows>(v, vs, tile.first);
-  copy_async_commit();
-  const int start = a.causal ? max(0, tile.first - (tile.length - q_length)) / kQueries * kQueries : 0;
-  for (int first = start; first < q_length; first += kQueries) {
-    load_rows<T, kD, kQueries>(q, qs, first);
-    load_rows<T, kD, kQueries>(dout, ds, first);
+  const Matrix<T, kD> k = {shared}, v = {shared + kRows * kD};
+  auto query_tile = [&](int stage) {
+    return Matrix<T, kD>{shared + (2 * kRows + 2 * stage * kQueries) * kD};
+  };
+  auto dout_tile = [&](int stage) {
+    return Matrix<T, kD>{shared + (2 * kRows + (2 * stage + 1) * kQueries) * kD};
+  };
+  float* shared_values = reinterpret_cast<float*>(shared + (2 * kRows + 2 * kPipeline * kQueries) * kD);
+  const int ahead = tile.length - q_length;
+  const int start = a.causal ? max(0, tile.first - ahead) / kQueries * kQueries : 0;
+  Loader<T, kD, kQueries> queries(qs, start), douts(ds, start);
+  auto load_queries = [&](int stage) {
+    queries.load(query_tile(stage));
+    douts.load(dout_tile(stage));
     copy_async_commit();
-    for (int i = threadIdx.x; i < kQueries; i += kThreads) {
-      const bool inside = first + i < q_length;
-      const int64_t at = head * a.total_q + q_begin + first + i;
-      logs[i] = inside ? log2_of(a.lse[at]) : 0.0f;
-      logs[kQueries + i] = inside ? delta[at] : 0.0f;
-    }
-    copy_async_wait<0>();
-    if (first == start) {
-      add_bias<T, kD, kRows>(k, ks, tile.first, a.bias ? a.bias + part : nullptr);
-      add_bias<T, kD, kRows>(v, vs, tile.first, a.bias ? a.bias + 2 * part : nullptr);
-    }
-    add_bias<T, kD, kQueries>(q, qs, first, a.bias);
-    barrier();
-    float scores[kTiles][4], dscores[kTiles][4];
-    multiply_rows<T, kD, kTiles>(scores, k, local, q);
-    if (kWantsDk) multiply_rows<T, kD, kTiles>(dscores, v, local, dout);
+  };
+  constexpr int kFetches = (kValues + kThreads - 1) / kThreads;
+  float fetched[kFetches];
+  const float* fetch_from[kFetches];
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      float keep[4] = {1.0f, 1.0f, 1.0f, 1.0f};
-      if (drop.seed) factors_by_key(keep, drop, tile.first + local, first + n * 8, head, tile.sequence);
+  for (int j = 0; j < kFetches; ++j) {
+    const int i = threadIdx.x + j * kThreads;
+    fetch_from[j] = values.shift - i / kQueries * a.num_heads * a.total_q + head * a.total_q + q_begin;
+  }
+  auto fetch = [&](int first) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int query = n * 8 + lane % 4 * 2 + i % 2;
-        float score = scores[n][i] * (a.scale * kLog2e);
-        const bool counts = scored(score, first + query, column + i / 2 * 8, q_length, tile.length,
-                                   a.causal, head, table...);
-        const float weight = counts ? exp2_fast(score - logs[query]) : 0.0f;
-        if (kWantsDk) {
-          dscores[n][i] = counts ? weight * (dscores[n][i] * keep[i] - logs[kQueries + query]) : 0.0f;
+    for (int j = 0; j < kFetches; ++j) {
+      const int i = threadIdx.x + j * kThreads, row = first + i % kQueries;
+      fetched[j] = row < q_length && i < kValues ? fetch_from[j][row] : i < kQueries ? -INFINITY : 0.0f;
+    }
+  };
+  auto put = [&](int stage) {
+#pragma unroll
+    for (int j = 0; j < kFetches; ++j) {
+      const int i = threadIdx.x + j * kThreads;
+      if (i < kValues) shared_values[stage * kValues + i] = fetched[j];
+    }
+  };
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int local = warp * 16, first_key = tile.first + local;
+  const Place<T, kD> left = kDrop ? Place<T, kD>(local + lane % 8 * 2 + lane / 8 % 2, lane / 16)
+                                  : place_of_left<T, kD>(local);
+  const Place<T, kD> rows = place_of_rows<T, kD>(), columns = place_of_columns<T, kD>();
+  const Scale scale(a.scale);
+  const float sign = scale.sign, c = scale.c;
+  const PhiloxKeys draw = keys_of<kDrop, kD <= 64>(drop);
+  const bool drops = kDrop && (!kHasTable || drop.seed);
+  const int mine[2] = {first_key + (kDrop ? lane / 4 * 2 : lane / 4), first_key + (kDrop ? lane / 4 * 2 + 1 : lane / 4 + 8)};
+  float dk[1][kWantsDk ? kD / 8 : 1][4] = {}, dv[1][kWantsDv ? kD / 8 : 1][4] = {};
+  uint32_t held[2][kHeld ? kD / 16 : 1][4];
+  auto read = [&](int which, int chunk, uint32_t(&fragment)[4]) {
+    if constexpr (kHeld) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) fragment[i] = held[which][chunk][i];
+    } else {
+      load_matrices<false>(fragment, left.at(which ? v : k, 0, 2 * chunk));
+    }
+  };
+  auto step = [&](auto count, auto masked, int stage, int offset, int first) {
+    constexpr int kTiles = decltype(count)::value / 8;
+    const Block b = {first + offset + lane % 4 * 4, mine[0], q_length, tile.length, head,
+                     tile.sequence, a.causal};
+    const float* at = shared_values + stage * kValues + offset + lane % 4 * 4;
+    float scores[1][kTiles][4] = {}, dscores[1][kTiles][4];
+    multiply_rows<T, kD, 1, kTiles>(
+        scores, [&](int, int n, uint32_t(&f)[4]) { read(0, n, f); }, query_tile(stage), offset / 16, rows);
+    if constexpr (kWantsDk) {
+#pragma unroll
+      for (int n = 0; n < kTiles; n += 2) {
+        const Pack<float, 4> from = load<Pack<float, 4>>(at + kQueries + n * 8);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) dscores[0][n + i / 4][i % 4] = from.values[i / 4 * 2 + i % 2];
+      }
+      multiply_rows<T, kD, 1, kTiles>(
+          dscores, [&](int, int n, uint32_t(&f)[4]) { read(1, n, f); }, dout_tile(stage), offset / 16, rows);
+    }
+    add_table_by_key(scores, b, mine, c, table...);
+    uint32_t low = 0, high = 0;
+    if (drops) draw_by_key<kTiles>(low, high, draw, drop, b, tile.sequence);
+#pragma unroll
+    for (int n = 0; n < kTiles; n += 2) {
+      const Pack<float, 4> shift = load<Pack<float, 4>>(at + n * 8);
+      Pack<float, 4> delta = {};
+      if (drops) delta = load<Pack<float, 4>>(at + 2 * kQueries + n * 8);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int j = i / 4 * 2 + i % 2, half = i / 2 % 2;  // which of the lane's queries, and keys
+        float &score = scores[0][n + i / 4][i % 4], &dscore = dscores[0][n + i / 4][i % 4];
+        if constexpr (decltype(masked)::value) {
+          if (a.causal && b.query + n * 8 + j < mine[half] - ahead) score = -INFINITY;
         }
-        scores[n][i] = weight * keep[i];
+        if constexpr (kDrop) {
+          const bool keep = !drops || (j < 2 ? low : high) >> (n * 4 + j % 2 * 4 + half) & 1;
+          differentiate(score, dscore, kHasTable ? 1.0f : c, shift.values[j], keep, drop.scale, delta.values[j]);
+        } else {
+          differentiate(score, dscore, c, shift.values[j]);
+        }
       }
     }
-    if constexpr (kWantsDv) multiply_weights<T, kD, kTiles>(dv, scores, dout);
-    if constexpr (kWantsDk) multiply_weights<T, kD, kTiles>(dk, dscores, q);
-    barrier();
+    if constexpr (kWantsDv) {
+      multiply_weights<T, kD, 1, kTiles>(dv, scores, dout_tile(stage), offset / 16, columns);
+    }
+    if constexpr (kWantsDk) {
+      multiply_weights<T, kD, 1, kTiles>(dk, dscores, query_tile(stage), offset / 16, columns);
+    }
+  };
+
+  Loader<T, kD, kRows>(ks, tile.first).load(k);
+  Loader<T, kD, kRows>(vs, tile.first).load(v);
+  load_queries(0);
+  fetch(start);
+  put(0);
+  copy_async_wait<0>();
+  if (sign != 1) add_bias<T, kD, kRows, kThreads>(k, nullptr, head_dim, sign);
+  if (bias) add_bias<T, kD, kQueries, kThreads>(query_tile(0), bias, head_dim, 1.0f);
+  barrier();
+  if constexpr (kHeld) {
+#pragma unroll
+    for (int n = 0; n < kD / 16; ++n) {
+      load_matrices<false>(held[0][n], left.at(k, 0, 2 * n));
+      load_matrices<false>(held[1][n], left.at(v, 0, 2 * n));
+    }
   }
-  if (start >= q_length) {
+  const int warp_end = first_key < tile.length ? q_length : 0;
+  const int from = a.causal ? first_key - ahead : 0, whole = a.causal ? from + 15 : 0;
+  for (int first = start, stage = 0; first < q_length; first += kQueries) {
+    const bool more = first + kQueries < q_length;
+    if (kPipeline == 2 && more) load_queries(stage ^ 1);
+    if (more) fetch(first + kQueries);
+    if (kQueries > kTail<kQueries> && first >= whole && first + kQueries <= warp_end) {
+      step(std::integral_constant<int, kQueries>(), std::false_type(), stage, 0, first);
+    } else {
+#pragma unroll 1
+      for (int offset = 0; offset < kQueries && first + offset < warp_end; offset += kTail<kQueries>) {
+        if (first + offset + kTail<kQueries> <= from) continue;
+        step(std::integral_constant<int, kTail<kQueries>>(), std::true_type(), stage, offset, first);
+      }
+    }
+    if (!more) break;
+    if (kPipeline == 1) {
+      barrier();
+      load_queries(0);
+    }
+    const int next = kPipeline == 2 ? stage ^ 1 : 0;
+    put(next);
     copy_async_wait<0>();
-    barrier();
+    if (bias) add_bias<T, kD, kQueries, kThreads>(query_tile(next), bias, head_dim, 1.0f);
+    barrier();  // and all have read what comes next into this stage's place
+    stage = next;
   }
   if constexpr (kWantsDk) {
     const Side os = {a.dk, tile.begin, tile.length, head, head_dim, (wide & kDk) != 0};
-    store_rows<T, kD>(dk, a.scale, a.scale, k, local, os, tile.first);
+    store_rows<T, kD, kDrop>(dk[0], a.scale, a.scale, k, local, os, tile.first);
   }
   if constexpr (kWantsDv) {
     const Side os = {a.dv, tile.begin, tile.length, head, head_dim, (wide & kDv) != 0};
-    store_rows<T, kD>(dv, 1.0f, 1.0f, v, local, os, tile.first);
+    store_rows<T, kD, kDrop>(dv[0], drop.scale, drop.scale, v, local, os, tile.first);
   }
 }
 
-// ---- launch ----
-
-bool is_wide(const Strided& t, const AttentionShape& a) {
-  return aligned(t.data) && a.head_dim % 8 == 0 && t.token % 8 == 0 && t.head % 8 == 0;
-}
-
-// Wider heads have no register left for a table: those run in plain FMA.
-constexpr int kWidestBiased = 128;
-
-template <int kD, class Run>
-void with_table(const Table& table, const Run& run) {
-  if constexpr (kD <= kWidestBiased) cuda::with_table(table, run);
-  else run();
-}
-
-// Whether the chip has tensor cores for T and so much shared memory.
-template <class T>
-bool fits(size_t bytes, int device) {
-  const bool turing = device_attribute(cudaDevAttrComputeCapabilityMajor, device) < 8;
-  if (turing && std::is_same_v<T, bf16>) return false;
-  return bytes <= static_cast<size_t>(
-                      device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-}
-
 template <class T, int kD>
-bool run_backward(const AttentionBackward& a, const Dropout& drop, const Call& call) {
-  constexpr int kMost = kOther<kD, false>;  // without a table: room enough with one
-  constexpr size_t kTiles = (2 * kRows + 2 * kMost) * kD * sizeof(T);
-  constexpr size_t kBytes = kTiles + 2 * kMost * sizeof(float);
-  if (!fits<T>(kBytes, call.device)) return false;
+void run_rows(const AttentionBackward& a, const Dropout& drop, const Call& call) {
+  const int wide = is_wide(a.dout, a) * kDout | is_wide(a.out, a) * kOut | is_wide(a.q, a) * kQ;
+  const int64_t rows = kThreads / (kD / 8);
+  launch(rows_kernel<T, kD>, dim3(static_cast<unsigned>((a.total_q + rows - 1) / rows),
+                                  static_cast<unsigned>(a.num_heads)),
+         kThreads, 0, call.stream, a, drop.seed != nullptr, wide, RowValues(call.scratch, a));
+}
+
+template <class T, int kD, bool kDrop, class... Bias>
+bool run_kernels(const AttentionBackward& a, const Dropout& drop, const Call& call, Bias... table) {
+  constexpr bool kHasTable = sizeof...(Bias) > 0;
+  constexpr int kKeys = kOther<kD, kTakenOfDq<kHasTable>>, kQueries = kOther<kD, kTakenOfDkv<kHasTable, kDrop>>;
+  constexpr size_t kRow = kD * sizeof(T), kValues = (kDrop ? 3 : 2) * sizeof(float);
+  constexpr size_t kDqBytes = (2 * kRows + 2 * kStages<kD> * kKeys) * kRow;
+  constexpr size_t kDkvBytes = (2 * kRows + 2 * kStages<kD> * kQueries) * kRow + kStages<kD> * kQueries * kValues;
+  if (!fits<T>(max(kDqBytes, kDkvBytes), call.device)) return false;
   const int wide = is_wide(a.q, a) * kQ | is_wide(a.k, a) * kK | is_wide(a.v, a) * kV |
                    is_wide(a.dout, a) * kDout | is_wide(a.dq, a) * kDq | is_wide(a.dk, a) * kDk |
                    is_wide(a.dv, a) * kDv;
-  with_table<kD>(call.table, [&](auto... table) {
-    using Kernel = void (*)(AttentionBackward, Dropout, const float*, int, decltype(table)...);
-    const auto run = [&](Kernel kernel, int64_t total, size_t bytes) {
-      if (!total) return;
-      launch(kernel, tiles_of(total, kRows, a), kThreads, bytes, call.stream, a, drop,
-             static_cast<const float*>(call.scratch), wide, table...);
-    };
-    run(dq_kernel<T, kD>, a.total_q, kTiles);
-    if constexpr (kD <= 128) {
-      run(dkv_kernel<T, kD, true, true>, a.total_k, kBytes);
-    } else {
-      run(dkv_kernel<T, kD, true, false>, a.total_k, kBytes);
-      run(dkv_kernel<T, kD, false, true>, a.total_k, kBytes);
-    }
-  });
+  using Kernel = void (*)(AttentionBackward, Dropout, RowValues, int, Bias...);
+  const auto run = [&](Kernel kernel, int64_t total, size_t bytes) {
+    if (!total) return;
+    launch(kernel, tiles_of(total, kRows, a), kThreads, bytes, call.stream, a, drop,
+           RowValues(call.scratch, a), wide, table...);
+  };
+  run(dq_kernel<T, kD, kDrop, Bias...>, a.total_q, kDqBytes);
+  if constexpr (kD <= 128) {
+    run(dkv_kernel<T, kD, true, true, kDrop, Bias...>, a.total_k, kDkvBytes);
+  } else {
+    run(dkv_kernel<T, kD, true, false, kDrop, Bias...>, a.total_k, kDkvBytes);
+    run(dkv_kernel<T, kD, false, true, kDrop, Bias...>, a.total_k, kDkvBytes);
+  }
   return true;
 }
 
+// With a table, dropout is decided in the kernel.
+template <class T, int kD>
+bool run_backward(const AttentionBackward& a, const Dropout& drop, const Call& call) {
+  if constexpr (kD <= kWidestBiased) {
+    if (call.table.data) return run_kernels<T, kD, true>(a, drop, call, call.table);
+  }
+  if (drop.seed) return run_kernels<T, kD, true>(a, drop, call);
+  return run_kernels<T, kD, false>(a, drop, call);
+}
+
 }  // namespace
+
+template <class T>
+void backward_rows(const AttentionBackward& a, const Dropout& drop, const Call& call) {
+  if (a.head_dim <= 32) run_rows<T, 32>(a, drop, call);
+  else if (a.head_dim <= 64) run_rows<T, 64>(a, drop, call);
+  else if (a.head_dim <= 128) run_rows<T, 128>(a, drop, call);
+  else run_rows<T, 256>(a, drop, call);
+}
 
 template <class T>
 bool backward_mma(const AttentionBackward& a, const Dropout& drop, const Call& call) {
@@ -425,6 +522,8 @@ bool backward_mma(const AttentionBackward& a, const Dropout& drop, const Call& c
   return run_backward<T, 256>(a, drop, call);
 }
 
+template void backward_rows<bf16>(const AttentionBackward&, const Dropout&, const Call&);
+template void backward_rows<fp16>(const AttentionBackward&, const Dropout&, const Call&);
 template bool backward_mma<bf16>(const AttentionBackward&, const Dropout&, const Call&);
 template bool backward_mma<fp16>(const AttentionBackward&, const Dropout&, const Call&);
 

@@ -96,10 +96,8 @@ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 }
 
 inline float exp2_fast(float x) { return std::exp2(x); }
+inline float lesser(float x, float most) { return x > most ? most : x; }
 inline float normal_cdf(float x) { return 0.5f * erfcf(x * -0.70710678f); }
-inline uint32_t multiply_high(uint32_t a, uint32_t b) {
-  return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32);
-}
 template <class P>
 void check_pack(const void* address) { host::check_aligned(address, sizeof(P)); }
 
@@ -209,8 +207,16 @@ __device__ __forceinline__ float exp2_fast(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// The lesser of two; NaN where x is.
+__device__ __forceinline__ float lesser(float x, float most) {
+#if __CUDA_ARCH__ >= 800
+  asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(most));
+  return x;
+#else
+  return x > most ? most : x;
+#endif
+}
 __device__ __forceinline__ float normal_cdf(float x) { return normcdff(x); }
-__device__ __forceinline__ uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 template <class P>
 __device__ __forceinline__ void check_pack(const void*) {}
 
@@ -252,6 +258,40 @@ __device__ __forceinline__ void store(void* address, const P& pack) {
   *static_cast<P*>(address) = pack;
 }
 
+// To global memory, never in parts.
+template <class P>
+__device__ __forceinline__ void store_global(void* address, const P& pack) {
+  if (sizeof(P) == 16) {
+    store_16(address, &pack);
+  } else {
+    store(address, pack);
+  }
+}
+
+// Parameters: of the activations' type T where `low`, else float; null: none.
+struct Vector {
+  const void* data;
+  bool low;
+};
+
+// kCount of them from `column` on, as floats, 16 bytes at a time.
+template <class T, int kCount>
+__device__ __forceinline__ void load_vector(Vector vector, int64_t column, float (&out)[kCount]) {
+  if (vector.low) {
+    const auto pack = load<Pack<T, kCount>>(static_cast<const T*>(vector.data) + column);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) out[j] = to_float(pack.values[j]);
+    return;
+  }
+  constexpr int kPart = kCount < 4 ? kCount : 4;
+#pragma unroll
+  for (int j = 0; j < kCount; j += kPart) {
+    const auto pack = load<Pack<float, kPart>>(static_cast<const float*>(vector.data) + column + j);
+#pragma unroll
+    for (int i = 0; i < kPart; ++i) out[j + i] = pack.values[i];
+  }
+}
+
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
   for (int mask = kWarp / 2; mask; mask /= 2) x += shuffle_xor(x, mask);
@@ -264,20 +304,47 @@ struct Words {
   uint32_t w[4];
 };
 
-// Philox4x32-10, see ../philox.h.
-__device__ __forceinline__ Words philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2,
+// Philox4x32-10, see ../philox.h: its rounds' keys, and a draw by them. Kernels that draw again and
+// again keep the keys in registers.
+struct PhiloxKeys {
+  uint32_t words[2 * kPhiloxRounds];
+};
+
+__device__ __forceinline__ PhiloxKeys philox_keys(uint64_t seed) {
+  PhiloxKeys keys;
+#pragma unroll
+  for (int i = 0; i < kPhiloxRounds; ++i) {
+    keys.words[2 * i] = static_cast<uint32_t>(seed) + i * kPhiloxW0;
+    keys.words[2 * i + 1] = static_cast<uint32_t>(seed >> 32) + i * kPhiloxW1;
+  }
+  return keys;
+}
+
+__device__ __forceinline__ Words philox(const PhiloxKeys& keys, uint32_t c0, uint32_t c1, uint32_t c2,
                                         uint32_t c3) {
-  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
 #pragma unroll
   for (int i = 0; i < kPhiloxRounds; ++i) {
     // One product of 64 bits, which nvcc does not make of its halves.
     const uint64_t first = static_cast<uint64_t>(kPhiloxM0) * c0;
     const uint64_t second = static_cast<uint64_t>(kPhiloxM1) * c2;
-    c0 = static_cast<uint32_t>(second >> 32) ^ c1 ^ key0, c1 = static_cast<uint32_t>(second);
-    c2 = static_cast<uint32_t>(first >> 32) ^ c3 ^ key1, c3 = static_cast<uint32_t>(first);
-    key0 += kPhiloxW0, key1 += kPhiloxW1;
+    c0 = static_cast<uint32_t>(second >> 32) ^ c1 ^ keys.words[2 * i];
+    c1 = static_cast<uint32_t>(second);
+    c2 = static_cast<uint32_t>(first >> 32) ^ c3 ^ keys.words[2 * i + 1];
+    c3 = static_cast<uint32_t>(first);
   }
   return {{c0, c1, c2, c3}};
+}
+
+__device__ __forceinline__ Words philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2,
+                                        uint32_t c3) {
+  return philox(philox_keys(seed), c0, c1, c2, c3);
+}
+
+// The same, of a value that nvcc then keeps in its register rather than find it anew.
+__device__ __forceinline__ void keep(uint32_t& value) {
+#ifndef BERT_FAST_HOST
+  asm volatile("" : "+r"(value));
+#endif
 }
 
 struct Dropout {
@@ -353,7 +420,13 @@ inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 
 
 // ---- sums over rows ----
 
-// out[sum][column] = sum over programs of partials[sum][program][column], in order.
+// How many programs sum over so many rows, several at a time: those without rows would add zeros.
+inline int programs_for(int64_t rows, int at_a_time, int most) {
+  const int64_t groups = (rows + at_a_time - 1) / at_a_time;
+  return static_cast<int>(groups < 1 ? 1 : groups < most ? groups : most);
+}
+
+// out[sum][column] = sum over programs of partials[sum][program][column], in a fixed order.
 void sum_partials(const float* partials, int sums, int programs, int64_t width,
                   float* const (&out)[3], void* stream);
 

@@ -1,105 +1,168 @@
 // GELU(x + bias) and its gradient on CUDA; formulas in ../cpu/gelu.cpp. Bound by memory: 16-byte
-// accesses, the bias through the cache.
+// accesses, many of them under way.
+#include <type_traits>
+
 #include "device.h"
 
 namespace bert_fast {
 namespace cuda {
 namespace {
 
-constexpr int kThreads = 256, kRows = kThreads / kWarp;
+// Threads stand side by side along a row and take so many rows at once.
+constexpr int kThreads = 128, kForwardRows = 8, kBackwardRows = 4;
 
-template <Gelu kind>
+// Results of 16 bits, as in kernels/gelu.py: with v = |x| both Phi(-v) and GELU'(-v) / (kRoot - v)
+// are 2 to the power of a polynomial, whose error stays below half a rounding of T. kAbove keeps
+// bfloat16's smallest numbers from being flushed.
+constexpr float kAbove = 1.0f / (1 << 24), kRoot = 0.75179152f;
+
+template <class T> constexpr float kLargest = 14.5f;  // from here on results round to 0, or 1
+template <> constexpr float kLargest<fp16> = 6.5f;
+
+__device__ __forceinline__ float power(float v, float c0, float c1, float c2, float c3, float c4,
+                                       float c5, float c6, float c7) {
+  return exp2_fast(((((((c7 * v + c6) * v + c5) * v + c4) * v + c3) * v + c2) * v + c1) * v + c0);
+}
+
+template <class T>
+__device__ __forceinline__ float tail(float v) {
+  return std::is_same<T, bf16>::value
+             ? power(v, 22.999561f, -1.146008f, -0.46867555f, -0.046510149f, 0.0059254551f,
+                     -0.00047065184f, 2.0638754e-05f, -3.7864913e-07f)
+             : power(v, 23.000004f, -1.1512511f, -0.45846438f, -0.053960066f, 0.0085078888f,
+                     -0.00093052437f, 6.1598235e-05f, -1.8348086e-06f);
+}
+
+template <class T>
+__device__ __forceinline__ float slope(float v) {
+  return std::is_same<T, bf16>::value
+             ? power(v, 23.410786f, -0.37213421f, -0.58560717f, -0.03289723f, 0.0049505509f,
+                     -0.00043670984f, 2.0519818e-05f, -3.9482524e-07f)
+             : power(v, 23.411554f, -0.38224807f, -0.56420118f, -0.049853861f, 0.011388059f,
+                     -0.001708372f, 0.0001476093f, -5.5034557e-06f);
+}
+
+template <class T, Gelu kind>
 __device__ __forceinline__ float gelu(float x) {
-  if (kind == Gelu::kErf) return x * normal_cdf(x);
-  const float v = 0.797884560802865f * x * (1.0f + 0.044715f * x * x);
-  return x / (1.0f + expf(-2.0f * v));
+  if (kind == Gelu::kTanh) {
+    const float v = 0.797884560802865f * x * (1.0f + 0.044715f * x * x);
+    return x / (1.0f + expf(-2.0f * v));
+  }
+  if (std::is_same<T, float>::value) return x * normal_cdf(x);
+  const float v = lesser(fabsf(x), kLargest<T>);
+  return fmaxf(x, 0.0f) - v * (tail<T>(v) * kAbove);
 }
 
-template <Gelu kind>
+template <class T, Gelu kind>
 __device__ __forceinline__ float gelu_gradient(float x) {
-  if (kind == Gelu::kErf) return normal_cdf(x) + x * 0.398942280401433f * expf(-0.5f * x * x);
-  x = x > 12.0f ? 12.0f : x < -12.0f ? -12.0f : x;  // flat beyond: no infinity times zero; NaN stays
-  const float v = 0.797884560802865f * x * (1.0f + 0.044715f * x * x);
-  const float e = expf(-2.0f * fabsf(v)), inverse = 1.0f / (1.0f + e);
-  const float share = v > 0 ? inverse : e * inverse;  // (1 + tanh v) / 2
-  const float slope = 0.797884560802865f * (1.0f + 3.0f * 0.044715f * x * x);
-  return share + 2.0f * x * e * inverse * inverse * slope;
+  if (kind == Gelu::kTanh) {
+    x = x > 12.0f ? 12.0f : x < -12.0f ? -12.0f : x;  // flat beyond: no infinity times zero; NaN stays
+    const float v = 0.797884560802865f * x * (1.0f + 0.044715f * x * x);
+    const float e = expf(-2.0f * fabsf(v)), inverse = 1.0f / (1.0f + e);
+    const float share = v > 0 ? inverse : e * inverse;  // (1 + tanh v) / 2
+    const float slope = 0.797884560802865f * (1.0f + 3.0f * 0.044715f * x * x);
+    return share + 2.0f * x * e * inverse * inverse * slope;
+  }
+  if (std::is_same<T, float>::value) {
+    return normal_cdf(x) + x * 0.398942280401433f * expf(-0.5f * x * x);
+  }
+  const float v = lesser(fabsf(x), kLargest<T>);
+  const float below = (kRoot * kAbove - v * kAbove) * slope<T>(v);
+  return x < 0.0f ? below : 1.0f - below;
 }
 
+// Grid: blocks of columns, for each block of kForwardRows rows in turn.
 template <class T, int kCount, Gelu kind>
-__global__ void __launch_bounds__(kThreads) forward(const T* x, const float* bias, T* out,
-                                                    int64_t packs, int64_t packs_per_row) {
+__global__ void __launch_bounds__(kThreads) forward(const T* x, Vector bias, T* out, int64_t rows,
+                                                    int64_t width, unsigned columns) {
   using P = Pack<T, kCount>;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < packs; i += step) {
-    P pack = load<P>(x + i * kCount);
-    const float* b = bias ? bias + (i % packs_per_row) * kCount : nullptr;
+  const unsigned block = blockIdx.x / columns;
+  const int64_t column =
+      static_cast<int64_t>((blockIdx.x - block * columns) * kThreads + threadIdx.x) * kCount;
+  if (column >= width) return;
+  const int64_t first = static_cast<int64_t>(block) * kForwardRows;
+  const int64_t at = first * width + column;
+  const int count = static_cast<int>(rows - first < kForwardRows ? rows - first : kForwardRows);
+  P packs[kForwardRows];
+#pragma unroll
+  for (int i = 0; i < kForwardRows; ++i) {
+    if (i < count) packs[i] = load<P>(x + at + i * width);
+  }
+  float shift[kCount] = {};
+  if (bias.data) load_vector<T>(bias, column, shift);
+#pragma unroll
+  for (int i = 0; i < kForwardRows; ++i) {
+    if (i >= count) break;
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
-      const float value = to_float(pack.values[j]) + (b ? b[j] : 0.0f);
-      pack.values[j] = from_float<T>(gelu<kind>(value));
+      packs[i].values[j] = from_float<T>(gelu<T, kind>(to_float(packs[i].values[j]) + shift[j]));
     }
-    store(out + i * kCount, pack);
+    store_global(out + at + i * width, packs[i]);
   }
 }
 
-// Grid: (blocks of 32 packs of columns, programs); a warp takes every (8 programs)-th row.
+// Grid: (blocks of columns, programs); a program takes every programs-th kBackwardRows rows.
 template <class T, int kCount, Gelu kind>
-__global__ void __launch_bounds__(kThreads) backward(const T* dout, const T* x, const float* bias,
-                                                     T* dx, float* partials, int64_t rows,
-                                                     int64_t width) {
+__global__ void __launch_bounds__(kThreads, 4) backward(const T* dout, const T* x, Vector bias, T* dx,
+                                                     float* partials, int64_t rows, int64_t width) {
   using P = Pack<T, kCount>;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int64_t column = (static_cast<int64_t>(blockIdx.x) * kWarp + lane) * kCount;
-  const bool inside = column < width;
+  const int64_t column = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kCount;
+  if (column >= width) return;
   float shift[kCount] = {}, total[kCount] = {};
-  if (bias && inside) {
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) shift[j] = bias[column + j];
-  }
-  const int64_t step = static_cast<int64_t>(gridDim.y) * kRows;
-  for (int64_t row = static_cast<int64_t>(blockIdx.y) * kRows + warp; row < rows && inside; row += step) {
+  if (bias.data) load_vector<T>(bias, column, shift);
+  const int64_t step = static_cast<int64_t>(gridDim.y) * kBackwardRows;
+  for (int64_t row = static_cast<int64_t>(blockIdx.y) * kBackwardRows; row < rows; row += step) {
     const int64_t at = row * width + column;
-    const P u = load<P>(x + at), dy = load<P>(dout + at);
-    P result;
+    const int count = static_cast<int>(rows - row < kBackwardRows ? rows - row : kBackwardRows);
+    P u[kBackwardRows], dy[kBackwardRows];
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      const float gradient =
-          to_float(dy.values[j]) * gelu_gradient<kind>(to_float(u.values[j]) + shift[j]);
-      total[j] += gradient;
-      result.values[j] = from_float<T>(gradient);
+    for (int i = 0; i < kBackwardRows; ++i) {
+      if (i < count) u[i] = load<P>(x + at + i * width), dy[i] = load<P>(dout + at + i * width);
     }
-    store(dx + at, result);
+#pragma unroll
+    for (int i = 0; i < kBackwardRows; ++i) {
+      if (i >= count) break;
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) {
+        const float gradient = to_float(dy[i].values[j]) *
+                               gelu_gradient<T, kind>(to_float(u[i].values[j]) + shift[j]);
+        total[j] += gradient;
+        u[i].values[j] = from_float<T>(gradient);
+      }
+      store_global(dx + at + i * width, u[i]);
+    }
   }
   if (!partials) return;
-  auto* sums = reinterpret_cast<float(*)[kWarp * kCount]>(shared_memory());  // one a warp
+  constexpr int kPart = kCount < 4 ? kCount : 4;
 #pragma unroll
-  for (int j = 0; j < kCount; ++j) sums[warp][lane * kCount + j] = total[j];
-  barrier();
-  for (int c = threadIdx.x; c < kWarp * kCount; c += kThreads) {
-    const int64_t at = static_cast<int64_t>(blockIdx.x) * kWarp * kCount + c;
-    if (at >= width) continue;
-    float sum = 0.0f;
-    for (int w = 0; w < kRows; ++w) sum += sums[w][c];
-    partials[blockIdx.y * width + at] = sum;
+  for (int j = 0; j < kCount; j += kPart) {
+    Pack<float, kPart> part;
+#pragma unroll
+    for (int i = 0; i < kPart; ++i) part.values[i] = total[j + i];
+    store_global(partials + blockIdx.y * width + column + j, part);
   }
+}
+
+template <class T, int kCount>
+unsigned columns_of(int64_t width) {
+  return static_cast<unsigned>((width + kThreads * kCount - 1) / (kThreads * kCount));
 }
 
 template <class T, int kCount, Gelu kind>
 void launch_kernel(const GeluForward& a, const Call& call) {
-  const int64_t packs = a.rows * a.width / kCount, blocks = (packs + kThreads - 1) / kThreads;
-  // A grid-stride loop over at most this many blocks: some 30 a multiprocessor on today's largest.
-  launch(forward<T, kCount, kind>, dim3(static_cast<unsigned>(blocks < 4096 ? blocks : 4096)),
-         kThreads, 0, call.stream, static_cast<const T*>(a.x), a.bias, static_cast<T*>(a.out), packs,
-         a.width / kCount);
+  const unsigned columns = columns_of<T, kCount>(a.width);
+  const int64_t blocks = (a.rows + kForwardRows - 1) / kForwardRows;
+  launch(forward<T, kCount, kind>, dim3(static_cast<unsigned>(blocks * columns)), kThreads, 0,
+         call.stream, static_cast<const T*>(a.x), Vector{a.bias, (call.low & kBias) != 0},
+         static_cast<T*>(a.out), a.rows, a.width, columns);
 }
 
 template <class T, int kCount, Gelu kind>
 void launch_kernel(const GeluBackward& a, const Call& call) {
-  const unsigned columns = static_cast<unsigned>((a.width + kWarp * kCount - 1) / (kWarp * kCount));
-  launch(backward<T, kCount, kind>, dim3(columns, call.programs), kThreads,
-         kRows * kWarp * kCount * sizeof(float), call.stream, static_cast<const T*>(a.dout),
-         static_cast<const T*>(a.x), a.bias, static_cast<T*>(a.dx),
+  const unsigned programs = programs_for(a.rows, kBackwardRows, call.programs);
+  launch(backward<T, kCount, kind>, dim3(columns_of<T, kCount>(a.width), programs), kThreads, 0,
+         call.stream, static_cast<const T*>(a.dout), static_cast<const T*>(a.x),
+         Vector{a.bias, (call.low & kBias) != 0}, static_cast<T*>(a.dx),
          a.dbias ? call.scratch : nullptr, a.rows, a.width);
 }
 
@@ -117,16 +180,26 @@ void by_kind(const Args& a, const Call& call, bool packs) {
   });
 }
 
-// One thread a column.
-__global__ void __launch_bounds__(kThreads) sum_kernel(const float* partials, int programs,
-                                                       int64_t width, float* out0, float* out1,
-                                                       float* out2) {
-  const int64_t column = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  float* out = blockIdx.y == 0 ? out0 : blockIdx.y == 1 ? out1 : out2;
-  if (column >= width) return;
-  const float* p = partials + blockIdx.y * programs * width + column;
+// kSumColumns columns a block; its groups of threads take every kSumGroups-th program.
+constexpr int kSumColumns = 32, kSumGroups = 16;
+
+__global__ void __launch_bounds__(kSumColumns * kSumGroups)
+    sum_kernel(const float* partials, int programs, int64_t width, float* out0, float* out1,
+               float* out2) {
+  const int group = threadIdx.x / kSumColumns, place = threadIdx.x % kSumColumns;
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * kSumColumns + place;
+  auto* sums = reinterpret_cast<float(*)[kSumColumns]>(shared_memory());  // one a group
   float sum = 0.0f;
-  for (int i = 0; i < programs; ++i) sum += p[i * width];
+  if (column < width) {
+    const float* p = partials + blockIdx.y * programs * width + column;
+#pragma unroll 4
+    for (int i = group; i < programs; i += kSumGroups) sum += p[i * width];
+  }
+  sums[group][place] = sum;
+  barrier();
+  if (group || column >= width) return;
+  for (int g = 1; g < kSumGroups; ++g) sum += sums[g][place];
+  float* out = blockIdx.y == 0 ? out0 : blockIdx.y == 1 ? out1 : out2;
   out[column] = sum;
 }
 
@@ -134,14 +207,15 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(const float* partials, in
 
 void sum_partials(const float* partials, int sums, int programs, int64_t width,
                   float* const (&out)[3], void* stream) {
-  launch(sum_kernel, dim3(static_cast<unsigned>((width + kThreads - 1) / kThreads), sums), kThreads,
-         0, stream, partials, programs, width, out[0], out[1], out[2]);
+  launch(sum_kernel, dim3(static_cast<unsigned>((width + kSumColumns - 1) / kSumColumns), sums),
+         kSumColumns * kSumGroups, kSumColumns * kSumGroups * sizeof(float), stream, partials, programs,
+         width, out[0], out[1], out[2]);
 }
 
 const char* gelu_forward(const GeluForward& a, const Call& call) {
   OnDevice on(call.device);
   if (on.error == cudaSuccess && a.rows * a.width) {
-    by_kind(a, call, aligned(a.x) && aligned(a.out));
+    by_kind(a, call, aligned(a.x) && aligned(a.bias) && aligned(a.out));
   }
   return on.message();
 }
@@ -149,9 +223,10 @@ const char* gelu_forward(const GeluForward& a, const Call& call) {
 const char* gelu_backward(const GeluBackward& a, const Call& call) {
   OnDevice on(call.device);
   if (on.error == cudaSuccess && a.width) {
-    by_kind(a, call, aligned(a.dout) && aligned(a.x) && aligned(a.dx));
+    by_kind(a, call, aligned(a.dout) && aligned(a.x) && aligned(a.bias) && aligned(a.dx));
     if (a.dbias) {
-      sum_partials(call.scratch, 1, call.programs, a.width, {a.dbias, nullptr, nullptr}, call.stream);
+      const int programs = programs_for(a.rows, kBackwardRows, call.programs);
+      sum_partials(call.scratch, 1, programs, a.width, {a.dbias, nullptr, nullptr}, call.stream);
     }
   }
   return on.message();

@@ -14,6 +14,8 @@ struct Table {
   int64_t rows, columns;
 };
 
+constexpr int kWeight = 1, kBias = 2, kLinearBias = 4;
+
 struct Call {
   int device;
   void* stream;
@@ -23,10 +25,11 @@ struct Call {
   int programs;          // how many CTAs share a sum over rows: it sets the order of the sums
   Table table;           // attention
   float* dtable;         // attention_backward: the table's gradient, all of it written; or null
+  int low;               // layer_norm, gelu: the parameters that have x's type, not float: kWeight ...
 };
 
 const char* attention_forward(const AttentionForward&, const Call&);
-const char* attention_backward(const AttentionBackward&, const Call&);  // (num_heads, total_q)
+const char* attention_backward(const AttentionBackward&, const Call&);  // (3, num_heads, total_q)
 const char* layer_norm_forward(const LayerNormForward&, const Call&);
 const char* layer_norm_backward(const LayerNormBackward&, const Call&);  // (3, programs, hidden)
 const char* gelu_forward(const GeluForward&, const Call&);

@@ -46,8 +46,14 @@ __device__ __forceinline__ void factors(const Dropout& drop, int64_t row, int co
   }
 }
 
+// Which of an op's parameters have x's type.
+__device__ __forceinline__ Vector vector_of(const float* data, int low, int which) {
+  return {data, (low & which) != 0};
+}
+
 template <class T, int kCount, int kLanes>
-__global__ void __launch_bounds__(kThreads<kLanes>) forward(LayerNormForward a, Dropout drop) {
+__global__ void __launch_bounds__(kThreads<kLanes>) forward(LayerNormForward a, Dropout drop,
+                                                            int low) {
   using P = Pack<T, kCount>;
   constexpr int kPacks = kPerThread<kLanes> / kCount;
   const int lane = threadIdx.x % kLanes;
@@ -57,22 +63,31 @@ __global__ void __launch_bounds__(kThreads<kLanes>) forward(LayerNormForward a, 
   const int width = static_cast<int>(a.hidden);
   const int64_t first = row * a.hidden;
   const T *x = static_cast<const T*>(a.x) + first, *residual = static_cast<const T*>(a.residual);
+  const Vector linear_bias = vector_of(a.linear_bias, low, kLinearBias);
+  // All reads under way before the first is used, but those of single elements: for want of registers.
+  P packs[kPacks] = {}, rests[kPacks] = {};
+#pragma unroll
+  for (int i = 0; i < kPacks; ++i) {
+    const int column = (i * kLanes + lane) * kCount;
+    if (column >= width) continue;
+    packs[i] = load<P>(x + column);
+    if (residual && kCount > 1) rests[i] = load<P>(residual + first + column);
+  }
   float s[kPacks][kCount], sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < kPacks; ++i) {
     const int column = (i * kLanes + lane) * kCount;
     const bool inside = column < width;
-    P pack = {}, rest = {};
-    if (inside) pack = load<P>(x + column);
-    if (inside && residual) rest = load<P>(residual + first + column);
-    float keep[kCount];
+    float keep[kCount], shift[kCount] = {};
     if (inside && drop.seed) factors(drop, row, column, keep);
+    if (inside && linear_bias.data) load_vector<T>(linear_bias, column, shift);
+    if (inside && residual && kCount == 1) rests[i] = load<P>(residual + first + column);
+    P pack;
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
-      float value = to_float(pack.values[j]);
-      if (inside && a.linear_bias) value += a.linear_bias[column + j];
+      float value = to_float(packs[i].values[j]) + shift[j];
       if (inside && drop.seed) value *= keep[j];
-      if (inside && residual) value += to_float(rest.values[j]);
+      value += to_float(rests[i].values[j]);
       s[i][j] = value;
       sum += value;
       pack.values[j] = from_float<T>(value);
@@ -94,10 +109,13 @@ __global__ void __launch_bounds__(kThreads<kLanes>) forward(LayerNormForward a, 
     const int column = (i * kLanes + lane) * kCount;
     if (column >= width) continue;
     P pack;
+    float weight[kCount], bias[kCount];
+    load_vector<T>(vector_of(a.weight, low, kWeight), column, weight);
+    load_vector<T>(vector_of(a.bias, low, kBias), column, bias);
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       const float xhat = (s[i][j] - mean) * rstd;
-      pack.values[j] = from_float<T>(xhat * a.weight[column + j] + a.bias[column + j]);
+      pack.values[j] = from_float<T>(xhat * weight[j] + bias[j]);
     }
     store(static_cast<T*>(a.out) + first + column, pack);
   }
@@ -106,12 +124,13 @@ __global__ void __launch_bounds__(kThreads<kLanes>) forward(LayerNormForward a, 
 // Grid: programs. Rows are read twice, the second time from the cache: the registers hold the sums.
 template <class T, int kCount, int kLanes>
 __global__ void __launch_bounds__(kThreads<kLanes>) backward(LayerNormBackward a, Dropout drop,
-                                                             float* partials) {
+                                                             float* partials, int low) {
   using P = Pack<T, kCount>;
   constexpr int kPacks = kPerThread<kLanes> / kCount, kGroups = kThreads<kLanes> / kLanes;
   const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
   const int width = static_cast<int>(a.hidden);
   const T *dout = static_cast<const T*>(a.dout), *total = static_cast<const T*>(a.sum);
+  const Vector weights = vector_of(a.weight, low, kWeight);
   constexpr int kSums = kPerThread<kLanes>;
   float dweight[kSums] = {}, dbias[kSums] = {}, dlinear_bias[kSums] = {};
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * kGroups + group; row < a.rows;
@@ -124,9 +143,11 @@ __global__ void __launch_bounds__(kThreads<kLanes>) backward(LayerNormBackward a
       const int column = (i * kLanes + lane) * kCount;
       if (column >= width) continue;
       const P dy = load<P>(dout + first + column), s = load<P>(total + first + column);
+      float weight[kCount];
+      load_vector<T>(weights, column, weight);
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
-        const float g = to_float(dy.values[j]) * a.weight[column + j];
+        const float g = to_float(dy.values[j]) * weight[j];
         const float xhat = (to_float(s.values[j]) - mean) * rstd;
         sum += g;
         product += g * xhat;
@@ -141,12 +162,13 @@ __global__ void __launch_bounds__(kThreads<kLanes>) backward(LayerNormBackward a
       const int column = (i * kLanes + lane) * kCount;
       if (column >= width) continue;
       const P dy = load<P>(dout + first + column), s = load<P>(total + first + column);
-      float keep[kCount];
+      float keep[kCount], weight[kCount];
       if (drop.seed) factors(drop, row, column, keep);
+      load_vector<T>(weights, column, weight);
       P dsum, dx;
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
-        const float g = to_float(dy.values[j]) * a.weight[column + j];
+        const float g = to_float(dy.values[j]) * weight[j];
         const float xhat = (to_float(s.values[j]) - mean) * rstd;
         float gradient = rstd * (g - sum - xhat * product);
         dsum.values[j] = from_float<T>(gradient);
@@ -188,7 +210,8 @@ template <class T, int kCount, int kLanes>
 void launch_kernel(const LayerNormForward& a, const Call& call) {
   constexpr int kGroups = kThreads<kLanes> / kLanes;
   launch(forward<T, kCount, kLanes>, dim3(static_cast<unsigned>((a.rows + kGroups - 1) / kGroups)),
-         kThreads<kLanes>, kCta / kWarp * sizeof(float), call.stream, a, dropout_of(a.dropout_p, call));
+         kThreads<kLanes>, kCta / kWarp * sizeof(float), call.stream, a, dropout_of(a.dropout_p, call),
+         call.low);
 }
 
 template <class T, int kCount, int kLanes>
@@ -196,7 +219,7 @@ void launch_kernel(const LayerNormBackward& a, const Call& call) {
   const size_t sums = kLanes == kWarp ? 3 * a.hidden : 0;
   launch(backward<T, kCount, kLanes>, dim3(call.programs), kThreads<kLanes>,
          (kCta / kWarp + sums) * sizeof(float), call.stream, a, dropout_of(a.dropout_p, call),
-         call.scratch);
+         call.scratch, call.low);
 }
 
 template <class Args>
@@ -218,7 +241,9 @@ void by_width(const Args& a, const Call& call, bool packs) {
 const char* layer_norm_forward(const LayerNormForward& a, const Call& call) {
   OnDevice on(call.device);
   if (on.error == cudaSuccess && a.rows) {
-    by_width(a, call, aligned(a.x) && aligned(a.residual) && aligned(a.out) && aligned(a.sum));
+    by_width(a, call,
+             aligned(a.x) && aligned(a.residual) && aligned(a.linear_bias) && aligned(a.weight) &&
+                 aligned(a.bias) && aligned(a.out) && aligned(a.sum));
   }
   return on.message();
 }
@@ -226,7 +251,9 @@ const char* layer_norm_forward(const LayerNormForward& a, const Call& call) {
 const char* layer_norm_backward(const LayerNormBackward& a, const Call& call) {
   OnDevice on(call.device);
   if (on.error == cudaSuccess) {
-    by_width(a, call, aligned(a.dout) && aligned(a.sum) && aligned(a.dsum) && aligned(a.dx));
+    by_width(a, call,
+             aligned(a.dout) && aligned(a.sum) && aligned(a.weight) && aligned(a.dsum) &&
+                 aligned(a.dx));
     sum_partials(call.scratch, a.dlinear_bias ? 3 : 2, call.programs, a.hidden,
                  {a.dweight, a.dbias, a.dlinear_bias}, call.stream);
   }

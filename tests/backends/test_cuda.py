@@ -60,6 +60,19 @@ def test_attention_as_turing_runs_it(monkeypatch, dtype, head_dim):
 
 
 @needs_host
+@pytest.mark.parametrize("scale", [-0.2, 0.0, 3.0])
+@pytest.mark.parametrize("head_dim", [64, 200])
+def test_any_softmax_scale(scale, head_dim):
+    """Negative, zero, and so large that a row's maximum climbs from one tile to the next."""
+    options = {"softmax_scale": scale, "dropout_p": 0.1}
+    found = [
+        gradients(torch.bfloat16, [150, 20], 1, head_dim, backend=name, **options)
+        for name in ("cuda", "eager", "truth")
+    ]
+    assert_within(*found, name="out, dqkv")
+
+
+@needs_host
 def test_what_turing_has_no_room_for_is_an_error(monkeypatch):
     monkeypatch.setenv("BERT_FAST_HOST_CAPABILITY", "75")
     with pytest.raises(RuntimeError, match=r"cuda_attention_backward \(20 and 20 tokens, 1 heads "
@@ -177,35 +190,57 @@ FAULTS = [
     ("attention.h", "row * t.token + head * t.head", "row * t.head + head * t.token"),
     ("attention.h", "if (cu[middle] / rows + middle <= tile)",
      "if (cu[middle] / rows + middle < tile)"),
-    ("attention_mma.cu", "first + row < s.length && d < s.head_dim", "d < s.head_dim"),
-    ("attention_mma.cu", "(c ^ twist) * 8", "(c + twist) * 8"),
-    ("attention_mma.cu", "left.chunk(row + lane % 16, 2 * k + lane / 16)",
-     "left.chunk(row + lane % 16, 2 * k)"),
-    ("attention_mma.cu", "n * 8 + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2",
-     "n * 8 + lane % 8 + lane / 8 % 2 * 8, 2 * k + lane / 16"),
-    ("attention_mma.cu", "right.chunk(k * 16 + lane % 16, n + lane / 16)",
-     "right.chunk(k * 16 + lane / 2, n + lane % 2)"),
-    ("attention_mma.cu", "total[n][i] *= shrink[i / 2]", "total[n][i] *= shrink[i % 2]"),
-    ("attention_mma.cu", "first + n * 8 + lane % 4 * 2 + i % 2",
-     "first + n * 8 + lane % 4 + i % 2"),
-    ("attention_mma.cu", "shuffle_xor(upper ? w.w[i] : w.w[i + bit], 4 * bit)",
-     "shuffle_xor(upper ? w.w[i + bit] : w.w[i], 4 * bit)"),
-    ("attention_mma.cu", "shuffle_xor(odd ? w.w[0] : w.w[2], 1)",
-     "shuffle_xor(odd ? w.w[2] : w.w[0], 1)"),
+    ("attention_mma.h", "row = first + static_cast<int>(team_thread",
+     "row = static_cast<int>(team_thread"),
+    ("attention_mma.h", "static_cast<int>(i * kStep) < left);", "true);"),
+    ("attention_mma.h", "(c ^ twist(row)) * 8", "(c + twist(row)) * 8"),
+    ("attention_mma.h", "return {row + lane % 16, lane / 16};", "return {row + lane % 16, 0};"),
+    ("attention_mma.h", "j / 2 * 4 + j % 2 + odd * 2", "j + odd * 8"),
+    ("attention_mma.h", "key_of(lane % 8, lane / 16), lane / 8 % 2",
+     "key_of(lane % 8, lane / 8 % 2), lane / 16"),
+    ("attention_mma.h", "columns.at(right, (from + k) * 16, 2 * n)",
+     "columns.at(right, k * 16, 2 * n)"),
+    ("attention_mma.h", "n / 2 * 16 + n % 2 * 2 + j >= left", "n / 2 * 16 + n % 2 * 2 + j > left"),
+    ("attention_mma.h", "b.query + down + 1 + b.k_length - b.q_length", "b.query + down + 1"),
+    ("attention_mma.h", "(to_float(pack.values[j]) + add[j]) * factor", "to_float(pack.values[j])"),
+    ("attention_mma.cu", "> kSlack", "> 1000 * kSlack"),
+    ("attention_mma.cu", "s.norm[r] *= shrink", "s.norm[r] *= 1.0f"),
+    ("attention_mma.cu", "s.total[r / 2][n][r % 2 * 2 + 1] *= shrink",
+     "s.total[r / 2][n][r % 2 * 2 + 1] *= 1.0f"),
+    ("attention_mma.cu", "first_row + 1 + ahead", "first_row + kMine + ahead"),
+    ("attention_mma.h", "scale < 0 ? -1.0f", "scale < 0 ? 1.0f"),
+    ("attention_mma.cu", "if (kDrop) share[i] *= drop.scale", ""),
+    ("attention_mma.cu", "bias[2 * part + d] * kept", "bias[2 * part + d]"),
+    ("attention_mma_backward.cu", "drops ? start : start - delta", "start - delta"),
+    ("attention_mma_backward.cu", "(shifted * a.scale - lse) * kLog2e", "-lse * kLog2e"),
+    ("attention_mma_backward.cu", "shuffle_xor(mine, 4)", "shuffle_xor(mine, 8)"),
+    ("attention_mma_backward.cu", "(odd ? mine : other) >> 2 * odd",
+     "(odd ? other : mine) >> 2 * odd"),
+    ("attention_mma_backward.cu", "whole = a.causal ? from + 15", "whole = a.causal ? from"),
+    ("attention_mma_backward.cu", "b.query + n * 8 + j < mine[half] - ahead",
+     "b.query + n * 8 + j < mine[half]"),
+    ("attention_mma_backward.cu", "first + offset + kTail<kQueries> <= from",
+     "first + offset <= from"),
     ("layer_norm.cu", "if (column >= width) continue;\n    P pack;", "P pack;"),
+    ("layer_norm.cu", "vector_of(a.bias, low, kBias)", "vector_of(a.bias, low, kWeight)"),
+    ("layer_norm.cu", "(low & which) != 0", "low != 0"),
     ("layer_norm.cu", "xhat * product", "xhat * sum"),
     ("layer_norm.cu", "(column + j) / 4", "(column + j) / kCount"),
     ("layer_norm.cu", "(g ? *slot : 0.0f) + mine[k]", "mine[k]"),
-    ("gelu.cu", "(i % packs_per_row) * kCount", "(i % packs_per_row)"),
-    ("gelu.cu", "w < kRows; ++w", "w < kRows - 1; ++w"),
-    ("gelu.cu", "i < programs; ++i", "i < programs - 1; ++i"),
+    ("gelu.cu", "blockIdx.x - block * columns", "blockIdx.x"),
+    ("gelu.cu", "rows - first < kForwardRows ? rows - first", "rows - first < 2 ? rows - first"),
+    ("gelu.cu", "i < programs; i += kSumGroups", "i < programs - 1; i += kSumGroups"),
+    ("gelu.cu", "g < kSumGroups; ++g", "g < kSumGroups - 1; ++g"),
+    ("gelu.cu", "0.0059254551f", "0.0058254551f"),
+    ("gelu.cu", "kRoot = 0.75179152f", "kRoot = 0.7517f"),
 ]  # fmt: skip
 REMOVABLE = r"((warp|team)_)?barrier(<\w+>)?\(\)|copy_async_wait<\d>\(\)"
 
 
 def removals():
     """Each barrier and each wait for copies, taken out alone."""
-    for file in ("attention.cu", "attention_mma.cu", "layer_norm.cu", "gelu.cu"):
+    for file in ("attention.cu", "attention_mma.cu", "attention_mma_backward.cu",
+                 "layer_norm.cu", "gelu.cu"):  # fmt: skip
         text = (ROOT / "csrc" / "cuda" / file).read_text(encoding="utf-8")
         for found in re.finditer(rf"^.*\b({REMOVABLE});.*$", text, re.M):
             changed = re.sub(REMOVABLE, "", found[0], count=1)
@@ -233,7 +268,7 @@ def survives(number, file, text, folder):
         made.touch()
     (csrc / "cuda" / file).write_text(text, encoding="utf-8")
     module = cuda_host.build(build, csrc)
-    op = file.partition(".")[0].removesuffix("_mma")
+    op = "attention" if file.startswith("attention") else file.partition(".")[0]
     tests = [f"tests/ops/test_{op}.py", __file__]
     if op == "attention":  # first: small, and by the same kernels
         tests.insert(0, "tests/backends/test_position_kernels.py")
@@ -273,7 +308,9 @@ def test_planted_faults_are_caught(tmp_path, capsys):
     "arch",
     ["90a", *(pytest.param(a, marks=pytest.mark.full) for a in ["75", "120"])],
 )
-@pytest.mark.parametrize("file", ["attention", "attention_mma", "gelu", "layer_norm"])
+@pytest.mark.parametrize(
+    "file", ["attention", "attention_mma", "attention_mma_backward", "gelu", "layer_norm"]
+)
 def test_compiles_without_spills(file, arch, tmp_path):
     """No register spilled, 16-byte accesses to global memory, tensor-core products."""
     cubin = tmp_path / "kernel.cubin"
@@ -292,12 +329,16 @@ def test_compiles_without_spills(file, arch, tmp_path):
     if not tool:
         pytest.skip("no cuobjdump, of CUDA's or of Triton's, to read instructions with")
     sass = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
-    if file == "attention_mma":
+    if file.startswith("attention_mma"):
         assert sass.count("HMMA") > 1000
         assert arch == "75" or "LDGSTS" in sass  # cp.async
         assert "LDSM" in sass
     if file != "attention":
-        wide = "LDGSTS.E.BYPASS.128" if file == "attention_mma" and arch != "75" else "LDG.E.128"
+        wide = (
+            "LDGSTS.E.BYPASS.128"
+            if file.startswith("attention_mma") and arch != "75"
+            else "LDG.E.128"
+        )
         assert wide.removesuffix(".128") in sass
         assert ".128" in sass
         assert "STG.E.128" in sass
@@ -310,7 +351,7 @@ def test_inspect_reads_the_extension():
     chips = [chip for chip in CHIPS if str(chip) in _C.cuda_archs]
     found = list(cuda_kernels(chips[:1]))
     names = {(kernel.kernel, kernel.work) for kernel in found}
-    assert ("cuda/attention_mma.cu", "forward_kernel<bf16, 64, 64, false, 128>") in names
+    assert ("cuda/attention_mma.cu", "forward_kernel<bf16, 64, 64, 2, 128, false>") in names
     assert ("cuda/gelu.cu", "backward<fp16, 8, erf>") in names
     assert not [kernel for kernel in found if kernel.faults()]
 

@@ -117,8 +117,8 @@ def test_nothing_recompiles_when_token_counts_change():
     answer = compiling("-c", COUNTED)
     assert answer.returncode == 0, answer.stderr
     launches, kernels, compilations = map(int, answer.stdout.split())
-    assert launches >= 50 * 12
-    assert kernels == 12
+    assert launches >= 50 * 11
+    assert kernels == 11
     assert compilations == kernels
 
 
@@ -149,8 +149,8 @@ def test_nothing_recompiles_when_the_position_bias_has_another_size():
     answer = compiling("-c", COUNTED_BIASED)
     assert answer.returncode == 0, answer.stderr
     launches, kernels, compilations = map(int, answer.stdout.split())
-    assert launches >= 50 * 5
-    assert compilations == kernels == 5
+    assert launches >= 50 * 4
+    assert compilations == kernels == 4
 
 
 def test_a_fault_in_the_compiled_code_would_be_seen():
@@ -235,12 +235,24 @@ def test_autotune_searches_once_and_keeps_the_fastest(monkeypatch, tmp_path):
 
 # file, what is there, what a tired hand might write, and the tests that must notice
 MUTANTS = [
-    ("attention_tiles", "seen = (row < q_length)[:, None] & (col < k_length)[None, :]",
-     "seen = (row < q_length)[:, None] & (col < k_length + 1)[None, :]"),
-    ("attention", "total *= shrink[:, None]", "total *= 1.0"),
-    ("attention", "norm = norm * shrink + tl.sum(weights, 1)", "norm = norm + tl.sum(weights, 1)"),
-    ("attention_tiles", "x = tl.load(first + row.to(tl.int64)[:, None] * stride + d",
-     "x = tl.load(first + row.to(tl.int64)[:, None] * heads * HEAD_DIM + d"),
+    ("attention_tiles", "seen = (col < k_length)[None, :]", "seen = (col < k_length + 1)[None, :]"),
+    ("attention_tiles", "total *= shrink[:, None]", "total *= 1.0"),
+    ("attention_tiles", "weights = tl.exp2(scores * factor - finite[:, None])",
+     "weights = tl.exp2(scores * factor - finite[:, None] * factor)"),
+    ("attention_tiles", "            left += tl.sum(weights, 1)", "            left = norm"),
+    ("attention", "(left if DROPOUT else norm)[:, None] * shift[None, :]",
+     "norm[:, None] * shift[None, :]"),
+    ("attention", "        top += shift", "        top += 0.0 * shift"),
+    ("attention", "queries, scale = -queries, -scale", "queries, scale = queries, -scale"),
+    ("attention_tiles", "whole = tl.maximum(0, tl.minimum(whole, first + 1 + k_length - q_length))",
+     "whole = tl.maximum(0, tl.minimum(whole, first + BLOCK_M + k_length - q_length))"),
+    ("attention_tiles", "return last, whole // BLOCK_N * BLOCK_N",
+     "return last, (whole + BLOCK_N - 1) // BLOCK_N * BLOCK_N"),
+    ("attention_tiles", "c = (c & -15) | (c & 6) << 1 | (c & 8) >> 2", "c = c ^ 2"),
+    ("attention_tiles", "norm = norm * shrink + tl.sum(weights, 1)",
+     "norm = norm + tl.sum(weights, 1)"),
+    ("attention_tiles", "at = start + row.to(tl.int64)[:, None] * stride + d[None, :]\n    inside",
+     "at = start + row.to(tl.int64)[:, None] * heads * HEAD_DIM + d[None, :]\n    inside"),
     ("attention_tiles", "col[None, :] <= row[:, None] + (k_length - q_length)",
      "col[None, :] <= row[:, None]"),
     ("attention", "dropped = tl.where(keep, weights * keep_scale, 0.0)",
@@ -251,10 +263,10 @@ MUTANTS = [
      "dscores = weights * dweights"),
     ("attention_tiles", "if tl.load(cu + middle) // BLOCK + middle <= tile:",
      "if tl.load(cu + middle) // BLOCK + middle < tile:"),
-    ("attention_tiles", "at += (row - first)[:, None] * table_cols + col[None, :]",
-     "at += (row - first)[:, None] + col[None, :] * table_cols"),
-    ("attention_tiles", "tl.load(at, (row < q_length)[:, None], 0.0).to(tl.float32) * LOG2E",
-     "tl.load(at, (row < q_length)[:, None], 0.0).to(tl.float32)"),
+    ("attention_tiles", "at += row[:, None] * table_cols + col[None, :]",
+     "at += row[:, None] + col[None, :] * table_cols"),
+    ("attention_tiles", "(row < q_length - first)[:, None], 0.0).to(tl.float32) * LOG2E",
+     "(row < q_length - first)[:, None], 0.0).to(tl.float32)"),
     ("attention_tiles", "(tl.program_id(1).to(tl.int64) * table_rows + first) * table_cols",
      "(tl.program_id(1).to(tl.int64) + first) * table_cols"),
     ("attention", "table = F.pad(table, (0, missing))", "table = F.pad(table, (missing, 0))"),

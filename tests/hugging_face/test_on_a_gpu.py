@@ -3,6 +3,7 @@ Here on CPU tensors, which are taken for a GPU's; what a GPU alone can show is m
 
 import contextlib
 import copy
+import inspect
 import weakref
 
 import pytest
@@ -66,6 +67,15 @@ def test_every_family(seen, family):
         assert (seen.attentions, seen.in_attention) == (3, 0)
         same(found, theirs(**inputs)[0], inputs["attention_mask"])
     check(theirs, ours, inputs)
+
+
+def test_each_family_keeps_its_signature():
+    """transformers and sentence-transformers read it; also with several accelerated."""
+    every = [build(family) for family in FAMILIES]
+    wanted = [inspect.signature(model.forward) for model in every]
+    for model in every:
+        bert_fast.accelerate(model)
+    assert [inspect.signature(model.forward) for model in every] == wanted
 
 
 def test_products_a_layer(seen):

@@ -72,6 +72,42 @@ def test_lse(backend):
     assert_within(ours, torchs, truth)
 
 
+@pytest.mark.parametrize("scale", [-0.4, 0.0])
+def test_a_scale_that_is_not_positive(backend, gradients, scale):
+    """The largest score is then not the largest product."""
+    lengths = [5, 0, 67]
+    qkv, bias, dout = draw(lengths, 1, 16)
+
+    def run(qkv, bias, backend=None):
+        return ops.attention_qkv(
+            qkv, cu_seqlens(lengths), bias=bias, softmax_scale=scale, backend=backend
+        )
+
+    def eager(qkv, bias):
+        return run(qkv, bias, "eager")
+
+    assert_within(
+        gradients(run, (4 * qkv, bias), dout, torch.float32),
+        gradients(eager, (4 * qkv, bias), dout, torch.float32),
+        gradients(eager, (4 * qkv, bias), dout, torch.float64),
+        name="out, dqkv, dbias",
+    )
+
+
+def test_a_keys_bias_cancels_but_nan(backend):
+    """Softmax does not see k's bias; lse does, and NaN in it is not hidden."""
+    qkv, bias, _ = (t.float() for t in draw([40, 90], 1, 16))
+    without = torch.cat([bias[:1], torch.zeros_like(bias[1:2]), bias[2:]])
+    cu = cu_seqlens([40, 90])
+    out, lse = ops.attention_qkv(qkv, cu, bias=bias, return_lse=True)
+    other, other_lse = ops.attention_qkv(qkv, cu, bias=without, return_lse=True)
+    torch.testing.assert_close(out, other, rtol=1e-4, atol=1e-4)
+    wanted = ((qkv[:, 0] + bias[0]) * bias[1]).sum(-1).T / 4
+    torch.testing.assert_close(lse - other_lse, wanted, rtol=1e-4, atol=1e-4)
+    bias[1, 0, 3] = math.nan
+    assert ops.attention_qkv(qkv, cu, bias=bias).isnan().all()
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("q_lengths", [[5, 0, 130, 1], [1, 1, 1, 1] * 8])
 def test_cross_attention(backend, gradients, causal, q_lengths):

@@ -77,6 +77,41 @@ def test_mixed_parameter_dtypes(backend):
     assert (out.double() - truth).abs().max() < 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [40, 37, 1048])
+def test_each_parameter_has_a_dtype_of_its_own(backend, dtype, width):
+    """The same numbers in 16 bits, in float32 and off 16-byte addresses: the same bits."""
+    if backend == "eager":
+        pytest.skip("it casts them to x's dtype")
+    if backend == "triton" and width > 1000:
+        pytest.skip("wide rows are no case of their own")
+    x, weight, bias, residual, linear_bias, dout = (t.to(dtype) for t in draw(5, width))
+
+    def run(*parameters):
+        weight, bias, linear_bias = (p.detach().requires_grad_() for p in parameters)
+        out = ops.layer_norm(x, weight, bias, residual=residual, linear_bias=linear_bias)
+        grads = torch.autograd.grad(out, (weight, bias, linear_bias), dout)
+        return [out.detach(), *(grad.to(dtype) for grad in grads)]
+
+    def shifted(parameter):
+        return torch.cat([parameter[:1], parameter])[1:]
+
+    wanted = run(weight.float(), bias.float(), linear_bias.float())
+    full, low = torch.Tensor.float, lambda parameter: parameter
+    for casts in [
+        (low, low, low),
+        (full, low, shifted),
+        (low, shifted, full),
+        (shifted, full, low),
+    ]:
+        parameters = [c(p) for c, p in zip(casts, (weight, bias, linear_bias), strict=True)]
+        for found, right in zip(run(*parameters), wanted, strict=True):
+            if any(cast is shifted for cast in casts) and backend == "cuda":  # sums in other orders
+                torch.testing.assert_close(found, right)
+            else:
+                assert torch.equal(found, right)
+
+
 def test_out_may_be_an_input(backend):
     x, weight, bias, residual, linear_bias, _ = (t.float() for t in draw(33, 100))
     with torch.no_grad():

@@ -1,0 +1,91 @@
+"""Which tiles attention's kernels have, by chip, head size and length; and what BERT_FAST_AUTOTUNE
+tries beside them."""
+
+import torch
+import triton
+
+from bert_fast.kernels.common import capability
+
+# The padded head_dim -> BLOCK_M, BLOCK_N, warps, stages; plain FMA (float32, and any dtype before
+# 8.0) apart, then by chip: 90 and 100 have instructions of 64 rows, of which four warps have one,
+# so eight warps on 64 rows would compute each twice; the others share mma.sync. What spills no
+# register, fits every chip's shared memory and takes few instructions (`bert-fast inspect`); no
+# time has been measured yet.
+FORWARD = {
+    "fma": {32: (64, 32, 8, 2), 64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 16, 1)},
+    "mma": {32: (64, 64, 4, 3), 64: (64, 32, 4, 3), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
+    90: {32: (128, 128, 8, 2), 64: (128, 128, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 4, 1)},
+    100: {32: (128, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 32, 8, 2), 256: (64, 32, 8, 1)},
+}
+BACKWARD_Q = {
+    "fma": {32: (32, 32, 8, 1), 64: (32, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 16, 1)},
+    "mma": {32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (64, 32, 8, 1), 256: (16, 32, 8, 1)},
+    90: {32: (128, 64, 8, 1), 64: (128, 64, 8, 1), 128: (64, 32, 4, 1), 256: (32, 32, 8, 1)},
+    100: {32: (64, 64, 4, 2), 64: (64, 64, 4, 1), 128: (64, 64, 8, 1), 256: (32, 32, 8, 1)},
+}
+BACKWARD_KV = BACKWARD_Q | {
+    90: BACKWARD_Q[90] | {32: (64, 64, 4, 1), 64: (64, 64, 4, 1)},
+}
+
+
+# Forward on tensor cores, head_dim <= 64, where no sequence is longer than this: one block of keys.
+SHORT = {64: (64, 64, 4, 1), 128: (128, 128, 8, 1)}
+# Backward likewise, where no sequence has more queries or keys: one kernel (attention_short.py).
+BACKWARD_SHORT = {64: (64, 64, 4, 1), 128: (128, 64, 8, 1)}
+
+
+# With a position bias, which takes registers: in the same form, and found in the same way. (Causal,
+# with dropout, in float32 and heads of 256, two registers spill in attention_table.py.)
+FORWARD_BIASED = {
+    "fma": {32: (32, 32, 8, 2), 64: (16, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 16, 1)},
+    "mma": {32: (32, 64, 4, 3), 64: (32, 32, 4, 3), 128: (32, 32, 8, 2), 256: (16, 32, 8, 1)},
+    90: {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 4, 1)},
+    100: {32: (64, 64, 8, 3), 64: (64, 64, 8, 3), 128: (64, 32, 8, 2), 256: (64, 32, 8, 1)},
+}
+BACKWARD_BIASED = {
+    "fma": {32: (32, 32, 8, 1), 64: (16, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 16, 1)},
+    "mma": {32: (64, 32, 8, 1), 64: (32, 32, 4, 1), 128: (64, 32, 8, 1), 256: (16, 32, 8, 1)},
+    90: {32: (64, 64, 4, 1), 64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (16, 32, 8, 1)},
+    100: {32: (64, 64, 8, 1), 64: (64, 32, 8, 1), 128: (64, 32, 8, 1), 256: (16, 32, 8, 1)},
+}
+SHORT_BIASED = {64: (64, 64, 4, 1)}
+# kernel -> its table without and with a position bias
+TABLES = {
+    "forward": (FORWARD, FORWARD_BIASED),
+    "backward_q": (BACKWARD_Q, BACKWARD_BIASED),
+    "backward_kv": (BACKWARD_KV, BACKWARD_BIASED),
+    "backward_table": (BACKWARD_BIASED, BACKWARD_BIASED),
+}
+
+
+def settings(kernel, biased, head_dim, dtype, device, longest):
+    """BLOCK_D and the entry for it, of the tables above; ``longest``: the most keys of a sequence,
+    or, for "backward_short", the most keys or queries, and None where that kernel is not meant."""
+    block_d, chip = max(32, triton.next_power_of_2(head_dim)), capability(device)
+    fma = dtype == torch.float32 or chip < 80  # Triton has no tensor-core instruction for 7.5
+    short = {"forward": SHORT_BIASED if biased else SHORT, "backward_short": BACKWARD_SHORT}
+    if not fma and block_d <= 64:
+        for most, entry in short.get(kernel, {}).items():
+            if longest <= most:
+                return block_d, entry
+    if kernel == "backward_short":
+        return block_d, None
+    table = TABLES[kernel][biased]
+    return block_d, table["fma" if fma else chip if chip in table else "mma"][block_d]
+
+
+def registers(warps):
+    """All that 16 warps can have: left alone, ptxas stops at half of them, and spills."""
+    return 128 if warps == 16 else None
+
+
+def candidates(q, longest, causal, bias, table, dropout_p, tiles):
+    """What BERT_FAST_AUTOTUNE needs: what the fastest settings depend on (lengths by powers of
+    two), and those it tries beside the table, for so many ``tiles`` of each block's rows."""
+    block_d = max(32, triton.next_power_of_2(q.shape[2]))
+    longest = triton.next_power_of_2(max(longest, 1))
+    given = bias is not None, table is not None, dropout_p > 0
+    kind = q.dtype, q.shape[1:], longest, causal, *given
+    blocks = [(128, 128), (128, 64), (64, 128), (64, 64), (64, 32), (32, 32)]
+    fitting = [pair for pair in blocks if sum(pair) * block_d * tiles <= 32768] or [(32, 32)]
+    return kind, [(*p, warps, stages) for p in fitting for warps in (4, 8) for stages in (1, 2, 3)]
