@@ -275,7 +275,7 @@ def _backward_kv(
 
 
 def _strides(*tensors):
-    return [stride for t in tensors for stride in (t.stride(0), t.stride(1))]
+    return [stride for t in tensors for stride in t.stride()[:2]]
 
 
 def _common(q, bias, table, causal, dropout_p):

@@ -1,10 +1,11 @@
 """Which tiles attention's kernels have, by chip, head size and length; and what BERT_FAST_AUTOTUNE
 tries beside them."""
 
-import torch
-import triton
+import functools
 
-from bert_fast.kernels.common import capability
+import torch
+
+from bert_fast.kernels.common import capability, power_of_2
 
 # The padded head_dim -> BLOCK_M, BLOCK_N, warps, stages; plain FMA (float32, and any dtype before
 # 8.0) apart, then by chip: 90 and 100 have instructions of 64 rows, of which four warps have one,
@@ -62,7 +63,12 @@ TABLES = {
 def settings(kernel, biased, head_dim, dtype, device, longest):
     """BLOCK_D and the entry for it, of the tables above; ``longest``: the most keys of a sequence,
     or, for "backward_short", the most keys or queries, and None where that kernel is not meant."""
-    block_d, chip = max(32, triton.next_power_of_2(head_dim)), capability(device)
+    return _settings(kernel, biased, head_dim, dtype, capability(device), longest)
+
+
+@functools.lru_cache(4096)
+def _settings(kernel, biased, head_dim, dtype, chip, longest):
+    block_d = max(32, power_of_2(head_dim))
     fma = dtype == torch.float32 or chip < 80  # Triton has no tensor-core instruction for 7.5
     short = {"forward": SHORT_BIASED if biased else SHORT, "backward_short": BACKWARD_SHORT}
     if not fma and block_d <= 64:
@@ -83,8 +89,8 @@ def registers(warps):
 def candidates(q, longest, causal, bias, table, dropout_p, tiles):
     """What BERT_FAST_AUTOTUNE needs: what the fastest settings depend on (lengths by powers of
     two), and those it tries beside the table, for so many ``tiles`` of each block's rows."""
-    block_d = max(32, triton.next_power_of_2(q.shape[2]))
-    longest = triton.next_power_of_2(max(longest, 1))
+    block_d = max(32, power_of_2(q.shape[2]))
+    longest = power_of_2(max(longest, 1))
     given = bias is not None, table is not None, dropout_p > 0
     kind = q.dtype, q.shape[1:], longest, causal, *given
     blocks = [(128, 128), (128, 64), (64, 128), (64, 64), (64, 32), (32, 32)]

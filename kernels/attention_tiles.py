@@ -137,7 +137,7 @@ def statistics(work, begin, first, length, total_q, heads, NEEDS_EXTRA: tl.const
     score_gradients takes them; log +inf past the last row, so that its weights are zero."""
     row = tl.arange(0, ROWS)
     at = work + tl.program_id(1).to(tl.int64) * total_q + begin + first + row
-    inside, part = row < length - first, heads.to(tl.int64) * total_q
+    inside, part = row < length - first, total_q.to(tl.int64) * heads
     log = tl.load(at, inside, float("inf"))
     center = tl.load(at + part, inside, 0.0)
     extra = tl.load(at + 2 * part, inside, 0.0) if NEEDS_EXTRA else center
@@ -162,7 +162,7 @@ def find_statistics(
     center = tl.sum(x * outs.to(tl.float32), 1)
     row = tl.arange(0, ROWS)
     at = tl.program_id(1).to(tl.int64) * total_q + begin + first + row
-    inside, part = row < length - first, heads.to(tl.int64) * total_q
+    inside, part = row < length - first, total_q.to(tl.int64) * heads
     log = tl.load(lse + at, inside, float("-inf")) * LOG2E
     log = tl.where(log == float("-inf"), float("inf"), log)
     extra = center

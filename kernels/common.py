@@ -135,7 +135,7 @@ def _capability(device):
 
 def capability(device):
     """The chip's compute capability as one number, 90 for 9.0."""
-    return _capability(device) if device.type == "cuda" else compiling_for
+    return compiling_for if device.index is None else _capability(device)
 
 
 def precision():

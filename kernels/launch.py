@@ -73,8 +73,8 @@ class Kernel(JITFunction):
         ):
             return self.run(*args, grid=grid, warmup=False, **constants)
         try:
-            key, given = self._read(*args, **constants)
-        except (AttributeError, TypeError):  # of other names or types than when it was made
+            key, given = self._read(args, constants)
+        except (AttributeError, TypeError, ValueError):  # of other names, types or numbers
             key, given = self._read_anew(args, constants)
         if key is None:
             return self.run(*args, grid=grid, warmup=False, **constants)
@@ -85,13 +85,15 @@ class Kernel(JITFunction):
         if found is None:
             compiled = self.run(*args, grid=grid, warmup=False, **constants)
             if _is_plain(compiled):
-                launched = compiled, compiled.run, compiled.function, compiled.packed_metadata
-                self._compiled[key] = launched
+                fixed = tuple(constants[name] for name in self.arg_names[len(args) :])
+                self._compiled[key] = (
+                    compiled, compiled.run, compiled.function, compiled.packed_metadata, fixed
+                )  # fmt: skip
             return compiled
-        compiled, run, function, metadata = found
+        compiled, run, function, metadata, fixed = found
         x, y, z = (*grid, 1, 1)[:3]
         stream = active.get_current_stream(device)
-        run(x, y, z, stream, function, metadata, None, None, None, *given)
+        run(x, y, z, stream, function, metadata, None, None, None, *given, *fixed)
         return compiled
 
     def _read_anew(self, args, constants):
@@ -104,8 +106,8 @@ class Kernel(JITFunction):
             read = self._readers[kind] = _reader(self, args, constants)
         self._read = read
         try:
-            return read(*args, **constants)
-        except (AttributeError, TypeError):
+            return read(args, constants)
+        except (AttributeError, TypeError, ValueError):
             return None, None
 
 
@@ -115,54 +117,46 @@ def _is_plain(compiled):
     return getattr(target, "backend", None) == "cuda"
 
 
-def _unknown(*args, **constants):
+def _unknown(args, constants):
     raise TypeError
 
 
 def _reader(kernel, args, constants):
-    """A function of a launch's arguments that gives its key (None: an integer of 64 bits) and the
-    values for the launch, pointers as addresses. It reads arguments of these kinds alone, tensors
-    where these are tensors."""
-    names = kernel.arg_names
+    """A function of a launch's arguments and constants that gives its key (None: an integer of 64
+    bits) and the arguments for the launch, pointers as addresses. It reads arguments of these kinds
+    alone, tensors where these are tensors, and constants of these names in this order, which all
+    stand behind the arguments."""
+    names = kernel.arg_names[: len(args)]
+    fixed = kernel.params[len(args) :]
+    if not all(p.is_constexpr and p.name in constants for p in fixed):
+        return _unknown
     pointers, integers, key, given = [], [], [], []
-    for parameter, name in zip(kernel.params, names, strict=True):
-        number = parameter.num
-        value = args[number] if number < len(args) else constants.get(name)
-        if parameter.is_constexpr:
-            if number >= len(args) and name not in constants:
-                return _unknown  # a default of the kernel's
-            given.append(name)
-            key.append(name)
-        elif number >= len(args):
-            return _unknown
-        elif isinstance(value, torch.Tensor):
+    for parameter, name, value in zip(kernel.params, names, args, strict=False):
+        if isinstance(value, torch.Tensor) and not parameter.is_constexpr:
             pointers.append(name)
             given.append(f"_{name}")
             key.append(f"{name}.dtype")
-        elif type(value) is int:
-            integers.append(name)
+        elif type(value) in (int, float) and not parameter.is_constexpr:
             given.append(name)
             key.append(f"{name}.__class__")
-            if not parameter.do_not_specialize:
-                key.append(f"1 if {name} == 1 else {name} & 15 and 2")
-        elif type(value) is float:
-            given.append(name)
-            key.append(f"{name}.__class__")
+            if type(value) is int:
+                integers.append(f"({name} + 2147483648)")
+                if not parameter.do_not_specialize:
+                    key.append(f"1 if {name} == 1 else {name} & 15 and 2")
         else:
             return _unknown
-    key += [name for name in constants if name not in names]
     if not pointers:
         return _unknown
-    anded = " | ".join(f"_{name}" for name in pointers)
-    each = ", ".join(f"_{name} & 15 == 0" for name in pointers)
-    wide = " | ".join(f"({name} + 2147483648)" for name in integers) or "0"
-    parameters = [*names[: len(args)], *(["*", *constants] if constants else [])]
     lines = [
-        f"def read({', '.join(parameters)}):",
+        "def read(args, constants):",
+        f" {', '.join(names)}, = args",
+        f" if (*constants,) != {tuple(constants)}: raise TypeError",
         *(f" _{name} = {name}.data_ptr()" for name in pointers),
-        f" if ({wide}) >> 32: return None, None",
-        f" aligned = (({anded}) & 15) and ({each},)",
-        f" return ({next(_numbers)}, aligned, {', '.join(key)}), ({', '.join(given)},)",
+        f" if ({' | '.join(integers) or 0}) >> 32: return None, None",
+        f" aligned = ({' | '.join(f'_{name}' for name in pointers)}) & 15",
+        f" if aligned: aligned = ({', '.join(f'_{name} & 15 == 0' for name in pointers)},)",
+        f" key = {next(_numbers)}, aligned, {', '.join(key)}, *constants.values()",
+        f" return key, ({', '.join(given)},)",
     ]
     scope: dict = {}
     exec("\n".join(lines), scope)
