@@ -229,7 +229,7 @@ FAULTS = [
     ("layer_norm.cu", "(column + j) / 4", "(column + j) / kCount"),
     ("layer_norm.cu", "(g ? *slot : 0.0f) + mine[k]", "mine[k]"),
     ("gelu.cu", "blockIdx.x - block * columns", "blockIdx.x"),
-    ("gelu.cu", "rows - first < kForwardRows ? rows - first", "rows - first < 2 ? rows - first"),
+    ("gelu.cu", "static_cast<int64_t>(block) * kForwardRows", "static_cast<int64_t>(block)"),
     ("gelu.cu", "i < programs; i += kSumGroups", "i < programs - 1; i += kSumGroups"),
     ("gelu.cu", "g < kSumGroups; ++g", "g < kSumGroups - 1; ++g"),
     ("gelu.cu", "0.0059254551f", "0.0058254551f"),
