@@ -9,31 +9,33 @@ from bert_fast.kernels.common import capability, power_of_2
 
 # The padded head_dim -> BLOCK_M, BLOCK_N, warps, stages; plain FMA (float32, and any dtype before
 # 8.0) apart, then by chip: 90 and 100 have instructions of 64 rows, of which four warps have one,
-# so eight warps on 64 rows would compute each twice; the others share mma.sync. What spills no
-# register, fits every chip's shared memory and takes few instructions (`bert-fast inspect`); no
-# time has been measured yet.
+# so eight warps on 64 rows would compute each twice; the others share mma.sync. What 90 has for
+# heads of 64 was the fastest on an H100, in bfloat16, with dropout and without, 64 x 128 and
+# 16 x 512; the rest is what spills no register, fits every chip's shared memory and takes few
+# instructions (`bert-fast inspect`), not measured.
 FORWARD = {
     "fma": {32: (64, 32, 8, 2), 64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 16, 1)},
     "mma": {32: (64, 64, 4, 3), 64: (64, 32, 4, 3), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
-    90: {32: (128, 128, 8, 2), 64: (128, 128, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 4, 1)},
+    90: {32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (128, 32, 8, 2), 256: (64, 32, 4, 1)},
     100: {32: (128, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 32, 8, 2), 256: (64, 32, 8, 1)},
 }
 BACKWARD_Q = {
     "fma": {32: (32, 32, 8, 1), 64: (32, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 16, 1)},
     "mma": {32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (64, 32, 8, 1), 256: (16, 32, 8, 1)},
-    90: {32: (128, 64, 8, 1), 64: (128, 64, 8, 1), 128: (64, 32, 4, 1), 256: (32, 32, 8, 1)},
+    90: {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 1), 256: (32, 32, 8, 1)},
     100: {32: (64, 64, 4, 2), 64: (64, 64, 4, 1), 128: (64, 64, 8, 1), 256: (32, 32, 8, 1)},
 }
-BACKWARD_KV = BACKWARD_Q | {
-    "fma": BACKWARD_Q["fma"] | {64: (32, 32, 8, 1)},
-    90: BACKWARD_Q[90] | {32: (64, 64, 4, 1), 64: (64, 64, 4, 1)},
-}
+BACKWARD_KV = BACKWARD_Q | {"fma": BACKWARD_Q["fma"] | {64: (32, 32, 8, 1)}}
 
 
 # Forward on tensor cores, head_dim <= 64, where no sequence is longer than this: one block of keys.
-SHORT = {64: (64, 64, 4, 1), 128: (128, 128, 8, 1)}
+# On 90 two blocks of 64 were faster than one of 128.
+SHORT = {"mma": {64: (64, 64, 4, 1), 128: (128, 128, 8, 1)}, 90: {64: (64, 64, 4, 1)}}
 # Backward likewise, where no sequence has more queries or keys: one kernel (attention_short.py).
-BACKWARD_SHORT = {64: (64, 64, 4, 1), 128: (128, 64, 8, 1)}
+BACKWARD_SHORT = {
+    "mma": {64: (64, 64, 4, 1), 128: (128, 64, 8, 1)},
+    90: {64: (64, 64, 4, 1), 128: (128, 64, 8, 2)},
+}
 
 
 # With a position bias, which takes registers: in the same form, and found in the same way. (Causal,
@@ -50,7 +52,7 @@ BACKWARD_BIASED = {
     90: {32: (64, 64, 4, 1), 64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (16, 32, 8, 1)},
     100: {32: (64, 64, 8, 1), 64: (64, 32, 8, 1), 128: (64, 32, 8, 1), 256: (16, 32, 8, 1)},
 }
-SHORT_BIASED = {64: (64, 64, 4, 1)}
+SHORT_BIASED = {"mma": {64: (64, 64, 4, 1)}}
 # kernel -> its table without and with a position bias
 TABLES = {
     "forward": (FORWARD, FORWARD_BIASED),
@@ -71,8 +73,8 @@ def _settings(kernel, biased, head_dim, dtype, chip, longest):
     block_d = max(32, power_of_2(head_dim))
     fma = dtype == torch.float32 or chip < 80  # Triton has no tensor-core instruction for 7.5
     short = {"forward": SHORT_BIASED if biased else SHORT, "backward_short": BACKWARD_SHORT}
-    if not fma and block_d <= 64:
-        for most, entry in short.get(kernel, {}).items():
+    if not fma and block_d <= 64 and kernel in short:
+        for most, entry in short[kernel].get(chip, short[kernel]["mma"]).items():
             if longest <= most:
                 return block_d, entry
     if kernel == "backward_short":
