@@ -110,6 +110,20 @@ def test_every_schedule_gives_the_same_bits(monkeypatch, dtype):
 
 
 @needs_host
+def test_every_schedule_of_programs_sums_all_rows(monkeypatch):
+    """As many programs as a GPU has, of which some have no rows, and few."""
+    from bert_fast.backends import cuda
+
+    x, dout = torch.randn(2, 150, 24)
+    bias = torch.zeros(24, requires_grad=True)
+    for programs in (1, 3, 16, 37, 300):
+        monkeypatch.setattr(cuda, "_programs", lambda device, n=programs: n)
+        (found,) = torch.autograd.grad(ops.gelu(x, bias, backend="cuda"), bias, dout)
+        (wanted,) = torch.autograd.grad(torch.nn.functional.gelu(x + bias), bias, dout)
+        torch.testing.assert_close(found, wanted)
+
+
+@needs_host
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_nothing_on_the_other_side(dtype):
     """Zeros, whatever was on its way to shared memory; over several schedules."""
