@@ -244,7 +244,6 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(AttentionForward a
         share[i] = 1.0f;
       }
     }
-    if (bias) warp_barrier();  // the rows have been read
     store_rows<T, kD>(s.total[m], share[0], share[1], q, local + 16 * m, os, tile.first);
   }
 }

@@ -265,13 +265,14 @@ __device__ __forceinline__ void add_table(float (&scores)[kM][kTiles][4], const 
 template <int kM, int kTiles>
 __device__ __forceinline__ void add_table(float (&)[kM][kTiles][4], const Block&, float) {}
 
-// A warp's 16 rows of accumulators to memory, by way of its own rows of shared memory, which nobody
-// may still be reading. kPaired: a lane's two rows lie side by side.
+// A warp's 16 rows of accumulators to memory, by way of its own rows of shared memory, which no other
+// warp may still be reading. kPaired: a lane's two rows lie side by side.
 template <class T, int kD, bool kPaired = false>
 __device__ __forceinline__ void store_rows(const float (&acc)[kD / 8][4], float scale0, float scale1,
                                            const Matrix<T, kD>& m, int row, const Side& s, int first) {
   const int lane = threadIdx.x % kWarp, pair = lane % 4 * 2;
   const Place<T, kD> mine(row + (kPaired ? lane / 4 * 2 : lane / 4), 0);
+  warp_barrier();  // all lanes have read what was there
 #pragma unroll
   for (int n = 0; n < kD / 8; ++n) {
     const uint32_t top = pack_pair<T>(acc[n][0] * scale0, acc[n][1] * scale0);

@@ -102,23 +102,28 @@ APART = 2**30 + 16
 
 @pytest.fixture
 def apart(tmp_path):
-    """apart(a packed tensor): the same numbers, in rows that are far apart."""
-    files = []
+    """apart(a packed tensor): the same numbers, in rows that are far apart; of up to 16 tensors
+    side by side in one memory, of 4 GB."""
+    file, made = tmp_path / "rows", []
 
     def spread(tensor):
-        bytes_ = (2 * APART + tensor[0].numel()) * tensor.element_size()
-        if tensor.device.type == "cpu":
-            files.append(tmp_path / str(len(files)))
-            storage = torch.UntypedStorage.from_file(str(files[-1]), True, bytes_)
-            flat = torch.tensor([], dtype=tensor.dtype).set_(storage)
+        width = 64  # a row's, and what is left to the next tensor's
+        assert len(made) < 16
+        assert tensor[0].numel() < width
+        size = 2 * APART + 16 * width
+        if not made and tensor.device.type == "cpu":
+            bytes_ = size * tensor.element_size()
+            storage = torch.UntypedStorage.from_file(str(file), True, bytes_)
+            made.append(torch.tensor([], dtype=tensor.dtype).set_(storage))
+        elif not made:
+            made.append(torch.empty(size, dtype=tensor.dtype))
         else:
-            flat = torch.empty(bytes_ // tensor.element_size(), dtype=tensor.dtype)
-        wide = flat.as_strided(tensor.shape, (APART, *tensor.stride()[1:]))
-        return wide.copy_(tensor)
+            made.append(made[0])
+        strides = APART, *tensor.stride()[1:]
+        return made[0].as_strided(tensor.shape, strides, width * (len(made) - 1)).copy_(tensor)
 
     yield spread
-    for file in files:
-        file.unlink()
+    file.unlink(missing_ok=True)
 
 
 def test_rows_past_two_to_the_31_elements(backend, apart):
