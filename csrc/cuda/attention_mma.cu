@@ -13,7 +13,8 @@ template <int kD>
 constexpr int kStages = kD <= 128 ? 2 : 1;
 
 // Rows beyond the last whole tile of keys, and those that causal hides in part, go by so many.
-constexpr int kTail = 32;
+template <int kKeys>
+constexpr int kTail = kKeys < 32 ? kKeys : 32;
 
 // Scores may pass the maximum that the weights are taken against by so many powers of two before the
 // sums are rescaled: they then stay within fp16, and rows whose maximum creeps up cost nothing.
@@ -28,9 +29,9 @@ struct Sums {
 };
 
 // Softmax's sums over kTiles * 8 keys, from their scores; leaves the weights in their place.
-template <bool kMasked, bool kDrop, int kD, int kM, int kTiles>
+template <bool kMasked, bool kDrop, int kD, int kM, int kTiles, class Draws>
 __device__ __forceinline__ void weigh(float (&scores)[kM][kTiles][4], Sums<kD, kM>& s, const Block& b,
-                                      float c, const Dropout& drop, const PhiloxKeys& draw, bool kept) {
+                                      float c, const Dropout& drop, const Draws& draw, bool kept) {
   float tops[2 * kM];
   bool grows = false;
 #pragma unroll
@@ -76,7 +77,7 @@ __device__ __forceinline__ void weigh(float (&scores)[kM][kTiles][4], Sums<kD, k
   for (int r = 0; r < 2 * kM; ++r) {
 #pragma unroll
     for (int n = 0; n < kTiles; n += 2) {
-      const Words w = philox(draw, static_cast<unsigned>(b.key) / 4 + n * 2, b.query + 8 * r, b.head, b.sequence);
+      const Words w = draw(static_cast<unsigned>(b.key) / 4 + n * 2, b.query + 8 * r, b.head, b.sequence);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         float& weight = scores[r / 2][n + j / 2][r % 2 * 2 + j % 2];
@@ -134,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(AttentionForward a
                       columns = place_of_columns<T, kD>();
   const Scale scale(a.scale);
   const float sign = scale.sign, c = scale.c;
-  const PhiloxKeys draw = keys_of<kDrop, kD <= 64>(drop);
+  const Draw<kDrop, kD <= 64> draw(drop);
   // Keys that some query of the CTA sees, of the warp sees, and that all of the warp's queries see.
   const int ahead = k_length - tile.length;
   int last = k_length, warp_last = k_length, whole = k_length;
@@ -184,12 +185,12 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(AttentionForward a
   for (int first = 0, stage = 0; first < last; first += kKeys) {
     const bool more = first + kKeys < last;
     if (kPipeline == 2 && more) load_keys(stage ^ 1);
-    if (kKeys > kTail && first + kKeys <= whole) {
+    if (kKeys > kTail<kKeys> && first + kKeys <= whole) {
       step(std::integral_constant<int, kKeys>(), std::false_type(), stage, 0, first);
     } else {
 #pragma unroll 1
-      for (int offset = 0; offset < kKeys && first + offset < warp_last; offset += kTail) {
-        step(std::integral_constant<int, kTail>(), std::true_type(), stage, offset, first);
+      for (int offset = 0; offset < kKeys && first + offset < warp_last; offset += kTail<kKeys>) {
+        step(std::integral_constant<int, kTail<kKeys>>(), std::true_type(), stage, offset, first);
       }
     }
     if (!more) break;
@@ -264,13 +265,15 @@ bool run_kernel(const AttentionForward& a, const Dropout& drop, const Call& call
   return true;
 }
 
-// With a table, dropout is decided in the kernel, and a warp has 16 rows: registers are scarce.
+// With a table, dropout is decided in the kernel. With either a warp has 16 rows, and of wide heads 16
+// keys at a time: registers are scarce.
 template <class T, int kD, int kKeys, int kM, int kTeam = kThreads>
 bool run_forward(const AttentionForward& a, const Dropout& drop, const Call& call) {
+  constexpr int kFewer = kD > 128 ? 16 : kKeys;
   if constexpr (kD <= kWidestBiased) {
     if (call.table.data) return run_kernel<T, kD, kKeys, 1, kTeam, true>(a, drop, call, call.table);
   }
-  if (drop.seed) return run_kernel<T, kD, kKeys, 1, kTeam, true>(a, drop, call);
+  if (drop.seed) return run_kernel<T, kD, kFewer, 1, kTeam, true>(a, drop, call);
   return run_kernel<T, kD, kKeys, kM, kTeam, false>(a, drop, call);
 }
 

@@ -15,6 +15,15 @@ namespace {
 
 constexpr int kWarps = 4, kThreads = kWarps * kWarp;
 
+// Turing's copies pass through registers: few at a time, and little else is kept in them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kInFlight = 2;
+constexpr bool kPins = false;
+#else
+constexpr int kInFlight = 16;
+constexpr bool kPins = true;
+#endif
+
 // Rows of kD elements in shared memory. The chunks of 8 are twisted by row, so that ldmatrix meets no
 // bank conflict over eight rows side by side, and none over the eight that `key_of` picks of 16.
 template <class T, int kD>
@@ -41,8 +50,7 @@ struct Place {
   unsigned row, chunk;  // in elements
   __device__ __forceinline__ Place(unsigned first, unsigned c)
       : row(first * kD), chunk((c ^ Matrix<T, kD>::twist(first)) * 8) {
-    keep(row);
-    keep(chunk);
+    if constexpr (kPins) keep(row), keep(chunk);
   }
   // `rows` on, which have no bit in common with the first, and chunk c ^ `chunks`.
   __device__ __forceinline__ T* at(const Matrix<T, kD>& m, unsigned rows, unsigned chunks) const {
@@ -121,7 +129,7 @@ struct Loader {
   // The next tile. To be committed and waited for.
   __device__ __forceinline__ void load(const Matrix<T, kD>& to) {
     if (wide) {
-#pragma unroll
+#pragma unroll kInFlight
       for (unsigned i = 0; i < kCount / kStep; ++i) {
         copy_async_16(place.at(to, i * kStep, 0), from, static_cast<int>(i * kStep) < left);
         from += step;
@@ -300,16 +308,28 @@ __device__ __forceinline__ void store_rows(const float (&acc)[kD / 8][4], float 
   }
 }
 
-// Philox's keys; kPinned: they stay in registers.
+// Philox's keys: in registers all along, or (not kPinned) found at each draw, where there are none left.
 template <bool kDrop, bool kPinned>
-__device__ __forceinline__ PhiloxKeys keys_of(const Dropout& drop) {
-  PhiloxKeys draw = philox_keys(kDrop && drop.seed ? *drop.seed : 0);
-  if constexpr (kDrop && kPinned) {
+struct Draw {
+  uint32_t low, high;  // of the seed
+  PhiloxKeys pinned;
+  explicit __device__ __forceinline__ Draw(const Dropout& drop) {
+    const uint64_t seed = kDrop && drop.seed ? *drop.seed : 0;
+    low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(seed >> 32);
+    pinned = philox_keys(seed);
+    if constexpr (kDrop && kPinned && kPins) {
 #pragma unroll
-    for (uint32_t& word : draw.words) keep(word);
+      for (uint32_t& word : pinned.words) keep(word);
+    }
   }
-  return draw;
-}
+  __device__ __forceinline__ Words operator()(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) const {
+    if constexpr (kPinned) return philox(pinned, c0, c1, c2, c3);
+    uint32_t words[2] = {low, high};
+    keep(words[0]);
+    keep(words[1]);
+    return philox(static_cast<uint64_t>(words[1]) << 32 | words[0], c0, c1, c2, c3);
+  }
+};
 
 // The scale by its sign, which one operand is multiplied by, and its size, in base 2: so the greatest
 // product is the greatest score, and -inf stays what hides one.
