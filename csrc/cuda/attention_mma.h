@@ -362,11 +362,14 @@ void with_table(const Table& table, const Run& run) {
   else run();
 }
 
+inline bool is_turing(int device) {
+  return device_attribute(cudaDevAttrComputeCapabilityMajor, device) < 8;
+}
+
 // Whether the chip has tensor cores for T and so much shared memory.
 template <class T>
 bool fits(size_t bytes, int device) {
-  const bool turing = device_attribute(cudaDevAttrComputeCapabilityMajor, device) < 8;
-  if (turing && std::is_same_v<T, bf16>) return false;
+  if (is_turing(device) && std::is_same_v<T, bf16>) return false;
   return bytes <= static_cast<size_t>(
                       device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
 }
