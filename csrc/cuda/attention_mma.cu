@@ -29,9 +29,9 @@ struct Sums {
 };
 
 // Softmax's sums over kTiles * 8 keys, from their scores; leaves the weights in their place.
-template <bool kMasked, bool kDrop, int kD, int kM, int kTiles, class Draws>
+template <bool kMasked, bool kDrop, int kD, int kM, int kTiles>
 __device__ __forceinline__ void weigh(float (&scores)[kM][kTiles][4], Sums<kD, kM>& s, const Block& b,
-                                      float c, const Dropout& drop, const Draws& draw, bool kept) {
+                                      float c, const Dropout& drop, const PhiloxKeys& draw, bool kept) {
   float tops[2 * kM];
   bool grows = false;
 #pragma unroll
@@ -77,7 +77,7 @@ __device__ __forceinline__ void weigh(float (&scores)[kM][kTiles][4], Sums<kD, k
   for (int r = 0; r < 2 * kM; ++r) {
 #pragma unroll
     for (int n = 0; n < kTiles; n += 2) {
-      const Words w = draw(static_cast<unsigned>(b.key) / 4 + n * 2, b.query + 8 * r, b.head, b.sequence);
+      const Words w = philox(draw, static_cast<unsigned>(b.key) / 4 + n * 2, b.query + 8 * r, b.head, b.sequence);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         float& weight = scores[r / 2][n + j / 2][r % 2 * 2 + j % 2];
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(AttentionForward a
                       columns = place_of_columns<T, kD>();
   const Scale scale(a.scale);
   const float sign = scale.sign, c = scale.c;
-  const Draw<kDrop, kD <= 64> draw(drop);
+  const PhiloxKeys draw = keys_of<kDrop, kD <= 64>(drop);
   // Keys that some query of the CTA sees, of the warp sees, and that all of the warp's queries see.
   const int ahead = k_length - tile.length;
   int last = k_length, warp_last = k_length, whole = k_length;

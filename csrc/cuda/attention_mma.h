@@ -308,28 +308,16 @@ __device__ __forceinline__ void store_rows(const float (&acc)[kD / 8][4], float 
   }
 }
 
-// Philox's keys: in registers all along, or (not kPinned) found at each draw, where there are none left.
+// Philox's keys; kPinned: they stay in registers.
 template <bool kDrop, bool kPinned>
-struct Draw {
-  uint32_t low, high;  // of the seed
-  PhiloxKeys pinned;
-  explicit __device__ __forceinline__ Draw(const Dropout& drop) {
-    const uint64_t seed = kDrop && drop.seed ? *drop.seed : 0;
-    low = static_cast<uint32_t>(seed), high = static_cast<uint32_t>(seed >> 32);
-    pinned = philox_keys(seed);
-    if constexpr (kDrop && kPinned && kPins) {
+__device__ __forceinline__ PhiloxKeys keys_of(const Dropout& drop) {
+  PhiloxKeys draw = philox_keys(kDrop && drop.seed ? *drop.seed : 0);
+  if constexpr (kDrop && kPinned && kPins) {
 #pragma unroll
-      for (uint32_t& word : pinned.words) keep(word);
-    }
+    for (uint32_t& word : draw.words) keep(word);
   }
-  __device__ __forceinline__ Words operator()(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) const {
-    if constexpr (kPinned) return philox(pinned, c0, c1, c2, c3);
-    uint32_t words[2] = {low, high};
-    keep(words[0]);
-    keep(words[1]);
-    return philox(static_cast<uint64_t>(words[1]) << 32 | words[0], c0, c1, c2, c3);
-  }
-};
+  return draw;
+}
 
 // The scale by its sign, which one operand is multiplied by, and its size, in base 2: so the greatest
 // product is the greatest score, and -inf stays what hides one.

@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, 2) dq_kernel(AttentionBackward a, Dr
                      columns = place_of_columns<T, kD>();
   const Scale scale(a.scale);
   const float sign = scale.sign, c = scale.c;
-  const Draw<kDrop, kD <= 64> draw(drop);
+  const PhiloxKeys draw = keys_of<kDrop, kD <= 64>(drop);
   const bool drops = kDrop && (!kHasTable || drop.seed);
   const int ahead = k_length - tile.length;
   int last = k_length, warp_last = k_length, whole = k_length;
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, 2) dq_kernel(AttentionBackward a, Dr
 #pragma unroll
       for (int n = 0; n < kTiles; n += 2) {
         Words w;
-        if (drops) w = draw(static_cast<unsigned>(b.key) / 4 + n * 2, b.query + 8 * r, head, tile.sequence);
+        if (drops) w = philox(draw, static_cast<unsigned>(b.key) / 4 + n * 2, b.query + 8 * r, head, tile.sequence);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           float& score = scores[0][n + j / 2][r * 2 + j % 2];
@@ -257,8 +257,8 @@ __device__ __forceinline__ void add_table_by_key(float (&)[1][kTiles][4], const 
 // What dropout keeps of 16 keys by kTiles * 8 queries. A lane has two keys, of the four of a draw, and
 // its neighbour of the next keys the other two: each draws for half of their queries. Bit 8 p + 4 j +
 // key of low, high: queries 16 p + j, and 2 + j, of the lane's.
-template <int kTiles, class Draws>
-__device__ __forceinline__ void draw_by_key(uint32_t& low, uint32_t& high, const Draws& draw,
+template <int kTiles>
+__device__ __forceinline__ void draw_by_key(uint32_t& low, uint32_t& high, const PhiloxKeys& draw,
                                             const Dropout& drop, const Block& b, int sequence) {
   const int odd = threadIdx.x / 4 % 2;
   uint32_t mine = 0;
@@ -266,7 +266,7 @@ __device__ __forceinline__ void draw_by_key(uint32_t& low, uint32_t& high, const
   for (int p = 0; p < kTiles / 2; ++p) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const Words w = draw(static_cast<unsigned>(b.key) / 4, b.query + 16 * p + 2 * odd + j,
+      const Words w = philox(draw, static_cast<unsigned>(b.key) / 4, b.query + 16 * p + 2 * odd + j,
                              b.head, sequence);
 #pragma unroll
       for (int i = 0; i < 4; ++i) mine |= static_cast<uint32_t>(w.w[i] >= drop.cut) << (8 * p + 4 * j + i);
@@ -343,7 +343,7 @@ __global__ void __launch_bounds__(kThreads, 2) dkv_kernel(AttentionBackward a, D
   const Place<T, kD> rows = place_of_rows<T, kD>(), columns = place_of_columns<T, kD>();
   const Scale scale(a.scale);
   const float sign = scale.sign, c = scale.c;
-  const Draw<kDrop, kD <= 64> draw(drop);
+  const PhiloxKeys draw = keys_of<kDrop, kD <= 64>(drop);
   const bool drops = kDrop && (!kHasTable || drop.seed);
   const int mine[2] = {first_key + (kDrop ? lane / 4 * 2 : lane / 4), first_key + (kDrop ? lane / 4 * 2 + 1 : lane / 4 + 8)};
   float dk[1][kWantsDk ? kD / 8 : 1][4] = {}, dv[1][kWantsDv ? kD / 8 : 1][4] = {};
