@@ -13,7 +13,8 @@ template <int kD>
 constexpr int kStages = kD <= 128 ? 2 : 1;
 
 // Rows beyond the last whole tile of keys, and those that causal hides in part, go by so many.
-constexpr int kTail = 32;
+template <int kKeys>
+constexpr int kTail = kKeys < 32 ? kKeys : 32;
 
 // Scores may pass the maximum that the weights are taken against by so many powers of two before the
 // sums are rescaled: they then stay within fp16, and rows whose maximum creeps up cost nothing.
@@ -184,12 +185,12 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(AttentionForward a
   for (int first = 0, stage = 0; first < last; first += kKeys) {
     const bool more = first + kKeys < last;
     if (kPipeline == 2 && more) load_keys(stage ^ 1);
-    if (kKeys > kTail && first + kKeys <= whole) {
+    if (kKeys > kTail<kKeys> && first + kKeys <= whole) {
       step(std::integral_constant<int, kKeys>(), std::false_type(), stage, 0, first);
     } else {
 #pragma unroll 1
-      for (int offset = 0; offset < kKeys && first + offset < warp_last; offset += kTail) {
-        step(std::integral_constant<int, kTail>(), std::true_type(), stage, offset, first);
+      for (int offset = 0; offset < kKeys && first + offset < warp_last; offset += kTail<kKeys>) {
+        step(std::integral_constant<int, kTail<kKeys>>(), std::true_type(), stage, offset, first);
       }
     }
     if (!more) break;
@@ -263,13 +264,15 @@ bool run_kernel(const AttentionForward& a, const Dropout& drop, const Call& call
   return true;
 }
 
-// With a table, dropout is decided in the kernel, and a warp has 16 rows: registers are scarce.
+// With a table, dropout is decided in the kernel. With either a warp has 16 rows, and of wide heads 16
+// keys at a time: registers are scarce.
 template <class T, int kD, int kKeys, int kM, int kTeam = kThreads>
 bool run_forward(const AttentionForward& a, const Dropout& drop, const Call& call) {
+  constexpr int kFewer = kD > 128 ? 16 : kKeys;
   if constexpr (kD <= kWidestBiased) {
     if (call.table.data) return run_kernel<T, kD, kKeys, 1, kTeam, true>(a, drop, call, call.table);
   }
-  if (drop.seed) return run_kernel<T, kD, kKeys, 1, kTeam, true>(a, drop, call);
+  if (drop.seed) return run_kernel<T, kD, kFewer, 1, kTeam, true>(a, drop, call);
   return run_kernel<T, kD, kKeys, kM, kTeam, false>(a, drop, call);
 }
 

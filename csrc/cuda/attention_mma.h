@@ -15,6 +15,15 @@ namespace {
 
 constexpr int kWarps = 4, kThreads = kWarps * kWarp;
 
+// Turing's copies pass through registers: few at a time, and little else is kept in them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kInFlight = 2;
+constexpr bool kPins = false;
+#else
+constexpr int kInFlight = 16;
+constexpr bool kPins = true;
+#endif
+
 // Rows of kD elements in shared memory. The chunks of 8 are twisted by row, so that ldmatrix meets no
 // bank conflict over eight rows side by side, and none over the eight that `key_of` picks of 16.
 template <class T, int kD>
@@ -41,8 +50,7 @@ struct Place {
   unsigned row, chunk;  // in elements
   __device__ __forceinline__ Place(unsigned first, unsigned c)
       : row(first * kD), chunk((c ^ Matrix<T, kD>::twist(first)) * 8) {
-    keep(row);
-    keep(chunk);
+    if constexpr (kPins) keep(row), keep(chunk);
   }
   // `rows` on, which have no bit in common with the first, and chunk c ^ `chunks`.
   __device__ __forceinline__ T* at(const Matrix<T, kD>& m, unsigned rows, unsigned chunks) const {
@@ -121,7 +129,7 @@ struct Loader {
   // The next tile. To be committed and waited for.
   __device__ __forceinline__ void load(const Matrix<T, kD>& to) {
     if (wide) {
-#pragma unroll
+#pragma unroll kInFlight
       for (unsigned i = 0; i < kCount / kStep; ++i) {
         copy_async_16(place.at(to, i * kStep, 0), from, static_cast<int>(i * kStep) < left);
         from += step;
@@ -305,7 +313,7 @@ __device__ __forceinline__ void store_rows(const float (&acc)[kD / 8][4], float 
 template <bool kDrop, bool kPinned>
 __device__ __forceinline__ PhiloxKeys keys_of(const Dropout& drop) {
   PhiloxKeys draw = philox_keys(kDrop && drop.seed ? *drop.seed : 0);
-  if constexpr (kDrop && kPinned) {
+  if constexpr (kDrop && kPinned && kPins) {
 #pragma unroll
     for (uint32_t& word : draw.words) keep(word);
   }
@@ -343,11 +351,14 @@ void with_table(const Table& table, const Run& run) {
   else run();
 }
 
+inline bool is_turing(int device) {
+  return device_attribute(cudaDevAttrComputeCapabilityMajor, device) < 8;
+}
+
 // Whether the chip has tensor cores for T and so much shared memory.
 template <class T>
 bool fits(size_t bytes, int device) {
-  const bool turing = device_attribute(cudaDevAttrComputeCapabilityMajor, device) < 8;
-  if (turing && std::is_same_v<T, bf16>) return false;
+  if (is_turing(device) && std::is_same_v<T, bf16>) return false;
   return bytes <= static_cast<size_t>(
                       device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
 }

@@ -285,6 +285,7 @@ __global__ void __launch_bounds__(kThreads, 2) dkv_kernel(AttentionBackward a, D
   constexpr bool kHasTable = sizeof...(Bias) > 0, kHeld = kD <= 64;
   constexpr int kQueries = kOther<kD, kTakenOfDkv<kHasTable, kDrop>>, kPipeline = kStages<kD>;
   constexpr int kValues = (kDrop ? 3 : 2) * kQueries;  // of a tile: shifts, starts, deltas
+  if constexpr (!kPins && kD > 64 && kWantsDk && kWantsDv) return;  // see run_kernels
   const int batch = static_cast<int>(a.batch), head = blockIdx.y;
   const Tile tile = find_tile(blockIdx.x, a.cu_k, batch, static_cast<int>(a.total_k), kRows);
   if (tile.first >= tile.length) return;
@@ -485,8 +486,12 @@ bool run_kernels(const AttentionBackward& a, const Dropout& drop, const Call& ca
   };
   run(dq_kernel<T, kD, kDrop, Bias...>, a.total_q, kDqBytes);
   if constexpr (kD <= 128) {
-    run(dkv_kernel<T, kD, true, true, kDrop, Bias...>, a.total_k, kDkvBytes);
-  } else {
+    if (kD <= 64 || !is_turing(call.device)) {
+      run(dkv_kernel<T, kD, true, true, kDrop, Bias...>, a.total_k, kDkvBytes);
+      return true;
+    }
+  }
+  if constexpr (kD > 64) {  // Turing has no registers for both, nor has any chip for the widest
     run(dkv_kernel<T, kD, true, false, kDrop, Bias...>, a.total_k, kDkvBytes);
     run(dkv_kernel<T, kD, false, true, kDrop, Bias...>, a.total_k, kDkvBytes);
   }

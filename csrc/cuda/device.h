@@ -340,7 +340,7 @@ __device__ __forceinline__ Words philox(uint64_t seed, uint32_t c0, uint32_t c1,
   return philox(philox_keys(seed), c0, c1, c2, c3);
 }
 
-// The same, of a value that nvcc then keeps in its register rather than find it anew.
+// A value that nvcc then neither finds anew nor knows anything about, so nor what follows from it.
 __device__ __forceinline__ void keep(uint32_t& value) {
 #ifndef BERT_FAST_HOST
   asm volatile("" : "+r"(value));
