@@ -29,10 +29,18 @@ BACKWARD_KV = BACKWARD_Q | {
 }
 
 
+# On 9.0 with dropout, or with dropout and a projection's bias, which take registers.
+FORWARD_DROPOUT = {32: (128, 64, 8, 1), 64: (128, 64, 8, 1)}
+FORWARD_DROPOUT_BIASED = {64: (64, 64, 8, 2)}
+BACKWARD_KV_DROPOUT_BIAS = {64: (128, 64, 8, 1)}
+
+
 # Forward on tensor cores, head_dim <= 64, where no sequence is longer than this: one block of keys.
+# (With dropout 128 keys take too many registers.)
 SHORT = {64: (64, 64, 4, 1), 128: (128, 128, 8, 1)}
 # Backward likewise, where no sequence has more queries or keys: one kernel (attention_short.py).
-BACKWARD_SHORT = {64: (64, 64, 4, 1), 128: (128, 64, 8, 1)}
+BACKWARD_SHORT = {64: (64, 64, 4, 1), 128: (128, 32, 8, 1)}
+BACKWARD_SHORT_90 = {64: (64, 64, 4, 1), 128: (128, 64, 8, 1)}
 
 
 # With a position bias, which takes registers: in the same form, and found in the same way. (Causal,
@@ -40,7 +48,7 @@ BACKWARD_SHORT = {64: (64, 64, 4, 1), 128: (128, 64, 8, 1)}
 FORWARD_BIASED = {
     "fma": {32: (32, 32, 8, 2), 64: (16, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 16, 1)},
     "mma": {32: (32, 64, 4, 3), 64: (32, 32, 4, 3), 128: (32, 32, 8, 2), 256: (16, 32, 8, 1)},
-    90: {32: (64, 64, 4, 2), 64: (32, 64, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 4, 1)},
+    90: {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 4, 1)},
     100: {32: (64, 64, 8, 3), 64: (64, 64, 8, 3), 128: (64, 32, 8, 2), 256: (64, 32, 8, 1)},
 }
 BACKWARD_BIASED = {
@@ -59,18 +67,30 @@ TABLES = {
 }
 
 
-def settings(kernel, biased, head_dim, dtype, device, longest):
+def settings(kernel, biased, head_dim, dtype, device, longest, dropout, bias):
     """BLOCK_D and the entry for it, of the tables above; ``longest``: the most keys of a sequence,
-    or, for "backward_short", the most keys or queries, and None where that kernel is not meant."""
+    or, for "backward_short", the most keys or queries, and None where that kernel is not meant;
+    ``biased``: by position; ``bias``: the projections'."""
     block_d, chip = max(32, triton.next_power_of_2(head_dim)), capability(device)
     fma = dtype == torch.float32 or chip < 80  # Triton has no tensor-core instruction for 7.5
-    short = {"forward": SHORT_BIASED if biased else SHORT, "backward_short": BACKWARD_SHORT}
+    short = {
+        "forward": SHORT_BIASED if biased else SHORT,
+        "backward_short": BACKWARD_SHORT_90 if chip == 90 else BACKWARD_SHORT,
+    }
     if not fma and block_d <= 64:
         for most, entry in short.get(kernel, {}).items():
-            if longest <= most:
+            if longest <= most and not (kernel == "forward" and dropout and most > 64):
                 return block_d, entry
     if kernel == "backward_short":
         return block_d, None
+    if chip == 90 and not fma and dropout:
+        heavy = {
+            ("forward", False): FORWARD_DROPOUT,
+            ("forward", True): FORWARD_DROPOUT_BIASED,
+            ("backward_kv", False): BACKWARD_KV_DROPOUT_BIAS if bias else {},
+        }
+        if entry := heavy.get((kernel, biased), {}).get(block_d):
+            return block_d, entry
     table = TABLES[kernel][biased]
     return block_d, table["fma" if fma else chip if chip in table else "mma"][block_d]
 
