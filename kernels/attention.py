@@ -9,7 +9,14 @@ O = (P * Z) V, for each row:
 
 (Dao et al. 2022, appendix B.2). Forward keeps O and lse, the log-sum-exp of a row of S; backward
 recomputes P = exp(S - lse), draws the mask again, and is deterministic: one kernel owns a tile of
-queries and makes dQ, another owns a tile of keys and makes dK and dV; attention_table.py has dB.
+queries and makes dQ, another owns a tile of keys and makes dK and dV; attention_short.py makes all
+three where a sequence's queries are one tile, attention_table.py has dB.
+
+**What a loop need not do.** Whole tiles need no mask: loops go over those, then the others. The
+scale is part of the exponent: exp2(c s - max(c s)) is one multiplication and addition. Of the
+projections' biases k's adds the same to all scores of a row, so it is part of lse alone; v's adds
+the same to all that P sums, so it comes after the loop, times the sum of what dropout keeps. In
+backward v's adds dO bias_v to all of a row's dP. A program adds q's to its queries.
 
 **No program for padding.** Tiles of BLOCK rows are numbered so that sequence s owns those from
 cu[s] // BLOCK + s: a program finds its sequence by a search in cu_seqlens, with no table to build
@@ -307,7 +314,9 @@ def attention_forward(
     lse = torch.empty(heads, total_q, dtype=torch.float32, device=q.device)
     batch = cu_q.numel() - 1
     biased = position_bias is not None
-    block_d, entry = settings("forward", biased, head_dim, q.dtype, q.device, max_k)
+    block_d, entry = settings(
+        "forward", biased, head_dim, q.dtype, q.device, max_k, dropout_p > 0, bias is not None
+    )
     table, *table_size = _table_or(position_bias, q)
 
     def launch(chosen):
@@ -337,7 +346,8 @@ def attention_backward(
     (total_q, heads, head_dim), total_k = q.shape, k.shape[0]
     batch = cu_q.numel() - 1
     kind = position_bias is not None, head_dim, q.dtype, q.device
-    block_d, short = settings("backward_short", *kind, max(max_q, max_k))
+    given = dropout_p > 0, bias is not None
+    block_d, short = settings("backward_short", *kind, max(max_q, max_k), *given)
     common = _common(q, bias, position_bias, causal, dropout_p) | {"BLOCK_D": block_d}
     search = functools.partial(
         candidates, q, max_k, causal, bias, position_bias, dropout_p, tiles=2
@@ -365,7 +375,7 @@ def attention_backward(
     work = lse.new_empty(3, *lse.shape)
     inputs, numbers = (dout, q, k, v, bias, table), (heads, *table_size, *dropout)
     entries = {
-        name: settings(name, *kind, max_k)[1]
+        name: settings(name, *kind, max_k, *given)[1]
         for name in ("backward_q", "backward_kv", "backward_table")
     }
     # What dropout keeps is drawn once and stored, where it is no more than twice the size of q.

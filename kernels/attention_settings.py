@@ -28,12 +28,17 @@ BACKWARD_Q = {
 BACKWARD_KV = BACKWARD_Q | {"fma": BACKWARD_Q["fma"] | {64: (32, 32, 8, 1)}}
 
 
+# On 9.0 with dropout beside a position bias, or beside a projection's, which take registers.
+FORWARD_DROPOUT_BIASED = {64: (64, 64, 8, 2)}
+BACKWARD_KV_DROPOUT_BIAS = {64: (128, 64, 8, 1)}
+
+
 # Forward on tensor cores, head_dim <= 64, where no sequence is longer than this: one block of keys.
-# On 90 two blocks of 64 were faster than one of 128.
+# (With dropout 128 keys take too many registers; on 90 two blocks of 64 were faster.)
 SHORT = {"mma": {64: (64, 64, 4, 1), 128: (128, 128, 8, 1)}, 90: {64: (64, 64, 4, 1)}}
 # Backward likewise, where no sequence has more queries or keys: one kernel (attention_short.py).
 BACKWARD_SHORT = {
-    "mma": {64: (64, 64, 4, 1), 128: (128, 64, 8, 1)},
+    "mma": {64: (64, 64, 4, 1), 128: (128, 32, 8, 1)},
     90: {64: (64, 64, 4, 1), 128: (128, 64, 8, 2)},
 }
 
@@ -43,7 +48,7 @@ BACKWARD_SHORT = {
 FORWARD_BIASED = {
     "fma": {32: (32, 32, 8, 2), 64: (16, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 16, 1)},
     "mma": {32: (32, 64, 4, 3), 64: (32, 32, 4, 3), 128: (32, 32, 8, 2), 256: (16, 32, 8, 1)},
-    90: {32: (64, 64, 4, 2), 64: (32, 64, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 4, 1)},
+    90: {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 4, 1)},
     100: {32: (64, 64, 8, 3), 64: (64, 64, 8, 3), 128: (64, 32, 8, 2), 256: (64, 32, 8, 1)},
 }
 BACKWARD_BIASED = {
@@ -62,23 +67,31 @@ TABLES = {
 }
 
 
-def settings(kernel, biased, head_dim, dtype, device, longest):
+def settings(kernel, biased, head_dim, dtype, device, longest, dropout, bias):
     """BLOCK_D and the entry for it, of the tables above; ``longest``: the most keys of a sequence,
-    or, for "backward_short", the most keys or queries, and None where that kernel is not meant."""
-    return _settings(kernel, biased, head_dim, dtype, capability(device), longest)
+    or, for "backward_short", the most keys or queries, and None where that kernel is not meant;
+    ``biased``: by position; ``bias``: the projections'."""
+    return _settings(kernel, biased, head_dim, dtype, capability(device), longest, dropout, bias)
 
 
 @functools.lru_cache(4096)
-def _settings(kernel, biased, head_dim, dtype, chip, longest):
+def _settings(kernel, biased, head_dim, dtype, chip, longest, dropout, bias):
     block_d = max(32, power_of_2(head_dim))
     fma = dtype == torch.float32 or chip < 80  # Triton has no tensor-core instruction for 7.5
     short = {"forward": SHORT_BIASED if biased else SHORT, "backward_short": BACKWARD_SHORT}
     if not fma and block_d <= 64 and kernel in short:
         for most, entry in short[kernel].get(chip, short[kernel]["mma"]).items():
-            if longest <= most:
+            if longest <= most and not (kernel == "forward" and dropout and most > 64):
                 return block_d, entry
     if kernel == "backward_short":
         return block_d, None
+    if chip == 90 and not fma and dropout:
+        heavy = {
+            ("forward", True): FORWARD_DROPOUT_BIASED,
+            ("backward_kv", False): BACKWARD_KV_DROPOUT_BIAS if bias else {},
+        }
+        if entry := heavy.get((kernel, biased), {}).get(block_d):
+            return block_d, entry
     table = TABLES[kernel][biased]
     return block_d, table["fma" if fma else chip if chip in table else "mma"][block_d]
 
