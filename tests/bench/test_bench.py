@@ -382,7 +382,7 @@ def test_results_become_the_readmes_tables(tmp_path):
     shown = tables(tmp_path)
     assert "| w | 1.500 | `bert_fast` | 60% | 3.000 | `torch.nn.functional` | 2.00 |" in shown
     assert "| w | no kernel of ours |  |  | 3.000 | `torch.nn.functional` |  |" in shown
-    assert "D, driver 1, torch 2, triton None, today, commit None:" in shown
+    assert "D, driver 1, torch 2, triton None, today, commit None; attention:" in shown
     assert "Not measured on any GPU yet: `bert-fast bench model`, " in shown
 
 

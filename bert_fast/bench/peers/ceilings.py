@@ -43,8 +43,12 @@ class Gemms(Peer):
 
     def attention(self, work, inputs):
         """As many FLOPs in one product of a shape that suits the machine."""
-        side = 64 * max(1, round((work.flops / 2) ** (1 / 3) / 64))
-        return self._products(work, [(side, max(1, work.flops // (2 * side * side)), side)])
+
+        def whole(size):  # tensor cores want rows of whole 16 bytes
+            return 64 * max(1, round(size / 64))
+
+        side = whole((work.flops / 2) ** (1 / 3))
+        return self._products(work, [(side, whole(work.flops / (2 * side * side)), side)])
 
     def linear_gelu(self, work, inputs):
         shape = work.rows, work.width, work.out_width
