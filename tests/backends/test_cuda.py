@@ -17,7 +17,7 @@ from pathlib import Path
 import cuda_host
 import pytest
 import torch
-from conftest import NO_CUDA_HOST, assert_within, cu_seqlens
+from conftest import NO_CUDA_HOST, assert_within, cu_seqlens, some_of
 
 import bert_fast
 from bert_fast import _C, ops
@@ -203,8 +203,7 @@ FAULTS = [
     ("attention.cu", "(head * table.rows + row) * table.columns + column] = total",
      "(head + row) * table.columns + column] = total"),
     ("attention.h", "row * t.token + head * t.head", "row * t.head + head * t.token"),
-    ("attention.h", "if (cu[middle] / rows + middle <= tile)",
-     "if (cu[middle] / rows + middle < tile)"),
+    ("attention.h", "/ rows + at <= tile", "/ rows + at < tile"),
     ("attention_mma.h", "row = first + static_cast<int>(team_thread",
      "row = static_cast<int>(team_thread"),
     ("attention_mma.h", "static_cast<int>(i * kStep) < left);", "true);"),
@@ -303,8 +302,8 @@ def survives(number, file, text, folder):
 @needs_host
 @pytest.mark.full
 def test_planted_faults_are_caught(tmp_path, capsys):
-    """Of all of them at least 95%, and every survivor is named."""
-    faults = list(planted())
+    """Of those that are tried at least 95%, and every survivor is named."""
+    faults = some_of(planted())
     file = "gelu.cu"  # as it stands: what reports faults everywhere reports nothing
     assert survives("none", file, (ROOT / "csrc/cuda" / file).read_text("utf-8"), tmp_path)
     with ThreadPoolExecutor(2) as pool:
