@@ -79,9 +79,9 @@ MODULES = {
     "cuda": "bert_fast.backends.cuda",
 }
 
-# What `auto` tries, in order, by the tensors' device. Triton before CUDA C++, as an H100 measured it
-# (benchmarks/results/h100); by rule on other chips: the same, but on compute capability 7.5, where
-# Triton has no tensor-core path, the other way round.
+# What `auto` tries, in order, by the tensors' device: Triton before CUDA C++ (an H100 has
+# measured it: benchmarks/results/h100), by rule on other chips, too; but on compute capability 7.5,
+# where Triton has no tensor-core path, the other way round.
 AUTO = _Table({"cpu": ("cpu", "eager"), "cuda": ("triton", "cuda", "eager")})
 # Ops that `auto` leaves alone but on these compute capabilities, each with the measurement that put
 # it there. linear_gelu has to beat cuBLAS followed by gelu, and no chip has been measured.

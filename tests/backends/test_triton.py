@@ -340,7 +340,7 @@ MUTANTS = [
      "(r < rows)[:, None] & (c < cols + 1)[None, :], 0.0)"),
     ("linear", "u, at = halves[i], col + i * HALF", "u, at = halves[i], col"),
     ("linear", "at = partials + row_tile.to(tl.int64) * out_width + c", "at = partials + c"),
-    ("linear", "dz = dy.to(tl.float32) * gelu_gradient(u, TANH)", "dz = dy.to(tl.float32)"),
+    ("linear", "* gelu_gradient(u, TANH, tl.float32)", ""),
     ("embedding", "s += _row_of(position, position_ids,", "s += _row_of(position, input_ids,"),
     ("embedding", "table + i[:, None] * width + col", "table + i[:, None] * (width - 1) + col"),
     ("common", "inside = (row < count)", "inside = (row < count - 1)"),
