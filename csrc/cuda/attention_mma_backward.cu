@@ -20,7 +20,7 @@ constexpr int kOther = kD <= 64 ? (kTaken ? 32 : 64) : kD <= 128 && kTaken < kMa
 template <bool kHasTable>
 constexpr Taken kTakenOfDq = kHasTable ? kSome : kNone;
 template <bool kHasTable, bool kDrop>
-constexpr Taken kTakenOfDkv = kHasTable ? kMany : kDrop ? kSome : kNone;
+constexpr Taken kTakenOfDkv = kHasTable || kDrop ? kMany : kNone;
 // How many tiles of the other side are in shared memory, of which Turing has 64 KiB.
 template <int kD>
 constexpr int kStages = kD <= 64 ? 2 : 1;
@@ -284,7 +284,8 @@ __global__ void __launch_bounds__(kThreads, 2) dkv_kernel(AttentionBackward a, D
                                                        RowValues values, int wide, Bias... table) {
   constexpr bool kHasTable = sizeof...(Bias) > 0, kHeld = kD <= 64;
   constexpr int kQueries = kOther<kD, kTakenOfDkv<kHasTable, kDrop>>, kPipeline = kStages<kD>;
-  constexpr int kValues = (kDrop ? 3 : 2) * kQueries;  // of a tile: shifts, starts, deltas
+  constexpr bool kShiftsAlone = kDrop && !kWantsDk;  // without dropout nvcc has registers for both
+  constexpr int kValues = (kShiftsAlone ? 1 : kDrop ? 3 : 2) * kQueries;  // shifts, starts, deltas
   if constexpr (!kPins && kD > 64 && kWantsDk && kWantsDv) return;  // see run_kernels
   const int batch = static_cast<int>(a.batch), head = blockIdx.y;
   const Tile tile = find_tile(blockIdx.x, a.cu_k, batch, static_cast<int>(a.total_k), kRows);
@@ -320,7 +321,8 @@ __global__ void __launch_bounds__(kThreads, 2) dkv_kernel(AttentionBackward a, D
 #pragma unroll
   for (int j = 0; j < kFetches; ++j) {
     const int i = threadIdx.x + j * kThreads;
-    fetch_from[j] = values.shift - i / kQueries * a.num_heads * a.total_q + head * a.total_q + q_begin;
+    fetch_from[j] = values.shift - (kShiftsAlone ? 0 : i / kQueries) * a.num_heads * a.total_q +
+                    head * a.total_q + q_begin;
   }
   auto fetch = [&](int first) {
 #pragma unroll
@@ -381,7 +383,7 @@ __global__ void __launch_bounds__(kThreads, 2) dkv_kernel(AttentionBackward a, D
     for (int n = 0; n < kTiles; n += 2) {
       const Pack<float, 4> shift = load<Pack<float, 4>>(at + n * 8);
       Pack<float, 4> delta = {};
-      if (drops) delta = load<Pack<float, 4>>(at + 2 * kQueries + n * 8);
+      if (kWantsDk && drops) delta = load<Pack<float, 4>>(at + 2 * kQueries + n * 8);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int j = i / 4 * 2 + i % 2, half = i / 2 % 2;  // which of the lane's queries, and keys
