@@ -112,21 +112,23 @@ def fresh_seed(request):
     request.node.add_report_section("setup", "seed", f"BERT_FAST_TEST_SEED={seed}")
 
 
-def assert_within(ours, eager, truth, name=""):
+def assert_within(ours, eager, truth, name="", draws=None):
     """``ours`` errs little more than PyTorch (``eager``) in the same dtype, both measured against
     the float64 ``truth``: an output by a ratio of 2, gradients (further items of a list) by 3, the
     ratios of FlashAttention's own tests. They bound the root mean square, which is itself a draw
     where it is taken over few numbers: n of them widen it by 1 + 3 / sqrt(n), and very few by what
-    two such draws of the same errors differ by once in 100,000 (the F distribution). The largest
+    two such draws of the same errors differ by once in 100,000 (the F distribution); ``draws``: how
+    many of the numbers err by themselves, as the rows of an attention do, each of whose elements
+    errs as the row's sum of exponentials does. The largest
     error, a single draw at any n, gets twice the ratio. PyTorch's error counts as one rounding at
     least: on a lone key, say, its softmax is exact by chance."""
     if isinstance(ours, torch.Tensor):
         ours, eager, truth = [ours], [eager], [truth]
     for i, (o, e, t) in enumerate(zip(ours, eager, truth, strict=True)):
-        _assert_within(o, e, t, 2 if i == 0 else 3, f"{name}[{i}]")
+        _assert_within(o, e, t, 2 if i == 0 else 3, f"{name}[{i}]", draws or t.numel())
 
 
-def _assert_within(ours, eager, truth, ratio, name):
+def _assert_within(ours, eager, truth, ratio, name, n):
     assert ours.shape == truth.shape, f"{name}: {ours.shape} != {truth.shape}"
     assert ours.dtype == eager.dtype, f"{name}: {ours.dtype} != {eager.dtype}"
     infinite = truth.isinf()
@@ -135,7 +137,6 @@ def _assert_within(ours, eager, truth, ratio, name):
         return
     eps = torch.finfo(ours.dtype).eps
     ours, eager, truth = (t.double().masked_fill(infinite, 0) for t in (ours, eager, truth))
-    n = truth.numel()
     few = max(ratio * (1 + 3 / math.sqrt(n)), math.sqrt(fdtri(n, n, 1 - 1e-5)))
     for norm, what, factor in ((_rms, "rms", few), (_largest, "largest", max(2 * ratio, few))):
         error, allowed, floor = norm(ours - truth), norm(eager - truth), eps * norm(truth)

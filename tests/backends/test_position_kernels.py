@@ -55,7 +55,7 @@ def test_forward_and_backward(kernels, gradients, lengths, heads, head_dim, dtyp
     inputs = qkv, bias, table
     ours = gradients(run, inputs, dout, dtype)
     theirs = (gradients(eager, inputs, dout, dt) for dt in (dtype, torch.float64))
-    assert_within(ours, *theirs, name="out, dqkv, dbias, dtable")
+    assert_within(ours, *theirs, name="out, dqkv, dbias, dtable", draws=tokens * heads)
     assert not ours[3][:, longest:].any()
     assert not ours[3][:, :, longest:].any()
 
