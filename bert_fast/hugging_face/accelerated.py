@@ -55,20 +55,18 @@ def accelerate(
         model: any module that holds encoders of ``FAMILIES``: a model of transformers with or
             without a head, a SentenceTransformer. Its parameters, ``state_dict`` and files stay
             what they are; it can be trained and saved.
-        prepack: lay the linear weights out once for inference in float32 on the CPU, as
-            :meth:`bert_fast.BertModel.prepack` does and with its one condition: a few numbers
-            written through ``.data`` are not seen to change.
+        prepack: lay the linear weights out once for inference, in float32 on the CPU as
+            :meth:`bert_fast.BertModel.prepack` does; on a GPU the weights of queries, keys and
+            values side by side, for one product instead of three (a quarter of a layer's memory
+            again). What changes is laid out anew, but for what is written through ``.data``: on the
+            CPU a few numbers, on a GPU any between two calls without ``train()`` or ``eval()``.
         dtype: "float32", "bfloat16" or "int8": as ``prepack``, with the encoder's products in that
             precision in inference, as :meth:`bert_fast.BertModel.for_inference` has them; but the
             model keeps its weights, and computes with them where gradients are wanted.
         calibration: for int8: keyword arguments of calls of the encoder; as there.
 
     Returns:
-        ``model``. At padding it gives zeros where Hugging Face computes what nobody reads. On a GPU
-        it keeps a copy of the weights of queries, keys and values side by side, for inference: a
-        quarter of a layer's memory again. What PyTorch sees changing, and what is moved, replaced
-        or set to training and back, is copied anew; what is written through ``.data`` between two
-        calls in inference it does not see.
+        ``model``. At padding it gives zeros where Hugging Face computes what nobody reads.
 
     Calls that want attention weights, head masks, masks by pair of tokens, a cache or
     cross-attention run as before, and a warning says so once; so does a model that has hooks, or
@@ -328,6 +326,7 @@ class _LayerSettings:
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.approximate = GELU_APPROXIMATE[getattr(config, family.activation)]
         self.packed, self.how = {}, {}  # how: each product's precision and factors
+        self.prepacked = False
         self.changed()
 
     def changed(self):
@@ -339,6 +338,7 @@ class _LayerSettings:
             linear = layer.get_submodule(path)
             if is_plain(linear):
                 self.packed[path] = ops.pack_weight(linear.weight, *self.how.get(path, ()))
+        self.prepacked = True
         self.changed()
 
 
@@ -374,7 +374,7 @@ class _Layer(_Accelerated):
             padded_tail=packing.padded_tail, position_bias=run.position_bias,
             out=None if context is None else context.view(tokens, *heads),
         )  # fmt: skip
-        if (fused := parts.fused(x, run.where)) is not None:
+        if (fused := parts.fused(x, run.where, settings.prepacked)) is not None:
             context = ops.attention_qkv(
                 fused.view(tokens, 3, *heads), packing.cu_seqlens, **options
             )

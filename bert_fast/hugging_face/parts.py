@@ -10,6 +10,7 @@ from operator import is_
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bert_fast.hugging_face.precision import is_plain
 from bert_fast.models.blocks import Called, View
@@ -55,12 +56,12 @@ class Parts:
             self._six = six if plain else None
         return products
 
-    def fused(self, x, where):
-        """x [Wq; Wk; Wv]ᵀ + [bq; bk; bv], in one product: where the three lie together in memory,
-        and where nothing is learned of them by a copy that is kept until one of them is seen to
-        change: written to (but through ``.data``), replaced, put back into its place (peft merges
-        through ``.data``), or the layer moved or set to training or not. None where neither is so.
-        ``where``: of :func:`whereabouts`."""
+    def fused(self, x, where, keeps_copy):
+        """x [Wq; Wk; Wv]ᵀ + [bq; bk; bv], in one product: where the three lie together in memory;
+        and, with ``keeps_copy``, where nothing is learned of them by a copy that is kept until one
+        of them is seen to change: written to (but through ``.data``), by an optimizer's step,
+        replaced, put back into its place (peft merges through ``.data``), or the layer moved or set
+        to training or not. None where neither is so. ``where``: of :func:`whereabouts`."""
         six = self._six
         if where is None or six is None:
             return None
@@ -71,7 +72,7 @@ class Parts:
             as_one = Together.apply if learns else together
             bias = as_one(*biases) if lie_together(biases) else torch.cat(biases)
             return F.linear(x, as_one(*weights), bias)
-        if learns:
+        if learns or not keeps_copy:
             self._fused = None, None, None
             return None
         state = [where, places, [t._version for t in six], [t.requires_grad for t in six]]
@@ -98,13 +99,20 @@ def _notice_what_is_put_back(parts):
 
 @functools.cache
 def _said_to_torch():
-    """Once: torch tells of every module that becomes another's child."""
+    """Once: torch tells of every module that becomes another's child, and of every step of an
+    optimizer, of which fused ones write without a tensor's knowing."""
 
     def put_back(parent, name, child):
         if type(child) is nn.Linear and (found := _kept.get(child)) and (parts := found()):
             parts._fused = None, None, None
 
+    def stepped(optimizer, args, kwargs):
+        for found in list(_kept.values()):
+            if parts := found():
+                parts._fused = None, None, None
+
     nn.modules.module.register_module_module_registration_hook(put_back)
+    register_optimizer_step_post_hook(stepped)
 
 
 def probability(dropout):

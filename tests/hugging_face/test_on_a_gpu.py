@@ -57,10 +57,20 @@ def seen(monkeypatch):
     return seen
 
 
+def prepacked(model):
+    """Accelerated, with what prepack asks for on a GPU, and not on the CPU."""
+    bert_fast.accelerate(model)
+    for module in model.modules():
+        if isinstance(module, accelerated._Layer):
+            module._bert_fast.prepacked = True
+    return model
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family(seen, family):
+@pytest.mark.parametrize("made", [bert_fast.accelerate, prepacked])
+def test_every_family(seen, family, made):
     theirs = build(family)
-    ours = bert_fast.accelerate(copy.deepcopy(theirs))
+    ours = made(copy.deepcopy(theirs))
     inputs = batch()
     with torch.no_grad():
         found = ours(**inputs)[0]
@@ -79,13 +89,48 @@ def test_each_family_keeps_its_signature():
 
 
 def test_products_a_layer(seen):
-    ours, inputs = bert_fast.accelerate(bert()), batch()
-    for grad, products, with_bias in ((False, 4, 1), (True, 6, 3)):
-        seen.clear()
-        with torch.set_grad_enabled(grad):
-            ours(**inputs)
-        assert seen.products == products * 2
-        assert seen.with_bias == with_bias * 2
+    for made, least in ((bert_fast.accelerate, (6, 3)), (prepacked, (4, 1))):
+        ours, inputs = made(bert()), batch()
+        for grad, (products, with_bias) in ((False, least), (True, (6, 3))):
+            seen.clear()
+            with torch.set_grad_enabled(grad):
+                ours(**inputs)
+            assert seen.products == products * 2
+            assert seen.with_bias == with_bias * 2
+
+
+def by_an_optimizer(model):
+    """Fused, it writes without the weights' knowing; between two calls in inference."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5, fused=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+
+def as_a_moving_average(model):
+    """A teacher's weights, with no word to anybody."""
+    for parameter in model.parameters():
+        parameter.data.mul_(0.5).add_(0.01)
+
+
+@pytest.mark.parametrize(
+    ("made", "change"),
+    [
+        (prepacked, by_an_optimizer), (bert_fast.accelerate, by_an_optimizer),
+        (bert_fast.accelerate, as_a_moving_average),
+    ],
+)  # fmt: skip
+def test_what_no_weight_tells_of(seen, made, change):
+    theirs = bert()
+    ours, inputs = made(copy.deepcopy(theirs)), batch()
+    with torch.no_grad():
+        before = ours(**inputs)[0]
+        for model in (ours, theirs):
+            with torch.enable_grad():
+                change(model)
+        found = ours(**inputs)[0]
+        assert (found - before).abs().max() > 1e-3
+        same(found, theirs(**inputs)[0], inputs["attention_mask"])
 
 
 def query(model):
@@ -178,7 +223,7 @@ def test_a_change_after_accelerate_is_seen_by_the_next_call(seen, change, frozen
         if change is trained:
             pytest.skip("what is frozen is not trained")
         theirs.requires_grad_(False)
-    ours = bert_fast.accelerate(copy.deepcopy(theirs))
+    ours = prepacked(copy.deepcopy(theirs))
     inputs = batch()
     with torch.no_grad():
         before = ours(**inputs)[0]
@@ -198,7 +243,7 @@ def test_a_change_after_accelerate_is_seen_by_the_next_call(seen, change, frozen
 
 def test_the_copy_goes_with_the_model(seen):
     """And with what of it is replaced; a copy of the model has none, nor has what is saved."""
-    ours, inputs = bert_fast.accelerate(bert()), batch()
+    ours, inputs = prepacked(bert()), batch()
     with torch.no_grad():
         ours(**inputs)
         kept = [weakref.ref(p) for p in accelerated.kept_of(ours).values()]
@@ -215,7 +260,7 @@ def test_the_copy_goes_with_the_model(seen):
 
 def test_the_copy_is_made_once(seen):
     """sentence-transformers calls eval() before each batch."""
-    ours, inputs = bert_fast.accelerate(bert()), batch()
+    ours, inputs = prepacked(bert()), batch()
     with torch.no_grad():
         ours(**inputs)
         before = [parts._fused[1] for parts in accelerated.kept_of(ours).values()]
@@ -275,7 +320,7 @@ def check_together(theirs, ours, inputs):
 def test_under_autocast(seen, where):
     """The copy is in autocast's dtype there, and in the parameters' outside."""
     theirs = bert().requires_grad_(False)
-    ours = bert_fast.accelerate(copy.deepcopy(theirs))
+    ours = prepacked(copy.deepcopy(theirs))
     inputs = batch()
     exact = copy.deepcopy(theirs).double()(**inputs)[0]
     mask = inputs["attention_mask"].bool()
