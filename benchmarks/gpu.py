@@ -15,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -64,15 +65,16 @@ def run_parts(chosen, commands, out, limit):
     """Runs the chosen parts; returns name -> "ok", "failed", "out of time" or "not started", which
     summary.json also says, after every part."""
     begin, status = time.monotonic(), dict.fromkeys(chosen, "not started")
-    measurements = [name for name in chosen if name not in CHECKS]
+    measurements, writing = [name for name in chosen if name not in CHECKS], threading.Lock()
 
     def run(name):
         share = CHECKS_LIMIT if name in CHECKS and measurements else 1.0
         left = begin + share * limit - time.monotonic()
         if left > 0:
             status[name] = _run(commands[name], out / f"{name}.log", left)
-            summary = json.dumps(dict(status), indent=1) + "\n"
-            (out / "summary.json").write_text(summary, encoding="utf-8")
+            with writing:
+                summary = json.dumps(status, indent=1) + "\n"
+                (out / "summary.json").write_text(summary, encoding="utf-8")
         print(f"{name}: {status[name]}, {time.monotonic() - begin:.0f} s", flush=True)
 
     with ThreadPoolExecutor(len(CHECKS)) as pool:

@@ -13,9 +13,13 @@ import itertools
 
 import torch
 import triton
-from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+try:
+    from triton import knobs
+except ImportError:  # before 3.4
+    knobs = None
 
 _RUN = JITFunction.run
 _numbers = itertools.count()  # of readers: keys of two are never equal
@@ -40,6 +44,8 @@ def kernel(**options):
 @functools.cache
 def _as_known():
     """Whether this Triton launches as the module's own way assumes."""
+    if knobs is None:
+        return False
     try:
         source = " ".join(inspect.getsource(_RUN).split())
         hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
@@ -65,11 +71,12 @@ class Kernel(JITFunction):
         return functools.partial(self._launch, grid)
 
     def _launch(self, grid, *args, **constants):
-        runtime = knobs.runtime
         if (
-            JITFunction.run is not _RUN  # somebody looks on
+            knobs is None
+            or JITFunction.run is not _RUN  # somebody looks on
             or self.pre_run_hooks
-            or not (_is_idle(runtime.launch_enter_hook) and _is_idle(runtime.launch_exit_hook))
+            or not _is_idle(knobs.runtime.launch_enter_hook)
+            or not _is_idle(knobs.runtime.launch_exit_hook)
         ):
             return self.run(*args, grid=grid, warmup=False, **constants)
         try:

@@ -15,6 +15,7 @@ from bert_fast.models.graphs import positions
 from bert_fast.models.heads import BertForSequenceClassification
 from bert_fast.models.inference import Precision, encoder_of
 from bert_fast.models.packed_file import packed_alone
+from bert_fast.models.packing import places
 
 
 def load_backbone(directory, dtype=None, device="cpu", kind="AutoModel", calibration=None):
@@ -163,7 +164,7 @@ class Accelerated:
         out = self.model(ids, mask.long(), **options)
         if hasattr(out, "logits"):
             return out.logits
-        index = torch.nonzero_static(mask.reshape(-1), size=len(tokens)).squeeze(1)  # no wait
+        index = places(mask.reshape(-1), len(tokens))
         return out.last_hidden_state.flatten(0, 1).index_select(0, index)
 
     def around(self, numbers):

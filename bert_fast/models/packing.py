@@ -164,11 +164,20 @@ def look_at(mask):
     return real, offsets, count, longest
 
 
+def places(flat, count):
+    """Where the ``count`` true elements are, (count,) int64: without a wait for the device, where
+    torch can do that (on a GPU since 2.7)."""
+    try:
+        return torch.nonzero_static(flat, size=count).squeeze(1)
+    except NotImplementedError:
+        return flat.nonzero().squeeze(1)
+
+
 def _by_one_read(mask):
     real, offsets, count, longest = look_at(mask)
     (batch, seqlen), index = mask.shape, None
     if count < mask.numel():
-        index = torch.nonzero_static(real.reshape(-1), size=count).squeeze(1)
+        index = places(real.reshape(-1), count)
     return Packing(offsets, longest, index, batch, seqlen)
 
 

@@ -163,6 +163,7 @@ def _run_attention(
         cu_k.shape == cu_q.shape,
         lambda: f"cu_seqlens_k has {cu_k.numel() - 1} sequences, cu_seqlens {cu_q.numel() - 1}",
     )
+    dropout_p = float(dropout_p)
     seed = check_dropout(dropout_p, seed, q.device)
     scale = 1.0 / math.sqrt(head_dim) if softmax_scale is None else float(softmax_scale)
     check(math.isfinite(scale), lambda: f"softmax_scale must be finite, not {softmax_scale}")

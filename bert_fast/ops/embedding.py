@@ -63,6 +63,7 @@ def embedding_layer_norm(
             _check_packed_ids(name, tensor, input_ids, word.device)
     check_vector("weight", weight, word.shape[1])
     check_vector("bias", bias, word.shape[1])
+    eps = float(eps)
     needs_grad = needs_grad_of(word, position, token_type, weight, bias)
     device, width = word.device, word.shape[1]
     name = backends.choose("embedding_layer_norm", device, word.dtype, needs_grad, backend, width)

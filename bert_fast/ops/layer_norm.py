@@ -69,6 +69,7 @@ def layer_norm(
             residual is None or residual.shape == x.shape,
             lambda: f"residual must have x's shape {shape_of(x)}, not {shape_of(residual)}",
         )
+    eps, dropout_p = float(eps), float(dropout_p)
     seed = check_dropout(dropout_p, seed, x.device)
     needs_grad = needs_grad_of(x, weight, bias, residual, linear_bias)
     name = backends.choose("layer_norm", x.device, x.dtype, needs_grad, backend, width[0])

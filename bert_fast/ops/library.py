@@ -54,10 +54,28 @@ def call(name, needs_grad, *args):
 
 
 def call_backward(name, *args):
-    """:func:`call` of an op's gradient. It needs a gradient of its own where a graph of it is
-    wanted, which is refused."""
+    """:func:`call` of an op's gradient. Where a graph of it is wanted, whoever differentiates it is
+    refused: also where none of its arguments is known to need a gradient, for what was kept of the
+    op's inputs does not tell."""
+    graphed = torch.is_grad_enabled()
     tensors = (t for t in args if isinstance(t, Tensor))
-    return call(name, torch.is_grad_enabled() and needs_grad_of(*tensors), *args)
+    needs_grad = graphed and needs_grad_of(*tensors)
+    results = call(name, needs_grad, *args)
+    if graphed and not needs_grad and _nobody_looks_on(args):
+        return _Refusing.apply(torch.empty(0, requires_grad=True), *results)
+    return results
+
+
+class _Refusing(torch.autograd.Function):
+    """Its arguments but the first, which are refused a gradient."""
+
+    @staticmethod
+    def forward(ctx, anchor, *results):
+        return results
+
+    @staticmethod
+    def backward(ctx, *douts):
+        return _no_second_order(ctx)
 
 
 def _nobody_looks_on(args):
@@ -86,7 +104,12 @@ def register_autograd(name, backward, save):
         ctx.set_materialize_grads(False)  # zeros for every output, a kernel each
         return output
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    def given(ctx, *douts):
+        if douts[0] is None:  # by a function behind, in the place of zeros
+            return (None,) * len(ctx.needs_input_grad)
+        return backward(ctx, *douts)
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(given)}
     _functions[name] = type(f"bert_fast_{name}", (torch.autograd.Function,), methods)
 
 

@@ -120,6 +120,9 @@ other = (1,), (x, x, 5, 16, 0.5), {"ROWS": 32, "FLAG": True}
 Compiled.metadata.target.backend = "hip"
 found["another maker"] = [by_triton(*other), by_triton(*other)]
 found["again"] = by_triton(*this)
+known, launch.knobs = launch.knobs, None
+found["a Triton without knobs"] = by_triton(*this)
+launch.knobs = known
 launch._KNOWN, small._read = "kernel.run(in, another, way)", launch._unknown
 launch._as_known.cache_clear()
 found["another Triton"] = by_triton(*this)
@@ -150,5 +153,5 @@ def test_whoever_looks_on_sees_every_launch(tmp_path):
     assert answer(tmp_path, OBEYED) == {
         "first": True, "second": False, "hooks": [True, True], "unhooked": False,
         "pre-run hook": True, "onlooker": [[1]], "another maker": [True, True], "again": False,
-        "another Triton": True,
+        "a Triton without knobs": True, "another Triton": True,
     }  # fmt: skip

@@ -42,7 +42,7 @@ def test_parts_end_at_the_limit_and_keep_what_they_wrote(tmp_path, monkeypatch):
         "slow": python(stubborn + "print('partial', flush=True); time.sleep(60)"),
         "late": python("print('never')"),
     }
-    status = gpu.run_parts(list(commands), commands, tmp_path, limit=4)
+    status = gpu.run_parts(list(commands), commands, tmp_path, limit=12)
     assert status == {
         "good": "ok", "bad": "failed", "missing": "failed", "slow": "out of time",
         "late": "not started",
@@ -70,9 +70,10 @@ def test_checks_run_side_by_side_and_before_what_measures(tmp_path):
     assert status == {"op": "ok", "test": "ok", "memcheck": "ok"}
 
 
-def test_what_checks_leaves_time_for_what_measures(tmp_path):
+def test_what_checks_leaves_time_for_what_measures(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "PATIENCE", 0.5)
     commands = {"test": python("import time; time.sleep(60)"), "op": python("print('measured')")}
-    status = gpu.run_parts(list(commands), commands, tmp_path, limit=4)
+    status = gpu.run_parts(list(commands), commands, tmp_path, limit=20)
     assert status == {"test": "out of time", "op": "ok"}
 
 

@@ -277,3 +277,16 @@ class TestOnAGpu:
             for a, b in zip(found, wanted, strict=True):
                 if torch.is_tensor(b):
                     torch.testing.assert_close(a, b)
+
+
+def test_where_torch_counts_in_no_other_way(monkeypatch):
+    """torch 2.6 has no nonzero_static on a GPU."""
+
+    def absent(*args, **options):
+        raise NotImplementedError("not for this device")
+
+    flat = torch.rand(40) < 0.5
+    wanted = packing_file.places(flat, int(flat.sum()))
+    monkeypatch.setattr(torch, "nonzero_static", absent)
+    assert torch.equal(packing_file.places(flat, int(flat.sum())), wanted)
+    assert torch.equal(flat.nonzero().squeeze(1), wanted)

@@ -178,3 +178,46 @@ def test_no_zeros_are_made_for_outputs_without_gradient(monkeypatch):
         torch.autograd.grad(out, weight, dout)
     names = {event.name for event in profile.events()}
     assert not names & {"aten::zeros", "aten::zeros_like", "aten::fill_", "aten::zero_"}, names
+
+
+class Forgets(torch.autograd.Function):
+    """Gives its argument no gradient, in the place of zeros."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, dout):
+        return None
+
+
+@pytest.mark.parametrize("name", calls())
+def test_no_gradient_behind_is_none_in_front(name):
+    function, inputs = calls()[name]
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    (Forgets.apply(function(*leaves)).sum() + sum(t.sum() for t in leaves)).backward()
+    assert all(torch.equal(t.grad, torch.ones_like(t)) for t in leaves)
+
+
+@pytest.mark.parametrize("first_alone", [True, False])
+@pytest.mark.parametrize("name", calls())
+def test_a_second_derivative_is_refused_not_forgotten(name, first_alone):
+    """As of a gradient's penalty: also where all but one input are frozen, so that nothing that was
+    kept for backward needs a gradient."""
+    function, inputs = calls()[name]
+    leaves = [t.clone().requires_grad_(i == 0 or not first_alone) for i, t in enumerate(inputs)]
+    (gradient,) = torch.autograd.grad(function(*leaves).sum(), leaves[:1], create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("numbers", [(0.5, 1, 2), (0, 1.5, 2)])
+def test_whole_numbers_are_numbers(numbers):
+    """As of a kernel that was launched with another type before."""
+    x, weight = torch.randn(3, 16), torch.randn(16)
+    for eps in numbers:
+        for backend in ("triton", "cpu"):
+            found = bert_fast.layer_norm(x, weight, weight, eps=eps, backend=backend)
+            wanted = torch.nn.functional.layer_norm(x, (16,), weight, weight, float(eps))
+            torch.testing.assert_close(found, wanted)
