@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from bert_fast.models.config import BertConfig
 from bert_fast.models.packing import check_mask, fixed_rows, is_on_host, look_at
+from bert_fast.models.watch import Watch
 
 
 def cudagraph(model: nn.Module, *, max_graphs: int = 32) -> Any:
@@ -25,7 +26,8 @@ def cudagraph(model: nn.Module, *, max_graphs: int = 32) -> Any:
     at most a third of the tokens is in vain), and each combination is captured once, by its first
     call, which takes about as long as four calls. Padding is dropped inside the graph. Weights may
     change in place; where a parameter or a module is replaced, all graphs are captured anew. A
-    model with hooks is called, without graphs.
+    model with hooks, or with modules that are neither torch's nor transformers' (an adapter of
+    peft, a class of your own), which may keep anywhere what they go by, is called, without graphs.
 
     Args:
         model: in eval mode on a CUDA device: :class:`bert_fast.BertModel`, one of the task heads, a
@@ -191,7 +193,7 @@ class CudaGraphs:
             self.graphs.clear()
             if (device := next(self.model.parameters()).device) != self.device:
                 raise ValueError(f"model has moved to {device}: make a new cudagraph there")
-            self.watch, self.form = _Watch(self.model), None
+            self.watch, self.form = Watch(self.model), None
         if self.watch.is_looked_into():
             return None
         if key not in self.graphs:
@@ -218,11 +220,16 @@ class CudaGraphs:
             leaves, _ = tree_flatten(self._compute(*inputs, capacity))
             return [leaf for leaf in leaves if leaf is not None]
 
+        cached = torch.is_autocast_cache_enabled()
+        # A graph must not read autocast's copies of the weights, which are gone with its context.
+        torch.set_autocast_cache_enabled(False)
         try:
             return _Graph(inputs, *self.capture(run))
         except Exception as error:
             name = type(self.model).__name__
             raise CaptureError(f"cudagraph cannot capture {name}: {error}") from error
+        finally:
+            torch.set_autocast_cache_enabled(cached)
 
     def _compute(self, ids, types, mask, capacity):
         if self.ours:
@@ -296,62 +303,6 @@ def _count(mask):
     if not torch.equal(mask, real.to(mask.dtype)):
         raise ValueError("attention_mask must hold ones and zeros alone")
     return int(real.sum())
-
-
-_ASKED = "output_hidden_states", "output_attentions", "return_dict", "_attn_implementation"
-
-
-class _Watch:
-    """A model as it was when its graphs were captured: they read what was its own then."""
-
-    def __init__(self, model):
-        self.config = model.config
-        self.asked = [getattr(self.config, name, None) for name in _ASKED]
-        self.tensors, self.parents, self.modules = [], [], []
-        for module in model.modules():
-            own = module.__dict__
-            for of in (own["_parameters"], own["_buffers"]):
-                self.tensors += [(of, n, t, t.data_ptr()) for n, t in of.items() if t is not None]
-            if own["_modules"]:
-                self.parents.append((own["_modules"], tuple(own["_modules"].values())))
-            numbers = own["training"], own.get("eps"), own.get("approximate"), own.get("num_heads")
-            hooks = own["_forward_hooks"], own["_forward_pre_hooks"]
-            self.modules.append((module, type(module), own, *hooks, *numbers))
-
-    def is_as_it_was(self):
-        """In every call: some 0.4 us a module and parameter."""
-        for of, name, tensor, place in self.tensors:
-            if of.get(name) is not tensor or tensor.data_ptr() != place:
-                return False
-        for of, children in self.parents:
-            if tuple(of.values()) != children:
-                return False
-        for module, kind, own, _, _, training, eps, approximate, num_heads in self.modules:
-            if (
-                type(module) is not kind
-                or own["training"] is not training
-                or own.get("eps") != eps
-                or own.get("approximate") != approximate
-                or own.get("num_heads") != num_heads
-            ):
-                return False
-        return self.asked == [getattr(self.config, name, None) for name in _ASKED]
-
-    def is_looked_into(self):
-        """Whether somebody looks at what the modules do, or does it in their place."""
-        every = nn.modules.module
-        if every._global_forward_hooks or every._global_forward_pre_hooks:
-            return True
-        for _, _, own, hooks, before, *_ in self.modules:
-            if ((hooks or before) and _watched(own)) or "forward" in own:
-                return True
-        return False
-
-
-def _watched(own):
-    """By others than transformers, whose own hooks record hidden states when it is asked to."""
-    hooks = *own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()
-    return not all(str(getattr(h, "__module__", "")).startswith("transformers.") for h in hooks)
 
 
 def _is_ours(model):
