@@ -101,11 +101,23 @@ class CudaGraphs:
         self.pad = getattr(model.config, "pad_token_id", None) or 0
         takes_types = self.ours or "token_type_ids" in inspect.signature(model.forward).parameters
         self.takes_types = takes_types
+        self._start()
+
+    def __getstate__(self):
+        """A copy, or what another process loads, captures graphs of its own model."""
+        made = "graphs", "uses", "watch", "form", "lock", "last"
+        return {k: v for k, v in self.__dict__.items() if k not in made}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._start()
+
+    def _start(self):
         self.graphs, self.captured, self.uses = OrderedDict(), 0, OrderedDict()
         self.watch = self.form = None  # the model when the graphs were captured; its results
         self.lock, self.last = threading.Lock(), None
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, input_ids, attention_mask=None, token_type_ids=None):
         found = self.replayed(input_ids, attention_mask, token_type_ids)
         if found is None:
@@ -127,7 +139,8 @@ class CudaGraphs:
             if graph is not None:
                 self._fill(graph.inputs, inputs, batch, seqlen)
                 graph.replay()
-                found = self._found(graph.outputs, batch, seqlen, tokens)
+                with torch.inference_mode(False):  # ordinary tensors, which a head may learn from
+                    found = self._found(graph.outputs, batch, seqlen, tokens)
                 self._end_turn()
                 return found
         return None
@@ -377,10 +390,14 @@ class _Graph:
 class _Capture:
     """Captures a function; all graphs share their memory, for one runs at a time."""
 
-    def __init__(self):
-        self.pool = torch.cuda.graph_pool_handle()
+    pool = None
+
+    def __reduce__(self):  # memory is not copied
+        return type(self), ()
 
     def __call__(self, function):
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles kernels, which capture must not

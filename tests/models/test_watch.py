@@ -206,3 +206,23 @@ def test_nothing_is_captured_from_autocasts_cache(enabled):
     finally:
         torch.set_autocast_cache_enabled(was)
     assert modes == [False]
+
+
+@pytest.mark.parametrize("made", [own, accelerated])
+def test_results_are_ordinary_tensors(made):
+    """Of a graph and of a model that has none: what is learned of them can be learned."""
+    model, (ids, mask) = made(), inputs()
+    with torch.no_grad():
+        wanted = model(ids, attention_mask=mask)[0]
+    head = nn.Linear(24, 2)
+    for looked_into in (False, True):
+        if looked_into:
+            model.register_forward_hook(lambda *_: None)
+        runner = runner_of(model)
+        for found in (runner(ids, mask)[0], copy.deepcopy(runner)(ids, mask)[0]):
+            assert not found.is_inference()
+            assert not found.requires_grad
+            grads = [torch.autograd.grad(head(x[mask.bool()]).square().sum(), head.weight)[0]
+                     for x in (found, wanted)]  # fmt: skip
+            torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-3)
+        assert runner.captured == (not looked_into)
