@@ -33,16 +33,16 @@ class GraphedBackbone:
     def __call__(self, tokens, types, cu_seqlens, longest):
         """The backbone's result for packed inputs, all on the CPU: on the device; or None, where it
         is to be called."""
-        lengths = cu_seqlens.diff()
-        if self.run is None or len(lengths) * longest > 2 * MOST_TOKENS:
+        lengths, run = cu_seqlens.diff(), self.run  # once: another thread may drop it
+        if run is None or len(lengths) * longest > 2 * MOST_TOKENS:
             return None
         if not 0 < len(tokens) <= MOST_TOKENS:
             return None
         mask = torch.arange(longest) < lengths[:, None]
-        ids = tokens.new_full(mask.shape, self.run.pad).masked_scatter_(mask, tokens)
-        types = torch.zeros_like(ids).masked_scatter_(mask, types) if self.run.takes_types else None
+        ids = tokens.new_full(mask.shape, run.pad).masked_scatter_(mask, tokens)
+        types = torch.zeros_like(ids).masked_scatter_(mask, types) if run.takes_types else None
         try:
-            found = self.run.replayed(ids, mask, types)
+            found = run.replayed(ids, mask, types)
         except CaptureError as error:
             warnings.warn(f"without CUDA graphs from now on: {error}", stacklevel=2)
             self.run = None

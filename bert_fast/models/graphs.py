@@ -16,6 +16,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from bert_fast.models.config import BertConfig
 from bert_fast.models.packing import check_mask, fixed_rows, is_on_host, look_at
+from bert_fast.models.watch import Watch
+
+# Calls after which what was used before counts half: what is no longer used soon makes way. Not
+# measured on a GPU; of 95 buckets drawn at random it leaves less than a capture in 100 calls.
+HALVED_AFTER = 4096
 
 
 def cudagraph(model: nn.Module, *, max_graphs: int = 32) -> Any:
@@ -23,16 +28,20 @@ def cudagraph(model: nn.Module, *, max_graphs: int = 32) -> Any:
 
     Batch, length and number of real tokens are rounded up to buckets (1, 2, 3, 4, 6, 8, 12, ...:
     at most a third of the tokens is in vain), and each combination is captured once, by its first
-    call, which takes about as long as four calls. Padding is dropped inside the graph. Weights may
-    change in place; where a parameter or a module is replaced, all graphs are captured anew. A
-    model with hooks is called, without graphs.
+    call, which takes about as long as four calls. Where there are more combinations than
+    ``max_graphs``, the least used graph makes way for one used as often, and once as many have made
+    way as are kept, more often; what makes way counts from nothing again: so captures become rare,
+    and the model is called for the rest. Padding is dropped inside the graph. Weights may change in
+    place; where a parameter or a module is replaced, all graphs are captured anew. A model with
+    hooks, or with modules that are neither torch's nor transformers' (an adapter of peft, a class
+    of your own), which may keep anywhere what they go by, is called, without graphs.
 
     Args:
         model: in eval mode on a CUDA device: :class:`bert_fast.BertModel`, one of the task heads, a
             model of transformers after :func:`bert_fast.accelerate` (but MPNet), or what holds one:
             a SentenceTransformer, a CrossEncoder.
-        max_graphs: captured graphs that are kept, the latest used; each holds its inputs and
-            results, and all share the memory in between.
+        max_graphs: captured graphs that are kept, the most used (uses count half after every
+            4,096 calls); each holds its inputs and results, and all share the memory in between.
 
     Returns:
         ``run(input_ids, attention_mask=None, token_type_ids=None)``, of (batch, seqlen) tensors on
@@ -99,11 +108,24 @@ class CudaGraphs:
         self.pad = getattr(model.config, "pad_token_id", None) or 0
         takes_types = self.ours or "token_type_ids" in inspect.signature(model.forward).parameters
         self.takes_types = takes_types
-        self.graphs, self.captured, self.uses = OrderedDict(), 0, OrderedDict()
+        self._start()
+
+    def __getstate__(self):
+        """A copy, or what another process loads, captures graphs of its own model."""
+        made = "graphs", "uses", "watch", "form", "lock", "last"
+        return {k: v for k, v in self.__dict__.items() if k not in made}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._start()
+
+    def _start(self):
+        self.graphs, self.captured, self.uses, self.calls = OrderedDict(), 0, OrderedDict(), 0
+        self.made_way = 0  # graphs for others
         self.watch = self.form = None  # the model when the graphs were captured; its results
         self.lock, self.last = threading.Lock(), None
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, input_ids, attention_mask=None, token_type_ids=None):
         found = self.replayed(input_ids, attention_mask, token_type_ids)
         if found is None:
@@ -125,7 +147,8 @@ class CudaGraphs:
             if graph is not None:
                 self._fill(graph.inputs, inputs, batch, seqlen)
                 graph.replay()
-                found = self._found(graph.outputs, batch, seqlen, tokens)
+                with torch.inference_mode(False):  # ordinary tensors, which a head may learn from
+                    found = self._found(graph.outputs, batch, seqlen, tokens)
                 self._end_turn()
                 return found
         return None
@@ -189,25 +212,42 @@ class CudaGraphs:
         """The graph of a bucket, captured if it is time to; None: the model is to be called."""
         if self.watch is None or not self.watch.is_as_it_was():
             self.graphs.clear()
+            self.uses.clear()
             if (device := next(self.model.parameters()).device) != self.device:
                 raise ValueError(f"model has moved to {device}: make a new cudagraph there")
-            self.watch, self.form = _Watch(self.model), None
+            self.watch, self.form = Watch(self.model), None
         if self.watch.is_looked_into():
             return None
+        self._count_use(key)
         if key not in self.graphs:
-            self.uses[key] = self.uses.pop(key, 0) + 1
-            while len(self.uses) > 1024:
-                self.uses.popitem(last=False)
-            if self.uses[key] < self.capture_at:
+            if self.uses[key] < self.capture_at or not self._has_room_for(key):
                 return None
             if self.form is None:
                 self.form = self._find_form()
-            while len(self.graphs) >= self.max_graphs:
-                self.graphs.popitem(last=False)
             self.graphs[key] = self._captured(*key[:3])
             self.captured += 1
         self.graphs.move_to_end(key)
         return self.graphs[key]
+
+    def _count_use(self, key):
+        self.calls += 1
+        if self.calls % HALVED_AFTER == 0:
+            self.uses = OrderedDict((k, n // 2) for k, n in self.uses.items() if n > 1)
+        self.uses[key] = self.uses.pop(key, 0) + 1
+        while len(self.uses) > 1024:
+            self.uses.popitem(last=False)
+
+    def _has_room_for(self, key):
+        """Whether fewer graphs are kept than may be, or the least used one makes way; of several
+        the one used longest ago."""
+        if len(self.graphs) >= self.max_graphs:
+            least = min(self.graphs, key=lambda kept: self.uses.get(kept, 0))
+            if self.uses[key] < self.uses.get(least, 0) + (self.made_way >= self.max_graphs):
+                return False
+            del self.graphs[least]
+            self.uses.pop(least, None)
+            self.made_way += 1
+        return True
 
     def _captured(self, rows, columns, capacity):
         # One real token, lest the first run has none.
@@ -218,11 +258,16 @@ class CudaGraphs:
             leaves, _ = tree_flatten(self._compute(*inputs, capacity))
             return [leaf for leaf in leaves if leaf is not None]
 
+        cached = torch.is_autocast_cache_enabled()
+        # A graph must not read autocast's copies of the weights, which are gone with its context.
+        torch.set_autocast_cache_enabled(False)
         try:
             return _Graph(inputs, *self.capture(run))
         except Exception as error:
             name = type(self.model).__name__
             raise CaptureError(f"cudagraph cannot capture {name}: {error}") from error
+        finally:
+            torch.set_autocast_cache_enabled(cached)
 
     def _compute(self, ids, types, mask, capacity):
         if self.ours:
@@ -298,62 +343,6 @@ def _count(mask):
     return int(real.sum())
 
 
-_ASKED = "output_hidden_states", "output_attentions", "return_dict", "_attn_implementation"
-
-
-class _Watch:
-    """A model as it was when its graphs were captured: they read what was its own then."""
-
-    def __init__(self, model):
-        self.config = model.config
-        self.asked = [getattr(self.config, name, None) for name in _ASKED]
-        self.tensors, self.parents, self.modules = [], [], []
-        for module in model.modules():
-            own = module.__dict__
-            for of in (own["_parameters"], own["_buffers"]):
-                self.tensors += [(of, n, t, t.data_ptr()) for n, t in of.items() if t is not None]
-            if own["_modules"]:
-                self.parents.append((own["_modules"], tuple(own["_modules"].values())))
-            numbers = own["training"], own.get("eps"), own.get("approximate"), own.get("num_heads")
-            hooks = own["_forward_hooks"], own["_forward_pre_hooks"]
-            self.modules.append((module, type(module), own, *hooks, *numbers))
-
-    def is_as_it_was(self):
-        """In every call: some 0.4 us a module and parameter."""
-        for of, name, tensor, place in self.tensors:
-            if of.get(name) is not tensor or tensor.data_ptr() != place:
-                return False
-        for of, children in self.parents:
-            if tuple(of.values()) != children:
-                return False
-        for module, kind, own, _, _, training, eps, approximate, num_heads in self.modules:
-            if (
-                type(module) is not kind
-                or own["training"] is not training
-                or own.get("eps") != eps
-                or own.get("approximate") != approximate
-                or own.get("num_heads") != num_heads
-            ):
-                return False
-        return self.asked == [getattr(self.config, name, None) for name in _ASKED]
-
-    def is_looked_into(self):
-        """Whether somebody looks at what the modules do, or does it in their place."""
-        every = nn.modules.module
-        if every._global_forward_hooks or every._global_forward_pre_hooks:
-            return True
-        for _, _, own, hooks, before, *_ in self.modules:
-            if ((hooks or before) and _watched(own)) or "forward" in own:
-                return True
-        return False
-
-
-def _watched(own):
-    """By others than transformers, whose own hooks record hidden states when it is asked to."""
-    hooks = *own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()
-    return not all(str(getattr(h, "__module__", "")).startswith("transformers.") for h in hooks)
-
-
 def _is_ours(model):
     return isinstance(getattr(model, "config", None), BertConfig)
 
@@ -426,10 +415,14 @@ class _Graph:
 class _Capture:
     """Captures a function; all graphs share their memory, for one runs at a time."""
 
-    def __init__(self):
-        self.pool = torch.cuda.graph_pool_handle()
+    pool = None
+
+    def __reduce__(self):  # memory is not copied
+        return type(self), ()
 
     def __call__(self, function):
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # compiles kernels, which capture must not

@@ -199,6 +199,58 @@ def test_a_sentence_transformer(tmp_path, monkeypatch):
     assert graphed.tokenize(["the film"])["input_ids"].shape == (1, 4)
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_of_a_sentence_transformer(tmp_path, monkeypatch, copied):
+    """As for several processes: a copy has its own model and graphs."""
+    theirs, first = theirs_and_graphed(tmp_path, monkeypatch)
+    monkeypatch.undo()  # pickle wants CudaGraphs by its name
+    first.encode(checkpoints.TEXTS)
+    captured, second = run_of(first).captured, copied(first)
+    assert run_of(second).captured == 0
+    with torch.no_grad():
+        for model in (theirs, second):
+            model[0].auto_model.encoder.layer[0].output.dense.weight.mul_(3)
+    wanted = theirs.encode(checkpoints.TEXTS)
+    np.testing.assert_allclose(second.encode(checkpoints.TEXTS), wanted, rtol=1e-4, atol=1e-5)
+    assert run_of(second).captured == captured > 0
+    assert np.abs(first.encode(checkpoints.TEXTS) - wanted).max() > 1e-3
+    assert run_of(first).captured == captured
+
+
+def test_a_head_learns_from_a_frozen_sentence_transformer(tmp_path, monkeypatch):
+    theirs, graphed = theirs_and_graphed(tmp_path, monkeypatch)
+    features = theirs.tokenize(checkpoints.TEXTS)
+    head, grads, real = torch.nn.Linear(32, 2), [], features["attention_mask"].bool()
+    for model in (theirs.eval(), graphed.eval()):
+        with torch.no_grad():
+            vectors = model(dict(features))["token_embeddings"]
+        grads.append(torch.autograd.grad(head(vectors)[real].square().sum(), head.weight)[0])
+    assert run_of(graphed).captured == 1
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-4)
+
+
+def test_another_thread_may_drop_the_graphs(tmp_path):
+    """At any time: after a capture that failed there."""
+    ours = bert_fast.SentenceEncoder(str(of_bert(tmp_path)))
+    wanted = ours.encode("the film")
+
+    class Dropped(GraphedBackbone):
+        reads = 0
+
+        @property
+        def run(self):
+            self.reads += 1
+            return self.kept if self.reads == 1 else None
+
+        @run.setter
+        def run(self, value):
+            self.kept = value
+
+    ours._graphed = Dropped(ours.backbone, again)
+    for _ in range(2):
+        np.testing.assert_allclose(ours.encode("the film"), wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs an NVIDIA GPU; its logic ran without one"
