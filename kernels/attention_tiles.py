@@ -311,14 +311,15 @@ def attend(
                               DROPOUT)  # fmt: skip
             scores = tl.where(seen, scores, float("-inf"))
         new_top = tl.max(scores, 1)
-        if not ONE_BLOCK:
-            new_top = tl.maximum(top, new_top)
-        # A row that has seen no key yet: any finite number will do, its weights are zero.
-        finite = tl.where(new_top == float("-inf"), 0.0, new_top)
+    else:
+        new_top = tl.max(scores, 1) * factor
+    if not ONE_BLOCK:
+        new_top = tl.maximum(top, new_top)
+    # A row that has seen no finite score yet: any number will do, its weights are zero.
+    finite = tl.where(new_top == float("-inf"), 0.0, new_top)
+    if MASKED or HAS_TABLE:
         weights = tl.exp2(scores - finite[:, None])
     else:
-        new_top = tl.maximum(top, tl.max(scores, 1) * factor)
-        finite = new_top
         weights = tl.exp2(scores * factor - finite[:, None])
     if ONE_BLOCK:
         norm = tl.sum(weights, 1)
