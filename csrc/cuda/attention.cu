@@ -38,10 +38,22 @@ __device__ void load_tile(float* to, int stride, const Strided& t, int begin, in
   }
 }
 
+// In two sums: a single one waits for itself, and errs more the longer it gets.
 __device__ __forceinline__ float dot(const float* a, const float* b, int n) {
-  float sum = 0.0f;
-  for (int d = 0; d < n; ++d) sum += a[d] * b[d];
-  return sum;
+  constexpr int kSums = 2;
+  float sums[kSums] = {};
+  int d = 0;
+  for (; d + kSums <= n; d += kSums) {
+#pragma unroll
+    for (int j = 0; j < kSums; ++j) sums[j] += a[d + j] * b[d + j];
+  }
+  for (; d < n; ++d) sums[0] += a[d] * b[d];
+#pragma unroll
+  for (int half = kSums / 2; half; half /= 2) {
+#pragma unroll
+    for (int j = 0; j < half; ++j) sums[j] += sums[j + half];
+  }
+  return sums[0];
 }
 
 __device__ __forceinline__ float row_max(float x) {

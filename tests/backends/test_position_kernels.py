@@ -55,7 +55,9 @@ def test_forward_and_backward(kernels, gradients, lengths, heads, head_dim, dtyp
     inputs = qkv, bias, table
     ours = gradients(run, inputs, dout, dtype)
     theirs = (gradients(eager, inputs, dout, dt) for dt in (dtype, torch.float64))
-    assert_within(ours, *theirs, name="out, dqkv, dbias, dtable", draws=tokens * heads)
+    # The first rows of a causal sequence, which see few keys, err most: there dP and delta cancel.
+    draws = heads * (3 * len(lengths) if options.get("causal") else tokens)
+    assert_within(ours, *theirs, name="out, dqkv, dbias, dtable", draws=draws)
     assert not ours[3][:, longest:].any()
     assert not ours[3][:, :, longest:].any()
 
