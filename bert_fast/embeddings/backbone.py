@@ -119,6 +119,16 @@ class Bert:
         return encoder_of(self.model).one_call.around(numbers)
 
 
+def padded(tokens, types, cu_seqlens, longest, pad):
+    """Packed ids and token types (or None), (total_tokens,), as (batch, longest) ones, and the mask
+    of the real tokens."""
+    mask = torch.arange(longest, device=tokens.device) < cu_seqlens.diff()[:, None]
+    ids = tokens.new_full(mask.shape, pad).masked_scatter_(mask, tokens)
+    if types is not None:
+        types = torch.zeros_like(ids).masked_scatter_(mask, types)
+    return ids, types, mask
+
+
 class Accelerated:
     served_in = None
 
@@ -155,12 +165,9 @@ class Accelerated:
         accelerate(self.model, dtype=precision, calibration=calibration)
 
     def __call__(self, tokens, types, cu_seqlens, max_seqlen):
-        lengths = cu_seqlens.diff()
-        mask = torch.arange(max_seqlen, device=tokens.device) < lengths[:, None]
-        ids = tokens.new_full(mask.shape, self.pad).masked_scatter_(mask, tokens)
-        options = {}
-        if self.takes_types:
-            options["token_type_ids"] = torch.zeros_like(ids).masked_scatter_(mask, types)
+        types = types if self.takes_types else None
+        ids, types, mask = padded(tokens, types, cu_seqlens, max_seqlen, self.pad)
+        options = {} if types is None else {"token_type_ids": types}
         out = self.model(ids, mask.long(), **options)
         if hasattr(out, "logits"):
             return out.logits

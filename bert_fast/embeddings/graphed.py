@@ -4,6 +4,7 @@ import warnings
 
 import torch
 
+from bert_fast.embeddings.backbone import padded
 from bert_fast.models.bert import BertModel
 from bert_fast.models.graphs import CaptureError, CudaGraphs, PackedGraphs
 
@@ -33,14 +34,13 @@ class GraphedBackbone:
     def __call__(self, tokens, types, cu_seqlens, longest):
         """The backbone's result for packed inputs, all on the CPU: on the device; or None, where it
         is to be called."""
-        lengths, run = cu_seqlens.diff(), self.run  # once: another thread may drop it
-        if run is None or len(lengths) * longest > 2 * MOST_TOKENS:
+        run = self.run  # once: another thread may drop it
+        if run is None or (len(cu_seqlens) - 1) * longest > 2 * MOST_TOKENS:
             return None
         if not 0 < len(tokens) <= MOST_TOKENS:
             return None
-        mask = torch.arange(longest) < lengths[:, None]
-        ids = tokens.new_full(mask.shape, run.pad).masked_scatter_(mask, tokens)
-        types = torch.zeros_like(ids).masked_scatter_(mask, types) if run.takes_types else None
+        types = types if run.takes_types else None
+        ids, types, mask = padded(tokens, types, cu_seqlens, longest, run.pad)
         try:
             found = run.replayed(ids, mask, types)
         except CaptureError as error:

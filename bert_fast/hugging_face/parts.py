@@ -30,7 +30,11 @@ class Parts:
         self.down_dropout = (at(family.down_dropout),) * 2
         self._made = (), ()  # the state, and the products that were made of it
         self._six = None  # the parameters of q, k and v, where they are no more than that
-        self._fused = None, None, None  # the state, weight and bias of the one product
+        self.forget()
+
+    def forget(self):
+        """The copy of q's, k's and v's weights and biases."""
+        self._fused = None, None, None  # their state, weight and bias of the one product
 
     def products(self, settings):
         """Those of q, k, v, out, up and down."""
@@ -48,7 +52,7 @@ class Parts:
                 for path, linear in zip(self.paths, self.linears, strict=True)
             ]  # fmt: skip
             self._made = now, products
-            self._fused = None, None, None
+            self.forget()
             six = [t for p in products[:3] for t in (p.weight, p.bias)]
             plain = not torch.compiler.is_compiling() and all(
                 type(t) is nn.Parameter and not t.is_inference() for t in six
@@ -65,16 +69,19 @@ class Parts:
         six = self._six
         if where is None or six is None:
             return None
-        places = [t.data_ptr() for t in six]
-        learns = torch.is_grad_enabled() and any(t.requires_grad for t in six)
         weights, biases = six[::2], six[1::2]
-        if places[2] - places[0] == weights[0].nbytes and lie_together(weights):
+        beside = weights[1].data_ptr() - weights[0].data_ptr() == weights[0].nbytes
+        if not (beside or keeps_copy):
+            return None
+        learns = torch.is_grad_enabled() and any(t.requires_grad for t in six)
+        if beside and lie_together(weights):
             as_one = Together.apply if learns else together
             bias = as_one(*biases) if lie_together(biases) else torch.cat(biases)
             return F.linear(x, as_one(*weights), bias)
         if learns or not keeps_copy:
-            self._fused = None, None, None
+            self.forget()
             return None
+        places = [t.data_ptr() for t in six]
         state = [where, places, [t._version for t in six], [t.requires_grad for t in six]]
         known, weight, bias = self._fused
         if known != state:
@@ -104,12 +111,12 @@ def _said_to_torch():
 
     def put_back(parent, name, child):
         if type(child) is nn.Linear and (found := _kept.get(child)) and (parts := found()):
-            parts._fused = None, None, None
+            parts.forget()
 
     def stepped(optimizer, args, kwargs):
         for found in list(_kept.values()):
             if parts := found():
-                parts._fused = None, None, None
+                parts.forget()
 
     nn.modules.module.register_module_module_registration_hook(put_back)
     register_optimizer_step_post_hook(stepped)

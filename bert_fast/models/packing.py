@@ -182,7 +182,7 @@ def _by_one_read(mask):
 
 
 def _counted(mask):
-    _check_values(mask)
+    check_values(mask)
     (batch, seqlen), flat = mask.shape, mask.reshape(-1).bool()
     lengths = flat.view(batch, seqlen).sum(1, dtype=torch.int32)
     max_seqlen = int(lengths.max()) if batch else 0
@@ -193,7 +193,7 @@ def _counted(mask):
 
 def _of_fixed_size(mask, capacity, host):
     if host:
-        _check_values(mask)
+        check_values(mask)
     (batch, seqlen), flat = mask.shape, mask.reshape(-1).bool()
     cu_seqlens = _offsets(flat.view(batch, seqlen).sum(1, dtype=torch.int32))
     capacity = flat.numel() if capacity is None else capacity
@@ -208,7 +208,8 @@ def _of_fixed_size(mask, capacity, host):
     return Packing(cu_seqlens, seqlen, index[:-1], batch, seqlen, padded_tail=True)
 
 
-def _check_values(mask):
+def check_values(mask):
+    """Of a mask whose values may be looked at."""
     if mask.dtype != torch.bool and not torch.equal(mask, mask.bool().to(mask.dtype)):
         raise ValueError("attention_mask must hold ones and zeros alone")
 
