@@ -315,8 +315,9 @@ def attention_forward(
     batch = cu_q.numel() - 1
     biased = position_bias is not None
     block_d, entry = settings(
-        "forward", biased, head_dim, q.dtype, q.device, max_k, dropout_p > 0, bias is not None
-    )
+        "forward", biased, head_dim, q.dtype, q.device, max_k, dropout_p > 0, bias is not None,
+        causal,
+    )  # fmt: skip
     table, *table_size = _table_or(position_bias, q)
 
     def launch(chosen):
@@ -346,7 +347,7 @@ def attention_backward(
     (total_q, heads, head_dim), total_k = q.shape, k.shape[0]
     batch = cu_q.numel() - 1
     kind = position_bias is not None, head_dim, q.dtype, q.device
-    given = dropout_p > 0, bias is not None
+    given = dropout_p > 0, bias is not None, causal
     block_d, short = settings("backward_short", *kind, max(max_q, max_k), *given)
     common = _common(q, bias, position_bias, causal, dropout_p) | {"BLOCK_D": block_d}
     search = functools.partial(
@@ -356,6 +357,9 @@ def attention_backward(
     table, *table_size = _table_or(position_bias, q)
     dropout = scale, threshold(dropout_p), 1.0 / (1.0 - dropout_p)
     seed = seed_or(seed, cu_q)
+    most = functools.partial(
+        registers, biased=position_bias is not None, causal=causal, dtype=q.dtype
+    )
 
     def launch_short(chosen):
         BLOCK_M, BLOCK_N, warps, stages = chosen
@@ -390,7 +394,7 @@ def attention_backward(
         _backward_q[(total_q // BLOCK_M + batch + 1, heads)](
             *inputs, out, lse, work, keeps, dq, cu_q, cu_k, seed, *_strides(dout, q, k, v, out, dq),
             batch, total_q, width, *numbers, **common, KEEPS=keeps_q, BLOCK_M=BLOCK_M,
-            BLOCK_N=BLOCK_N, num_warps=warps, num_stages=stages, maxnreg=registers(warps),
+            BLOCK_N=BLOCK_N, num_warps=warps, num_stages=stages, maxnreg=most(warps),
             debug=True, sanitize_overflow=False,
         )  # fmt: skip
 
@@ -399,7 +403,7 @@ def attention_backward(
         _backward_kv[(total_k // BLOCK_N + batch + 1, heads)](
             *inputs, work, keeps, dk, dv, cu_q, cu_k, seed, *_strides(dout, q, k, v, dk, dv), batch,
             total_q, width, total_k, *numbers, **common, KEEPS=keeps_kv, BLOCK_M=BLOCK_M,
-            BLOCK_N=BLOCK_N, num_warps=warps, num_stages=stages, maxnreg=registers(warps),
+            BLOCK_N=BLOCK_N, num_warps=warps, num_stages=stages, maxnreg=most(warps),
         )  # fmt: skip
 
     def launch_table(chosen):
@@ -407,7 +411,7 @@ def attention_backward(
         attention_table.backward(
             (*inputs, work), dposition_bias, cu_q, cu_k, seed, _strides(dout, q, k, v), batch,
             numbers, common | {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}, num_warps=warps,
-            num_stages=stages, maxnreg=registers(warps),
+            num_stages=stages, maxnreg=most(warps),
         )  # fmt: skip
 
     if q.numel():

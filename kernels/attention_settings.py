@@ -16,25 +16,20 @@ from bert_fast.kernels.common import capability, power_of_2
 FORWARD = {
     "fma": {32: (64, 32, 8, 2), 64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 16, 1)},
     "mma": {32: (64, 64, 4, 3), 64: (64, 32, 4, 3), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
-    90: {32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (128, 32, 8, 2), 256: (64, 32, 4, 1)},
+    90: {32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (128, 32, 8, 2), 256: (64, 32, 8, 1)},
     100: {32: (128, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 32, 8, 2), 256: (64, 32, 8, 1)},
 }
 BACKWARD_Q = {
-    "fma": {32: (32, 32, 8, 1), 64: (32, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 16, 1)},
+    "fma": {32: (64, 16, 8, 1), 64: (32, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 16, 1)},
     "mma": {32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (64, 32, 8, 1), 256: (16, 32, 8, 1)},
     90: {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 1), 256: (32, 32, 8, 1)},
     100: {32: (64, 64, 4, 2), 64: (64, 64, 4, 1), 128: (64, 64, 8, 1), 256: (32, 32, 8, 1)},
 }
 # 90: two stages took a ninth less time without dropout, and spill two registers there.
 BACKWARD_KV = BACKWARD_Q | {
-    "fma": BACKWARD_Q["fma"] | {64: (32, 32, 8, 1)},
+    "fma": BACKWARD_Q["fma"] | {32: (32, 32, 8, 1), 64: (32, 32, 8, 1)},
     90: BACKWARD_Q[90] | {32: (64, 64, 4, 1), 64: (64, 64, 4, 1)},
 }
-
-
-# On 9.0 with dropout beside a position bias, or beside a projection's, which take registers.
-FORWARD_DROPOUT_BIASED = {64: (64, 64, 8, 2)}
-BACKWARD_KV_DROPOUT_BIAS = {64: (128, 64, 8, 1)}
 
 
 # Forward on tensor cores, head_dim <= 64, where no sequence is longer than this: one block of keys.
@@ -42,44 +37,59 @@ BACKWARD_KV_DROPOUT_BIAS = {64: (128, 64, 8, 1)}
 SHORT = {"mma": {64: (64, 64, 4, 1), 128: (128, 128, 8, 1)}, 90: {64: (64, 64, 4, 1)}}
 # Backward likewise, where no sequence has more queries or keys: one kernel (attention_short.py).
 BACKWARD_SHORT = {
-    "mma": {64: (64, 64, 4, 1), 128: (128, 32, 8, 1)},
+    "mma": {64: (64, 32, 4, 1), 128: (128, 32, 8, 1)},
     90: {64: (64, 64, 4, 1), 128: (128, 64, 8, 2)},
+    120: {64: (64, 32, 4, 1), 128: (128, 32, 8, 2)},
 }
 
 
-# With a position bias, which takes registers: in the same form, and found in the same way. (Causal,
-# with dropout, in float32 and heads of 256, two registers spill in attention_table.py.)
+# With a position bias, which takes registers: in the same form, and found in the same way.
 FORWARD_BIASED = {
-    "fma": {32: (32, 32, 8, 2), 64: (16, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 16, 1)},
+    "fma": {32: (32, 32, 8, 1), 64: (16, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 16, 1)},
     "mma": {32: (32, 64, 4, 3), 64: (32, 32, 4, 3), 128: (32, 32, 8, 2), 256: (16, 32, 8, 1)},
-    90: {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 4, 1)},
+    90: {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 1)},
     100: {32: (64, 64, 8, 3), 64: (64, 64, 8, 3), 128: (64, 32, 8, 2), 256: (64, 32, 8, 1)},
 }
 BACKWARD_BIASED = {
     "fma": {32: (32, 32, 8, 1), 64: (16, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 16, 1)},
-    "mma": {32: (64, 32, 8, 1), 64: (32, 32, 4, 1), 128: (64, 32, 8, 1), 256: (16, 32, 8, 1)},
-    90: {32: (64, 64, 4, 1), 64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (16, 32, 8, 1)},
+    "mma": {32: (64, 32, 8, 1), 64: (32, 32, 4, 1), 128: (32, 64, 8, 1), 256: (16, 32, 8, 1)},
+    90: {32: (64, 64, 8, 1), 64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (16, 32, 8, 1)},
     100: {32: (64, 64, 8, 1), 64: (64, 32, 8, 1), 128: (64, 32, 8, 1), 256: (16, 32, 8, 1)},
+    120: {32: (64, 32, 8, 1), 64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
 }
+BACKWARD_TABLE = BACKWARD_BIASED | {75: BACKWARD_BIASED["fma"] | {128: (8, 16, 8, 1)}}
 SHORT_BIASED = {"mma": {64: (64, 64, 4, 1)}}
+# Dropout takes registers, above all beside either bias or a causal mask: what differs then. (Heads
+# of 256 leave none for tiles of 64 rows, which 90's and 100's instructions for products need.)
+FORWARD_DROPOUT = {90: {256: (32, 32, 8, 1)}}
+FORWARD_BIASED_DROPOUT = {
+    "mma": {32: (64, 32, 4, 3)},
+    90: {32: (64, 32, 8, 2), 64: (64, 64, 8, 2), 128: (64, 32, 8, 1), 256: (32, 32, 8, 1)},
+    100: {32: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
+}
+# Beside the projections' bias:
+BACKWARD_KV_DROPOUT = {90: {64: (128, 64, 8, 1), 128: (64, 32, 8, 1)}}
+BACKWARD_KV_DROPOUT_CAUSAL = {90: {64: (64, 64, 8, 1), 128: (64, 32, 8, 1)}}
 # kernel -> its table without and with a position bias
 TABLES = {
     "forward": (FORWARD, FORWARD_BIASED),
     "backward_q": (BACKWARD_Q, BACKWARD_BIASED),
     "backward_kv": (BACKWARD_KV, BACKWARD_BIASED),
-    "backward_table": (BACKWARD_BIASED, BACKWARD_BIASED),
+    "backward_table": (BACKWARD_TABLE, BACKWARD_TABLE),
 }
 
 
-def settings(kernel, biased, head_dim, dtype, device, longest, dropout, bias):
+def settings(kernel, biased, head_dim, dtype, device, longest, dropout, bias, causal):
     """BLOCK_D and the entry for it, of the tables above; ``longest``: the most keys of a sequence,
     or, for "backward_short", the most keys or queries, and None where that kernel is not meant;
     ``biased``: by position; ``bias``: the projections'."""
-    return _settings(kernel, biased, head_dim, dtype, capability(device), longest, dropout, bias)
+    return _settings(
+        kernel, biased, head_dim, dtype, capability(device), longest, dropout, bias, causal
+    )
 
 
 @functools.lru_cache(4096)
-def _settings(kernel, biased, head_dim, dtype, chip, longest, dropout, bias):
+def _settings(kernel, biased, head_dim, dtype, chip, longest, dropout, bias, causal):
     block_d = max(32, power_of_2(head_dim))
     fma = dtype == torch.float32 or chip < 80  # Triton has no tensor-core instruction for 7.5
     short = {"forward": SHORT_BIASED if biased else SHORT, "backward_short": BACKWARD_SHORT}
@@ -89,20 +99,25 @@ def _settings(kernel, biased, head_dim, dtype, chip, longest, dropout, bias):
                 return block_d, entry
     if kernel == "backward_short":
         return block_d, None
-    if chip == 90 and not fma and dropout:
-        heavy = {
-            ("forward", True): FORWARD_DROPOUT_BIASED,
-            ("backward_kv", False): BACKWARD_KV_DROPOUT_BIAS if bias else {},
-        }
-        if entry := heavy.get((kernel, biased), {}).get(block_d):
-            return block_d, entry
     table = TABLES[kernel][biased]
-    return block_d, table["fma" if fma else chip if chip in table else "mma"][block_d]
+    own = chip in table and dtype != torch.float32
+    column = chip if own else "fma" if fma else "mma"
+    entry = table[column][block_d]
+    if dropout:
+        heavy = {("forward", False): FORWARD_DROPOUT, ("forward", True): FORWARD_BIASED_DROPOUT}
+        if bias:
+            keys = BACKWARD_KV_DROPOUT_CAUSAL if causal else BACKWARD_KV_DROPOUT
+            heavy["backward_kv", False] = keys
+        entry = heavy.get((kernel, biased), {}).get(column, {}).get(block_d, entry)
+    return block_d, entry
 
 
-def registers(warps):
-    """All that 16 warps can have: left alone, ptxas stops at half of them, and spills."""
-    return 128 if warps == 16 else None
+def registers(warps, biased, causal, dtype):
+    """All that 16 warps can have, and for float32 with a position bias or a causal mask what fits:
+    left alone, ptxas stops before, and spills."""
+    if warps == 16 or dtype != torch.float32:
+        return 128 if warps == 16 else None
+    return 128 if biased and warps == 8 else 255 if causal else None
 
 
 def candidates(q, longest, causal, bias, table, dropout_p, tiles):

@@ -195,6 +195,10 @@ def score_gradients(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """P * Z and dS (attention.py) of the queries from ``first`` and the keys from ``begin``."""
+    if queries.dtype == tl.float32:
+        # Without tensor cores: the barrier that the tiles loaded in this iteration need, before
+        # those that stay are read. Later, all of these would wait for it in registers.
+        tl.debug_barrier()
     scores = dot(queries, tl.trans(keys), None, PRECISION) * factor
     if HAS_TABLE:
         scores = plus_table(scores, table, first, begin, q_length, table_rows, table_cols, BLOCK_M,

@@ -36,7 +36,7 @@ def inspect(chips, names="", full=False):
                 yield Compiled(
                     name, work.flops, work.num_bytes,
                     f"{file}.{launch.kernel.__name__.lstrip('_')}", chip, launch.num_warps,
-                    registers, shared, spills, products[0] if products else "",
+                    registers, shared, spills, _strongest(products, chip),
                     max(map(_bits, loads), default=0),
                 )  # fmt: skip
 
@@ -72,8 +72,14 @@ def cuda_kernels(chips, names=""):
             yield Compiled(
                 kernel, 0, 0, f"cuda/{file}.cu", chip, warps,
                 int(registers), None, int(stack) if spilled else 0,
-                products[0] if products else "", max(map(_bits, loads), default=0),
+                _strongest(products, chip), max(map(_bits, loads), default=0),
             )  # fmt: skip
+
+
+def _strongest(products, chip):
+    """Of a kernel's matrix instructions: the chip's own, or else the first."""
+    own = (p for p in products if re.fullmatch(CHIPS[chip].products, p))
+    return next(own, products[0] if products else "")
 
 
 def _kernel_name(symbol):

@@ -19,10 +19,10 @@ def vectors(dtype, texts):
 
 @pytest.fixture(scope="module")
 def films():
-    """300 plots, and up to 4 reviews of each."""
-    some = data.films()[:300]
+    """Plots, and up to 10 reviews of each."""
+    some = data.films()
     plots = [film.plot[:600] for film in some]
-    reviews = [(number, text) for number, film in enumerate(some) for text in film.reviews[:4]]
+    reviews = [(number, text) for number, film in enumerate(some) for text in film.reviews[:10]]
     return plots, [text for _, text in reviews], np.array([number for number, _ in reviews])
 
 
@@ -33,24 +33,28 @@ def exact(films):
 
 
 def ndcg(plots, reviews, films):
-    """nDCG at 10 of finding a plot's reviews."""
-    order = np.argsort(-(plots @ reviews.T), axis=1, kind="stable")[:, :10]
-    gains = 1 / np.log2(np.arange(2, 12))
-    found = (films[order] == np.arange(len(plots))[:, None]) @ gains
-    best = [gains[: (films == number).sum()].sum() for number in range(len(plots))]
-    return float(np.mean(found / np.maximum(best, 1e-9)))
+    """nDCG at 10 of each review's search for its film's plot."""
+    order = np.argsort(-(reviews @ plots.T), axis=1, kind="stable")[:, :10]
+    return (order == films[:, None]) @ (1 / np.log2(np.arange(2, 12)))
 
 
 @pytest.mark.parametrize(
     ("dtype", "mean", "least"), [("bfloat16", 0.9998, 0.9995), ("int8", 0.999, 0.99)]
 )
 def test_minilm(films, exact, dtype, mean, least):
+    """Reviews whose plot is near no other's are found in any precision; of the others any rounding
+    moves some up and some down. The bar is 99.7% of float32's nDCG, less what that may come to:
+    two standard errors of the searches' differences."""
     plots, reviews, of = films
     found = vectors(dtype, plots), vectors(dtype, reviews)
     cosines = np.concatenate([(a * b).sum(1) for a, b in zip(found, exact, strict=True)])
     assert cosines.mean() >= mean
     assert cosines.min() >= least
-    assert ndcg(*found, of) >= 0.997 * ndcg(*exact, of)
+    before = ndcg(*exact, of)
+    differences = ndcg(*found, of) - before
+    chance = 2 * differences.std() / len(differences) ** 0.5
+    assert chance < 0.01 * before.mean()  # or the bar would say nothing
+    assert differences.mean() >= -0.003 * before.mean() - chance
 
 
 def test_classifier(tmp_path):

@@ -227,6 +227,29 @@ def test_nan_and_large_scores_are_not_hidden(backend):
     assert ops.attention_qkv(huge, cu_seqlens([8])).isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scores_that_grow_from_key_to_key(backend, gradients, dtype):
+    """By four a key, to hundreds: a maximum of the keys seen so far that lags behind overflows."""
+    q, k = torch.zeros(2, 200, 1, 16, dtype=torch.float64)
+    q[..., 5], k[..., 5] = 16, torch.arange(200.0)[:, None]
+    v, dout = torch.randn(2, 200, 1, 16, dtype=torch.float64).to(dtype).double()
+    cu = cu_seqlens([200])
+
+    def run(q, k, v, backend=None):
+        return ops.attention(q, k, v, cu, backend=backend)
+
+    def eager(q, k, v):
+        return run(q, k, v, "eager")
+
+    assert_within(
+        gradients(run, (q, k, v), dout, dtype),
+        gradients(eager, (q, k, v), dout, dtype),
+        gradients(eager, (q, k, v), dout, torch.float64),
+        name="out, dq, dk, dv",
+        draws=4,  # all rows have the same weights, of which few are above zero
+    )
+
+
 def test_bitwise_repeatable_at_any_thread_count():
     qkv, _, dout = (t.float() for t in draw([300, 5, 77], 3, 64))
     qkv.requires_grad_()
