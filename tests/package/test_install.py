@@ -2,12 +2,12 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
-import time
 import zipfile
 from pathlib import Path
 
@@ -42,10 +42,16 @@ def source_archive(copy, out):
     return archive
 
 
+def children_seconds():
+    """Processor time: of wall time, what else runs on the machine has a part."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_source_archive_builds_in_isolation_and_installs(tmp_path):
     """The archive holds what git holds and nothing that a build left. A wheel is built from it
-    alone, in pip's default isolation, without torch; from clean it takes at most 60 s. It is then
-    imported from where pip put it, with only torch from this environment."""
+    alone, in pip's default isolation, without torch; from clean it takes at most what two cores do
+    in 60 s. It is then imported from where pip put it, with only torch from this environment."""
     copy = sources(tmp_path / "copy")
     committed = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()}
     (copy / "bert_fast" / "kernels").symlink_to("../kernels")  # as an editable install leaves it
@@ -62,11 +68,11 @@ def test_source_archive_builds_in_isolation_and_installs(tmp_path):
 
     environment = {**os.environ, "BERT_FAST_CUDA": "off"}
     pip = [sys.executable, "-m", "pip", "-q"]
-    begin = time.perf_counter()
+    begin = children_seconds()
     subprocess.run(
         [*pip, "wheel", "--no-deps", "-w", tmp_path, archive], env=environment, check=True
     )
-    assert time.perf_counter() - begin <= 60
+    assert children_seconds() - begin <= 2 * 60
     (wheel,) = tmp_path.glob("bert_fast-*.whl")
     roots = {name.split("/")[0].partition("-")[0] for name in zipfile.ZipFile(wheel).namelist()}
     assert roots == {"bert_fast"}  # no csrc, no tests, no kernels beside it
@@ -117,13 +123,15 @@ def test_extras_resolve_beside_another_torch(tmp_path):
 
 @pytest.mark.full
 def test_fresh_environment(tmp_path):
-    """A new venv and nothing but pip install: the README's promise."""
+    """A new venv and nothing but pip install: the README's promise. (For one GPU: what is tested
+    with is built for all.)"""
     copy, venv = sources(tmp_path / "copy"), tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", venv], check=True)
     pip = [venv / "bin" / "python", "-m", "pip", "-q", "install"]
     pip += ["-c", copy / "constraints.txt"]
     subprocess.run([*pip, "torch"], check=True)
-    subprocess.run([*pip, copy], check=True)
+    one = {"BERT_FAST_CUDA_ARCHS": "90a"}
+    subprocess.run([*pip, copy], env=os.environ | one, check=True)
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     subprocess.run(
         [venv / "bin" / "python", "-c", CHECK, str(venv)], cwd=tmp_path, env=clean, check=True
@@ -133,9 +141,10 @@ def test_fresh_environment(tmp_path):
 
 @pytest.mark.full
 def test_other_pythons(tmp_path):
-    """The wheel builds and its extension imports, without torch, on every Python that is here."""
+    """The wheel builds and its extension imports, without torch, on every other Python here."""
     copy, found = sources(tmp_path / "copy"), []
-    versions = ("3.10", "3.11", "3.12", "3.13", "3.14")
+    ours = "{}.{}".format(*sys.version_info)
+    versions = {"3.10", "3.11", "3.12", "3.13", "3.14"} - {ours}
     pyenv = Path.home() / ".pyenv" / "versions"
     for version in versions:
         candidates = sorted(pyenv.glob(f"{version}.*/bin/python")) + [
