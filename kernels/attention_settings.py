@@ -16,7 +16,7 @@ from bert_fast.kernels.common import capability, power_of_2
 FORWARD = {
     "fma": {32: (64, 32, 8, 2), 64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 16, 1)},
     "mma": {32: (64, 64, 4, 3), 64: (64, 32, 4, 3), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
-    90: {32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (128, 32, 8, 2), 256: (64, 32, 8, 1)},
+    90: {32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (128, 32, 8, 2), 256: (32, 32, 8, 1)},
     100: {32: (128, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 32, 8, 2), 256: (64, 32, 8, 1)},
 }
 BACKWARD_Q = {
@@ -59,17 +59,17 @@ BACKWARD_BIASED = {
 }
 BACKWARD_TABLE = BACKWARD_BIASED | {75: BACKWARD_BIASED["fma"] | {128: (8, 16, 8, 1)}}
 SHORT_BIASED = {"mma": {64: (64, 64, 4, 1)}}
-# Dropout takes registers, above all beside either bias or a causal mask: what differs then. (Heads
-# of 256 leave none for tiles of 64 rows, which 90's and 100's instructions for products need.)
-FORWARD_DROPOUT = {90: {256: (32, 32, 8, 1)}}
+# Dropout takes registers beside either bias, and a causal mask more of them: what differs then.
+# (Heads of 256 leave few for tiles of 64 rows, which 90's and 100's instructions for products need.)
 FORWARD_BIASED_DROPOUT = {
     "mma": {32: (64, 32, 4, 3)},
     90: {32: (64, 32, 8, 2), 64: (64, 64, 8, 2), 128: (64, 32, 8, 1), 256: (32, 32, 8, 1)},
     100: {32: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
 }
+BACKWARD_KV_BIASED_DROPOUT = {90: {128: (32, 64, 8, 1)}}
 # Beside the projections' bias:
-BACKWARD_KV_DROPOUT = {90: {64: (128, 64, 8, 1), 128: (64, 32, 8, 1)}}
-BACKWARD_KV_DROPOUT_CAUSAL = {90: {64: (64, 64, 8, 1), 128: (64, 32, 8, 1)}}
+BACKWARD_KV_DROPOUT = {90: {64: (128, 64, 8, 1), 128: (32, 64, 8, 1)}}
+BACKWARD_KV_DROPOUT_CAUSAL = {90: {64: (64, 64, 8, 1), 128: (32, 64, 8, 1)}}
 # kernel -> its table without and with a position bias
 TABLES = {
     "forward": (FORWARD, FORWARD_BIASED),
@@ -104,7 +104,10 @@ def _settings(kernel, biased, head_dim, dtype, chip, longest, dropout, bias, cau
     column = chip if own else "fma" if fma else "mma"
     entry = table[column][block_d]
     if dropout:
-        heavy = {("forward", False): FORWARD_DROPOUT, ("forward", True): FORWARD_BIASED_DROPOUT}
+        heavy = {
+            ("forward", True): FORWARD_BIASED_DROPOUT,
+            ("backward_kv", True): BACKWARD_KV_BIASED_DROPOUT,
+        }
         if bias:
             keys = BACKWARD_KV_DROPOUT_CAUSAL if causal else BACKWARD_KV_DROPOUT
             heavy["backward_kv", False] = keys

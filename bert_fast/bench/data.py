@@ -23,7 +23,12 @@ def _cached(name, fetch):
     target = cache_directory() / name
     if not target.is_dir():
         with tempfile.TemporaryDirectory(dir=cache_directory()) as scratch:
-            fetch(Path(scratch)).rename(target)  # whole or not at all
+            made = fetch(Path(scratch))
+            try:
+                made.rename(target)  # whole or not at all
+            except OSError:
+                if not target.is_dir():  # else another process was faster
+                    raise
     return target
 
 

@@ -10,6 +10,8 @@ import textwrap
 import pytest
 from torch.multiprocessing import get_all_start_methods
 
+from bert_fast.bench import data
+
 LIMIT = 60  # seconds; a hang takes for ever, a slow machine some seconds
 
 COMMON = """
@@ -280,3 +282,16 @@ def test_a_spawned_process(tmp_path):
     """))  # fmt: skip
     said = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=LIMIT)
     assert said.returncode == 0, said.stderr
+
+
+def test_what_another_process_has_fetched_meanwhile(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "cache_directory", lambda: tmp_path)
+
+    def fetch(scratch):
+        for folder in (tmp_path / "corpus", scratch / "corpus"):  # the other's first
+            folder.mkdir()
+            (folder / "text").touch()
+        return scratch / "corpus"
+
+    assert (data._cached("corpus", fetch) / "text").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
