@@ -121,6 +121,17 @@ __global__ void __launch_bounds__(kThreads<kLanes>) forward(LayerNormForward a, 
   }
 }
 
+// slots[i * kWarp] += mine[i], or = mine[i]: all are read before one is written, or each would wait for
+// the one before.
+template <int kMany>
+__device__ __forceinline__ void add_to(float* slots, const float (&mine)[kMany], bool add) {
+  float sum[kMany];
+#pragma unroll
+  for (int i = 0; i < kMany; ++i) sum[i] = add ? slots[i * kWarp] + mine[i] : mine[i];
+#pragma unroll
+  for (int i = 0; i < kMany; ++i) slots[i * kWarp] = sum[i];
+}
+
 // Grid: programs. Rows are read twice, the second time from the cache: the registers hold the sums.
 template <class T, int kCount, int kLanes>
 __global__ void __launch_bounds__(kThreads<kLanes>) backward(LayerNormBackward a, Dropout drop,
@@ -180,29 +191,36 @@ __global__ void __launch_bounds__(kThreads<kLanes>) backward(LayerNormBackward a
       if (a.dx) store(static_cast<T*>(a.dx) + first + column, dx);
     }
   }
-  // The groups of a CTA one after another, so that the order of the sums is fixed.
-  auto* sums = reinterpret_cast<float*>(shared_memory()) + kCta / kWarp;
-  for (int g = 0; g < kGroups; ++g) {
-    if (group == g) {
+  const auto program = [&](int k) {
+    return partials + (static_cast<int64_t>(k) * gridDim.x + blockIdx.x) * width;
+  };
+  if constexpr (kGroups == 1) {
 #pragma unroll
-      for (int i = 0; i < kPacks; ++i) {
-        const int column = (i * kLanes + lane) * kCount;
-        if (column >= width) continue;
-#pragma unroll
-        for (int j = 0; j < kCount; ++j) {
-          const float mine[3] = {dweight[i * kCount + j], dbias[i * kCount + j],
-                                 dlinear_bias[i * kCount + j]};
-#pragma unroll
-          for (int k = 0; k < 3; ++k) {
-            float* program = partials + (static_cast<int64_t>(k) * gridDim.x + blockIdx.x) * width;
-            float* slot = kGroups == 1 ? program + column + j : sums + k * width + column + j;
-            *slot = (g ? *slot : 0.0f) + mine[k];
-            if (kGroups > 1 && g == kGroups - 1) program[column + j] = *slot;
-          }
-        }
+    for (int e = 0; e < kSums; ++e) {
+      const int column = (e / kCount * kLanes + lane) * kCount + e % kCount;
+      if (column >= width) continue;
+      program(0)[column] = dweight[e];
+      program(1)[column] = dbias[e];
+      program(2)[column] = dlinear_bias[e];
+    }
+  } else {
+    // The groups of a CTA one after another, so that the order of the sums is fixed; a lane's are a
+    // word of each row, so that no two lanes want the same bank.
+    auto* sums = reinterpret_cast<float*>(shared_memory()) + kCta / kWarp;
+    for (int g = 0; g < kGroups; ++g) {
+      if (group == g) {
+        add_to(sums + lane, dweight, g > 0);
+        add_to(sums + kSums * kLanes + lane, dbias, g > 0);
+        add_to(sums + 2 * kSums * kLanes + lane, dlinear_bias, g > 0);
+      }
+      barrier();
+    }
+    for (int k = 0; k < 3; ++k) {
+      for (int column = threadIdx.x; column < width; column += kThreads<kLanes>) {
+        const int e = column / (kLanes * kCount) * kCount + column % kCount;
+        program(k)[column] = sums[(k * kSums + e) * kLanes + column / kCount % kLanes];
       }
     }
-    if (kGroups > 1) barrier();
   }
 }
 
@@ -216,7 +234,7 @@ void launch_kernel(const LayerNormForward& a, const Call& call) {
 
 template <class T, int kCount, int kLanes>
 void launch_kernel(const LayerNormBackward& a, const Call& call) {
-  const size_t sums = kLanes == kWarp ? 3 * a.hidden : 0;
+  const size_t sums = kLanes == kWarp ? 3 * kPerThread<kLanes> * kLanes : 0;
   launch(backward<T, kCount, kLanes>, dim3(call.programs), kThreads<kLanes>,
          (kCta / kWarp + sums) * sizeof(float), call.stream, a, dropout_of(a.dropout_p, call),
          call.scratch, call.low);

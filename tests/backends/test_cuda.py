@@ -240,7 +240,7 @@ FAULTS = [
     ("layer_norm.cu", "(low & which) != 0", "low != 0"),
     ("layer_norm.cu", "xhat * product", "xhat * sum"),
     ("layer_norm.cu", "(column + j) / 4", "(column + j) / kCount"),
-    ("layer_norm.cu", "(g ? *slot : 0.0f) + mine[k]", "mine[k]"),
+    ("layer_norm.cu", "add ? slots[i * kWarp] + mine[i] : mine[i]", "mine[i]"),
     ("gelu.cu", "blockIdx.x - block * columns", "blockIdx.x"),
     ("gelu.cu", "static_cast<int64_t>(block) * kForwardRows", "static_cast<int64_t>(block)"),
     ("gelu.cu", "i < programs; i += kSumGroups", "i < programs - 1; i += kSumGroups"),
