@@ -127,6 +127,28 @@ def _forward(
     tl.store(lse + tl.program_id(1).to(tl.int64) * total_q + q_begin + row, log, row < q_length)
 
 
+@triton.jit
+def _add_keys(
+    total, queries, douts, k, v, table, keeps, seed, log, center, extra, q_begin, k_begin, first,
+    begin, q_length, k_length, k_stride, k_head, v_stride, v_head, total_q, keep_width, heads,
+    table_rows, table_cols, factor, cut, keep_scale, sequence, MASKED: tl.constexpr,
+    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, KEEPS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_TABLE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """total of the tile of queries from ``first`` plus what the keys from ``begin`` add to it."""
+    keys = load_rows(k, k_begin, begin, k_length, k_stride, k_head, k, 1, heads, False, HEAD_DIM,
+                     BLOCK_D, BLOCK_N, MASKED, DROPOUT)  # fmt: skip
+    values = load_rows(v, k_begin, begin, k_length, v_stride, v_head, v, 2, heads, False, HEAD_DIM,
+                       BLOCK_D, BLOCK_N, MASKED, DROPOUT)  # fmt: skip
+    _, dscores = score_gradients(
+        queries, keys, values, douts, log, center, extra, table, seed, keeps, q_begin, first, begin,
+        q_length, k_length, total_q, table_rows, table_cols, keep_width, factor, cut, keep_scale,
+        sequence, MASKED, CAUSAL, DROPOUT, KEEPS, HAS_BIAS, HAS_TABLE, BLOCK_M, BLOCK_N, PRECISION,
+    )  # fmt: skip
+    return dot(dscores.to(keys.dtype), keys, total, PRECISION)
+
+
 @kernel(do_not_specialize=COUNTS)
 def _backward_q(
     dout, q, k, v, bias, table, out, lse,
@@ -166,29 +188,21 @@ def _backward_q(
     total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     last, whole = keys_seen(first, q_length, k_length, CAUSAL, BLOCK_M, BLOCK_N)
     for begin in range(0, whole, BLOCK_N):
-        keys = load_rows(k, k_begin, begin, k_length, k_stride, k_head, k, 1, heads, False,
-                         HEAD_DIM, BLOCK_D, BLOCK_N, False, DROPOUT)  # fmt: skip
-        values = load_rows(v, k_begin, begin, k_length, v_stride, v_head, v, 2, heads, False,
-                           HEAD_DIM, BLOCK_D, BLOCK_N, False, DROPOUT)  # fmt: skip
-        _, dscores = score_gradients(
-            queries, keys, values, douts, log, center, extra, table, seed, keeps, q_begin, first,
-            begin, q_length, k_length, total_q, table_rows, table_cols, keep_width, factor, cut,
-            keep_scale, sequence, False, CAUSAL, DROPOUT, KEEPS, HAS_BIAS, HAS_TABLE, BLOCK_M,
-            BLOCK_N, PRECISION,
+        total = _add_keys(
+            total, queries, douts, k, v, table, keeps, seed, log, center, extra, q_begin, k_begin,
+            first, begin, q_length, k_length, k_stride, k_head, v_stride, v_head, total_q,
+            keep_width, heads, table_rows, table_cols, factor, cut, keep_scale, sequence, False,
+            CAUSAL, DROPOUT, KEEPS, HAS_BIAS, HAS_TABLE, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+            PRECISION,
         )  # fmt: skip
-        total = dot(dscores.to(keys.dtype), keys, total, PRECISION)
     for begin in tl.range(whole, last, BLOCK_N, num_stages=1):
-        keys = load_rows(k, k_begin, begin, k_length, k_stride, k_head, k, 1, heads, False,
-                         HEAD_DIM, BLOCK_D, BLOCK_N, True, DROPOUT)  # fmt: skip
-        values = load_rows(v, k_begin, begin, k_length, v_stride, v_head, v, 2, heads, False,
-                           HEAD_DIM, BLOCK_D, BLOCK_N, True, DROPOUT)  # fmt: skip
-        _, dscores = score_gradients(
-            queries, keys, values, douts, log, center, extra, table, seed, keeps, q_begin, first,
-            begin, q_length, k_length, total_q, table_rows, table_cols, keep_width, factor, cut,
-            keep_scale, sequence, True, CAUSAL, DROPOUT, KEEPS, HAS_BIAS, HAS_TABLE, BLOCK_M,
-            BLOCK_N, PRECISION,
+        total = _add_keys(
+            total, queries, douts, k, v, table, keeps, seed, log, center, extra, q_begin, k_begin,
+            first, begin, q_length, k_length, k_stride, k_head, v_stride, v_head, total_q,
+            keep_width, heads, table_rows, table_cols, factor, cut, keep_scale, sequence, True,
+            CAUSAL, DROPOUT, KEEPS, HAS_BIAS, HAS_TABLE, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+            PRECISION,
         )  # fmt: skip
-        total = dot(dscores.to(keys.dtype), keys, total, PRECISION)
     store_rows(dq, total * scale, q_begin, first, q_length, dq_stride, dq_head, HEAD_DIM, BLOCK_D,
                BLOCK_M)  # fmt: skip
 

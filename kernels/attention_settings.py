@@ -60,7 +60,7 @@ BACKWARD_BIASED = {
 BACKWARD_TABLE = BACKWARD_BIASED | {75: BACKWARD_BIASED["fma"] | {128: (8, 16, 8, 1)}}
 SHORT_BIASED = {"mma": {64: (64, 64, 4, 1)}}
 # Dropout takes registers beside either bias, and a causal mask more of them: what differs then.
-# (Heads of 256 leave few for tiles of 64 rows, which 90's and 100's instructions for products need.)
+# (Heads of 256 leave few for tiles of 64 rows, which 90's and 100's product instructions need.)
 FORWARD_BIASED_DROPOUT = {
     "mma": {32: (64, 32, 4, 3)},
     90: {32: (64, 32, 8, 2), 64: (64, 64, 8, 2), 128: (64, 32, 8, 1), 256: (32, 32, 8, 1)},
