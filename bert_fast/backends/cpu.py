@@ -149,14 +149,15 @@ def layer_norm_backward(dout, total, mean, rstd, weight, has_linear_bias, dropou
     rows, hidden = total.numel() // total.shape[-1], total.shape[-1]
     dresidual = torch.empty_like(total)
     dx = torch.empty_like(total) if dropout_p > 0 else None
-    dweight, dbias, dlinear_bias = (torch.empty(hidden, dtype=torch.float32) for _ in range(3))
+    dweight, dbias = (torch.empty(hidden, dtype=torch.float32) for _ in range(2))
+    dlinear_bias = torch.empty(hidden, dtype=torch.float32) if has_linear_bias else None
     weight = as_float32(weight)
     _C.layer_norm_backward(
         DTYPES[total.dtype], rows, hidden, *map(address, (dout, total, mean, rstd, weight)),
-        *map(address, (dresidual, dx, dweight, dbias, dlinear_bias if has_linear_bias else None)),
-        dropout_p, _seed(seed), num_threads(),
+        *map(address, (dresidual, dx, dweight, dbias, dlinear_bias)), dropout_p, _seed(seed),
+        num_threads(),
     )  # fmt: skip
-    return dx, dresidual, dweight, dbias, dlinear_bias if has_linear_bias else None
+    return dx, dresidual, dweight, dbias, dlinear_bias
 
 
 def embedding_forward(
