@@ -233,7 +233,8 @@ def test_memory_of_packed_weights():
 
     for size in (4, 1000, cpu.HUGE_PAGE - 1, cpu.HUGE_PAGE, 3 * cpu.HUGE_PAGE + 5000):
         memory = cpu._memory(size).fill_(7)
-        assert memory.numel() == size and memory.untyped_storage().nbytes() <= size + 64
+        assert memory.numel() == size
+        assert memory.untyped_storage().nbytes() <= size + 64
         assert memory.data_ptr() % 64 == 0
         if size > cpu.HUGE_PAGE * 3 // 4 and hasattr(mmap, "MADV_HUGEPAGE"):
             assert memory.data_ptr() % cpu.HUGE_PAGE == 0
