@@ -26,7 +26,9 @@ namespace {
 constexpr int64_t kBlockRows = 144;
 // Few rows take several panels at once, so that enough sums are under way to hide an FMA's latency.
 constexpr int64_t kPanelsFor2 = k512 ? 4 : 2, kPanelsFor4 = kPanelsFor2 / 2;
-constexpr int64_t kAhead = 32;  // steps of the panel that are fetched ahead
+// Steps of the panel that are fetched ahead, into L2. (Zen 4, 16 rows, 42 MB of weights in huge
+// pages: 64 steps 99 GFLOP/s, of 118 that the core has; 32 steps, into L1, 91. In L2 already: 99.)
+constexpr int64_t kAhead = 64;
 
 template <class P>
 constexpr int64_t kPerStep = 4 / sizeof(typename P::Element);
@@ -79,8 +81,8 @@ void tile(const Block& b) {
       for (int p = 0; p < kPanels; ++p) {
         const uint32_t* row = b.panel + p * b.panel_stride + k * kPanel;
         std::memcpy(w + 2 * p, row, 2 * sizeof(vu));
-        __builtin_prefetch(row + kAhead * kPanel);
-        if (kPanel * sizeof(float) > 64) __builtin_prefetch(row + kAhead * kPanel + kWidth);
+        __builtin_prefetch(row + kAhead * kPanel, 0, 2);
+        if (kPanel * sizeof(float) > 64) __builtin_prefetch(row + kAhead * kPanel + kWidth, 0, 2);
       }
       for (int i = 0; i < kRows; ++i) {
         uint32_t x;

@@ -35,7 +35,7 @@ struct Float32 {
   using Element = float;
   using Sum = vf;
   static constexpr Precision kPrecision = Precision::kFloat32;
-  static constexpr int64_t kTileRows = k512 ? 8 : 6;
+  static constexpr int64_t kTileRows = k512 ? 12 : 6;
   static constexpr int64_t kSumSteps = 64;  // summed on their own: short sums round less than sgemm's
 
   static BERT_FAST_INLINE void add(Sum* sums, const vu* w, int vectors, uint32_t x) {

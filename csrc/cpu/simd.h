@@ -325,8 +325,9 @@ class Buffer {
 // Rows cut into chunks for sums over rows. The cut depends on the row count alone, never on the
 // number of threads, and chunks are added in order: the same input gives the same bits.
 struct RowChunks {
-  explicit RowChunks(int64_t rows)
-      : rows(rows), size(rows > 64 * 16 ? (rows + 63) / 64 : 16), count((rows + size - 1) / size) {}
+  explicit RowChunks(int64_t rows, int64_t least = 16)
+      : rows(rows), size(rows > 64 * least ? (rows + 63) / 64 : least),
+        count((rows + size - 1) / size) {}
 
   int64_t begin(int64_t chunk) const { return chunk * size < rows ? chunk * size : rows; }
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bert_fast
-from bert_fast import ops
+from bert_fast import _C, ops
 
 SHAPES = [(1, 768), (7, 384), (63, 1024), (127, 77), (513, 64), (3, 5), (0, 128), (2, 3, 30)]
 
@@ -164,6 +164,38 @@ def test_bitwise_repeatable_at_any_thread_count():
         return out, *torch.autograd.grad(out, inputs, dout)
 
     same_bits_at_any_thread_count(run)
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "generic"])
+@pytest.mark.parametrize("width", [384, 77, 768])
+def test_backward_of_rows_together_and_alone(isa, width):
+    """By every instruction set's kernel: narrow rows go several at once, wide ones and the last of
+    a chunk one by one. A NaN stays in its row and in the sums over rows."""
+    x, weight, bias, residual, linear_bias, dout = draw(71, width)
+
+    def run(dtype, backend, x=x):
+        inputs = [t.to(dtype).requires_grad_() for t in (x, weight, bias, residual, linear_bias)]
+        x, weight_, bias_, *more = inputs
+        options = {"residual": more[0], "linear_bias": more[1], "dropout_p": 0.2, "seed": 5}
+        out = ops.layer_norm(x, weight_, bias_, backend=backend, **options)
+        return torch.autograd.grad(out, inputs, dout.to(dtype))
+
+    best = _C.cpu_isa()
+    try:
+        _C.set_cpu_isa(isa)
+    except ValueError:
+        pytest.skip(f"this processor has no {isa}")
+    try:
+        ours, poisoned = run(torch.float32, "cpu"), x.clone()
+        poisoned[2, 3] = math.nan
+        dx, dweight, *_ = run(torch.float32, "cpu", poisoned)
+    finally:
+        _C.set_cpu_isa(best)
+    assert_within(ours, run(torch.float32, "eager"), run(torch.float64, "eager"))
+    others = torch.arange(71) != 2
+    assert torch.equal(dx[others], ours[0][others])
+    assert dx[2].isnan().all()
+    assert dweight.isnan().all()
 
 
 drawn = given(

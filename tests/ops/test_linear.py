@@ -3,6 +3,7 @@ parts and their scheme, and prepacked models."""
 
 import copy
 import math
+import mmap
 import pickle
 
 import pytest
@@ -223,3 +224,18 @@ def test_prepacked_model_still_trains():
     assert not torch.equal(before, after)
     packed.layers[0].attention.qkv.packed = None
     torch.testing.assert_close(outputs(packed, ids), after, rtol=0, atol=2e-6)
+
+
+def test_memory_of_packed_weights():
+    """Cache lines begin it; where the system has huge pages, one begins what is as large. It is as
+    large as what it holds, and takes what is written."""
+    from bert_fast.backends import cpu
+
+    for size in (4, 1000, cpu.HUGE_PAGE - 1, cpu.HUGE_PAGE, 3 * cpu.HUGE_PAGE + 5000):
+        memory = cpu._memory(size).fill_(7)
+        assert memory.numel() == size
+        assert memory.untyped_storage().nbytes() <= size + 64
+        assert memory.data_ptr() % 64 == 0
+        if size > cpu.HUGE_PAGE * 3 // 4 and hasattr(mmap, "MADV_HUGEPAGE"):
+            assert memory.data_ptr() % cpu.HUGE_PAGE == 0
+        assert bool((copy.deepcopy(memory) == 7).all())
