@@ -29,6 +29,7 @@ from bert_fast.models.config import BertConfig
 from bert_fast.models.inference import Precision, for_inference
 from bert_fast.models.one_call import OneCall
 from bert_fast.models.packing import Packing
+from bert_fast.models.repeat import Layers, describer
 from bert_fast.models.workspace import NoWorkspace, Workspace, can_reuse_memory
 
 
@@ -107,6 +108,9 @@ class Layer(nn.Module):
         parts = self._modules  # as attributes they take the host ten times as long
         x = parts["attention"](x, packing, workspace)
         return parts["feed_forward"](x, workspace)
+
+
+_describe = describer(Layer, Attention, FeedForward)
 
 
 class Embeddings(nn.Module):
@@ -316,14 +320,14 @@ class BertModel(nn.Module):
             output = self.one_call(self.layers, x, packing, workspace)
             if output is not None:
                 return [output], packing
-        states = []
+        states, run = [], Layers(_describe, len(self.layers), x)
         for layer in self.layers:
             if output_hidden_states:
                 states.append(x.clone())  # inference goes on in x's own memory
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(layer, x, packing, workspace, use_reentrant=False)
             else:
-                x = layer(x, packing, workspace)
+                x = run(layer, x, packing, workspace)
         return [*states, x], packing
 
     def _embed(
