@@ -106,11 +106,7 @@ class Layer(nn.Module):
 
     def forward(self, x, packing, workspace):
         parts = self._modules  # as attributes they take the host ten times as long
-        x = parts["attention"](x, packing, workspace)
-        return parts["feed_forward"](x, workspace)
-
-
-_describe = describer(Layer, Attention, FeedForward)
+        return parts["feed_forward"](parts["attention"](x, packing, workspace), workspace)
 
 
 class Embeddings(nn.Module):
@@ -136,6 +132,7 @@ class Embeddings(nn.Module):
 class BertModel(nn.Module):
     """BERT's encoder and pooler; Hugging Face's ``BertModel`` in results, not in code."""
 
+    _describe = staticmethod(describer(Layer, Attention, FeedForward))
     gradient_checkpointing = False  # in training: keep each layer's input alone, compute it again
 
     def __init__(self, config: BertConfig, add_pooling_layer: bool = True):
@@ -320,7 +317,7 @@ class BertModel(nn.Module):
             output = self.one_call(self.layers, x, packing, workspace)
             if output is not None:
                 return [output], packing
-        states, run = [], Layers(_describe, len(self.layers), x)
+        states, run = [], Layers(self._describe, len(self.layers), x)
         for layer in self.layers:
             if output_hidden_states:
                 states.append(x.clone())  # inference goes on in x's own memory

@@ -91,11 +91,11 @@ class Repeat:
     def __call__(self, x, q, k, v, layer):
         """The layer's output of ``x`` and its projections; ``layer`` as in :meth:`of`, each of the
         dtype, shape and device of the one that it was made with."""
-        return _again(x, self, (q, k, v), layer)
+        return repeated_layer(x, self, (q, k, v), layer)
 
 
 @on_own_device("triton")
-def _again(x, repeat, projected, layer):
+def repeated_layer(x, repeat, projected, layer):
     out, norm, up, down, last_norm = layer
     q, k, v = projected
     context = torch.empty_like(x)
