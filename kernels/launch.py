@@ -5,11 +5,16 @@ it all, 20 us a launch where the launch itself is 1. :func:`kernel` makes kernel
 syntax, ``kernel[grid](*args, **constants)``, that keep each ``CompiledKernel`` by what Triton
 specialises it for: dtypes and alignment of pointers, width of integers, whether they are 1 or
 multiples of 16, constants, options, the device. Whatever is new or unusual goes Triton's own way.
+
+What was launched once can be launched again with other tensors of the same dtypes and strides, and
+nothing of it is looked up: :func:`recorded`, :class:`Launch`.
 """
 
+import contextlib
 import functools
 import inspect
 import itertools
+import threading
 
 import torch
 import triton
@@ -36,9 +41,81 @@ def kernel(**options):
 
     def decorate(function):
         made = triton.jit(function, **options)
-        return Kernel(function, **options) if type(made) is JITFunction else made
+        return Kernel(function, **options) if type(made) is JITFunction else _noted(made)
 
     return decorate
+
+
+def _noted(interpreted):
+    run = interpreted.run
+
+    def noted(*args, grid, warmup, **constants):
+        run(*args, grid=grid, warmup=warmup, **constants)
+        if _recorded.launches is not None:
+            _recorded.launches.append(Launch(interpreted, grid, args, constants))
+
+    interpreted.run = noted
+    return interpreted
+
+
+class _Recorded(threading.local):
+    launches: list | None = None
+
+
+_recorded = _Recorded()
+
+
+@contextlib.contextmanager
+def recorded():
+    """A list, to which each launch of this thread adds its :class:`Launch`; or None where it cannot
+    be made again so: it was new, unusual, or of tensors that are not aligned."""
+    outer, _recorded.launches = _recorded.launches, []
+    try:
+        yield _recorded.launches
+    finally:
+        _recorded.launches = outer
+
+
+class Launch:
+    """A launch that took place, to be made again with tensors in the place of some of its own."""
+
+    def __init__(self, kernel, grid, args, constants, found=None, values=()):
+        self.kernel, self.grid, self.constants, self.found = kernel, grid, constants, found
+        self.args, self.values = list(args), list(values)  # tensors, and their addresses
+        self.places = {}  # name -> where this tensor stands, which may be in others' places, too
+
+    def __getitem__(self, name):
+        return self.args[self.kernel.arg_names.index(name)]
+
+    def can_replace(self, *names):
+        """Prepares :meth:`again` for these arguments. Whether they are different tensors."""
+        places = {}
+        for place, given in enumerate(self.args):
+            if not isinstance(given, torch.Tensor):
+                break  # numbers follow
+            places.setdefault(id(given), []).append(place)
+        self.places = {name: places[id(self[name])] for name in names}
+        return len({place[0] for place in self.places.values()}) == len(names)
+
+    def again(self, **tensors):
+        """Launches on the current stream; each tensor has the dtype, shape and strides of the one
+        that was at its name, and is on its device, which is the current one."""
+        args, values, found, addresses = self.args, self.values, self.found, 0
+        for name, tensor in tensors.items():
+            address = tensor.data_ptr() if found else 0
+            addresses |= address
+            for place in self.places[name]:
+                args[place] = tensor
+                if found:
+                    values[place] = address
+        if found is None or addresses & 15:
+            self.kernel[self.grid](*args, **self.constants)
+            return
+        _, run, function, metadata, fixed = found
+        x, y, z = (*self.grid, 1, 1)[:3]
+        active = driver.active
+        stream = active.get_current_stream(active.get_current_device())
+        run(x, y, z, stream, function, metadata, None, None, None, *values, *fixed)
 
 
 @functools.cache
@@ -76,19 +153,19 @@ class Kernel(JITFunction):
             or not _is_idle(knobs.runtime.launch_enter_hook)
             or not _is_idle(knobs.runtime.launch_exit_hook)
         ):
-            return self.run(*args, grid=grid, warmup=False, **constants)
+            return self._plainly(grid, args, constants)
         try:
             key, given = self._read(args, constants)
         except (AttributeError, TypeError, ValueError):  # of other names, types or numbers
             key, given = self._read_anew(args, constants)
         if key is None:
-            return self.run(*args, grid=grid, warmup=False, **constants)
+            return self._plainly(grid, args, constants)
         active = driver.active
         device = active.get_current_device()
         key = device, key
         found = self._compiled.get(key)
         if found is None:
-            compiled = self.run(*args, grid=grid, warmup=False, **constants)
+            compiled = self._plainly(grid, args, constants)
             if _is_plain(compiled):
                 fixed = tuple(constants[name] for name in self.arg_names[len(args) :])
                 self._compiled[key] = (
@@ -99,7 +176,15 @@ class Kernel(JITFunction):
         x, y, z = (*grid, 1, 1)[:3]
         stream = active.get_current_stream(device)
         run(x, y, z, stream, function, metadata, None, None, None, *given, *fixed)
+        if (launches := _recorded.launches) is not None:
+            aligned = key[1][1] == 0
+            launches.append(Launch(self, grid, args, constants, found, given) if aligned else None)
         return compiled
+
+    def _plainly(self, grid, args, constants):
+        if _recorded.launches is not None:
+            _recorded.launches.append(None)
+        return self.run(*args, grid=grid, warmup=False, **constants)
 
     def _read_anew(self, args, constants):
         """By a reader for arguments of this number and constants of these names."""

@@ -29,7 +29,7 @@ from bert_fast.hugging_face.families import (
     why_not_this_call,
     why_not_this_state,
 )
-from bert_fast.hugging_face.parts import Parts, probability, whereabouts
+from bert_fast.hugging_face.parts import Parts, describe, probability, whereabouts
 from bert_fast.hugging_face.precision import check_arguments, is_plain, pack_layers
 from bert_fast.models.blocks import (
     GELU_APPROXIMATE,
@@ -40,6 +40,7 @@ from bert_fast.models.blocks import (
 )
 from bert_fast.models.inference import Precision
 from bert_fast.models.packing import Packing, is_captured
+from bert_fast.models.repeat import Layers
 from bert_fast.models.workspace import NoWorkspace, Workspace, can_reuse_memory
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -306,11 +307,11 @@ class _Encoder(_Accelerated):
             bias = getattr(self, bias_of)(x.new_empty(1, packing.max_seqlen, 1))[0]
         where = whereabouts(x, is_captured(x.device)) if product_adds_bias(x) else None
         run = _Run(packing, workspace if reuse else NoWorkspace(), bias, parts, where)
-        states = []
+        states, layers = [], Layers(describe, len(self.layer), x)
         for layer in self.layer:
             if recorded:
                 states.append(as_autocast_gives(packing.unpack(x), hidden_states))
-            x = layer(x, run)
+            x = layers(layer, x, run)
         x = as_autocast_gives(packing.unpack(x), hidden_states)
         out = getattr(modeling_outputs, output)(
             last_hidden_state=x, hidden_states=(*states, x) if recorded else None

@@ -13,7 +13,8 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bert_fast.hugging_face.precision import is_plain
-from bert_fast.models.blocks import Called, View
+from bert_fast.models.blocks import Called, View, two
+from bert_fast.models.repeat import Plain, is_watched
 
 
 class Parts:
@@ -53,7 +54,7 @@ class Parts:
             ]  # fmt: skip
             self._made = now, products
             self.forget()
-            six = [t for p in products[:3] for t in (p.weight, p.bias)]
+            six = [t for p in products[:3] for t in p.parts()]
             plain = not torch.compiler.is_compiling() and all(
                 type(t) is nn.Parameter and not t.is_inference() for t in six
             )
@@ -125,6 +126,31 @@ def _said_to_torch():
 def probability(dropout):
     """Of (dropout, the module that says whether it drops)."""
     return dropout[0].p if dropout is not None and dropout[1].training else 0.0
+
+
+def describe(layer, run):
+    """An accelerated layer, for others to repeat; None where it is not plain."""
+    parts, settings = run.parts_of(layer), layer._bert_fast
+    products = parts.products(settings)
+    norms = parts.attention_norm, parts.norm
+    dropouts = parts.attention_dropout, parts.out_dropout, parts.down_dropout
+    if (
+        is_watched(layer) or any(map(probability, dropouts))
+        or any(type(norm) is not nn.LayerNorm for norm in norms)
+        or any(type(product) is not View or product.packed is not None for product in products)
+    ):  # fmt: skip
+        return None
+    *qkv, out, up, down = products
+
+    def project(x):
+        heads = -1, settings.head_dim
+        if (fused := parts.fused(x, run.where, settings.prepacked)) is not None:
+            return fused.view(len(x), 3, *heads).unbind(1)
+        return [F.linear(x, *linear.parts()).view(len(x), *heads) for linear in qkv]
+
+    rest = [out.parts(), two(norms[0]), up.parts(), down.parts(), two(norms[1])]
+    rules = type(layer), settings.head_dim, settings.approximate, *(norm.eps for norm in norms)
+    return Plain(rules, project, rest, [t for linear in qkv for t in linear.parts()])
 
 
 def whereabouts(x, captured):

@@ -29,6 +29,7 @@ from bert_fast.models.config import BertConfig
 from bert_fast.models.inference import Precision, for_inference
 from bert_fast.models.one_call import OneCall
 from bert_fast.models.packing import Packing
+from bert_fast.models.repeat import Layers, describer
 from bert_fast.models.workspace import NoWorkspace, Workspace, can_reuse_memory
 
 
@@ -64,8 +65,8 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
 
     def forward(self, x, packing, workspace):
-        (tokens, hidden), take = x.shape, workspace.take
-        qkv, bias = self.qkv.project(x, take("qkv", tokens, 3 * hidden, x), workspace)
+        (tokens, hidden), take, parts = x.shape, workspace.take, self._modules
+        qkv, bias = parts["qkv"].project(x, take("qkv", tokens, 3 * hidden, x), workspace)
         context = take("hidden", tokens, hidden, x)
         context = ops.attention_qkv(
             qkv.view(tokens, 3, self.num_heads, self.head_dim),
@@ -78,7 +79,7 @@ class Attention(nn.Module):
             out=None if context is None else context.view(tokens, self.num_heads, self.head_dim),
         ).view(tokens, hidden)
         dropout_p = self.hidden_dropout_p if self.training else 0.0
-        return project_add_norm(context, self.out, self.norm, x, dropout_p, workspace)
+        return project_add_norm(context, parts["out"], parts["norm"], x, dropout_p, workspace)
 
 
 class FeedForward(nn.Module):
@@ -91,9 +92,9 @@ class FeedForward(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, x, workspace):
-        dropout_p = self.hidden_dropout_p if self.training else 0.0
+        parts, dropout_p = self._modules, self.hidden_dropout_p if self.training else 0.0
         return feed_forward(
-            x, self.up, self.down, self.norm, self.approximate, dropout_p, workspace
+            x, parts["up"], parts["down"], parts["norm"], self.approximate, dropout_p, workspace
         )
 
 
@@ -104,7 +105,8 @@ class Layer(nn.Module):
         self.feed_forward = FeedForward(config)
 
     def forward(self, x, packing, workspace):
-        return self.feed_forward(self.attention(x, packing, workspace), workspace)
+        parts = self._modules  # as attributes they take the host ten times as long
+        return parts["feed_forward"](parts["attention"](x, packing, workspace), workspace)
 
 
 class Embeddings(nn.Module):
@@ -130,6 +132,7 @@ class Embeddings(nn.Module):
 class BertModel(nn.Module):
     """BERT's encoder and pooler; Hugging Face's ``BertModel`` in results, not in code."""
 
+    _describe = staticmethod(describer(Layer, Attention, FeedForward))
     gradient_checkpointing = False  # in training: keep each layer's input alone, compute it again
 
     def __init__(self, config: BertConfig, add_pooling_layer: bool = True):
@@ -314,14 +317,14 @@ class BertModel(nn.Module):
             output = self.one_call(self.layers, x, packing, workspace)
             if output is not None:
                 return [output], packing
-        states = []
+        states, run = [], Layers(self._describe, len(self.layers), x)
         for layer in self.layers:
             if output_hidden_states:
                 states.append(x.clone())  # inference goes on in x's own memory
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(layer, x, packing, workspace, use_reentrant=False)
             else:
-                x = layer(x, packing, workspace)
+                x = run(layer, x, packing, workspace)
         return [*states, x], packing
 
     def _embed(

@@ -22,34 +22,48 @@ def product_adds_bias(x):
     return x.device.type == "cuda"
 
 
+def two(module):
+    """A module's weight and bias; as attributes, for which torch looks last of all here, they take
+    the host three times as long. What is no parameter, but computed of some, is an attribute."""
+    own = module._parameters
+    if "weight" in own and "bias" in own:
+        return own["weight"], own["bias"]
+    return module.weight, module.bias
+
+
 class Product:
     """What a linear layer does here: its bias is left to the kernel that reads its result next.
     ``weight`` and ``bias`` are the heir's."""
 
     packed = None  # by prepack
 
+    def parts(self):
+        """The weight and the bias."""
+        return self.weight, self.bias
+
     def project(self, x, out, workspace):
         """What attention reads: (x Wᵀ, the bias that is left to it), or (x Wᵀ + bias, None)."""
         if not product_adds_bias(x):
-            return self.matmul(x, out, workspace), self.bias
+            return self.matmul(x, out, workspace), self.parts()[1]
         self._check_weight()
-        return F.linear(x, self.weight, self.bias), None
+        return F.linear(x, *self.parts()), None
 
     def matmul(self, x, out, workspace):
         """x Wᵀ"""
         if out is not None and self._use_packed(x):
             return self.packed.forward(x, self.weight, None, None, out, workspace)
         self._check_weight()
+        weight, _ = self.parts()
         if out is None:
-            return F.linear(x, self.weight)
-        return torch.mm(x, self.weight.t(), out=out)
+            return F.linear(x, weight)
+        return torch.mm(x, weight.t(), out=out)
 
     def gelu(self, x, approximate, out, workspace):
         """GELU(x Wᵀ + bias)"""
         if out is not None and self._use_packed(x):
             return self.packed.forward(x, self.weight, self.bias, approximate, out, workspace)
         self._check_weight()
-        return ops.linear_gelu(x, self.weight, self.bias, approximate=approximate, out=out)
+        return ops.linear_gelu(x, *self.parts(), approximate=approximate, out=out)
 
     def prepack(self):
         """Packs the weight, anew as it was."""
@@ -78,6 +92,9 @@ PACKED_KEYS = ("weight_packed", "weight_scale", "weight_x_factor")
 
 
 class Linear(Product, nn.Linear):
+    def parts(self):
+        return two(self)
+
     def _apply(self, fn, *args, **kwargs):
         if self.packed is not None and self.packed.released:  # BertModel has looked at the rest
             return super()._apply(lambda t: t if t.is_meta else fn(t), *args, **kwargs)
@@ -124,10 +141,11 @@ class Called:
     """Another module in the place of a linear layer: an adapter around one, a quantised one. It
     adds its bias itself."""
 
-    weight = bias = None
-
     def __init__(self, module):
         self.module, self.out_features = module, module.out_features
+
+    def parts(self):
+        return None, None
 
     def matmul(self, x, out, workspace):
         return self.module(x)
@@ -161,7 +179,7 @@ def project_add_norm(x, linear, norm, residual, dropout_p, workspace):
     """LN(residual + dropout(x Wᵀ + b)): in inference over the residual's memory."""
     projected = linear.matmul(x, workspace.take("projected", *residual.shape, x), workspace)
     return ops.layer_norm(
-        projected, norm.weight, norm.bias, residual=residual, linear_bias=linear.bias,
+        projected, *two(norm), residual=residual, linear_bias=linear.parts()[1],
         eps=norm.eps, dropout_p=dropout_p, out=workspace.over(residual),
     )  # fmt: skip
 

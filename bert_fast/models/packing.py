@@ -115,7 +115,7 @@ class Packing:
         """(total_tokens,): each token's column in the padded batch, Hugging Face's position."""
         if self.index is None:
             columns = torch.arange(self.seqlen, device=self.cu_seqlens.device)
-            return columns.repeat(self.batch)
+            return columns.expand(self.batch, -1).reshape(-1)
         return self.index % max(self.seqlen, 1)
 
     def unpack(self, packed):

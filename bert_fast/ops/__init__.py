@@ -15,17 +15,21 @@ from bert_fast.ops.linear import (
     unpacked_weight,
     why_not_packed,
 )
+from bert_fast.ops.repeat import Repeat, can_repeat, launches
 
 __all__ = [
+    "Repeat",
     "attention",
     "attention_qkv",
     "bind_encoder",
+    "can_repeat",
     "can_use_packed",
     "check_cu_seqlens",
     "embedding_layer_norm",
     "gelu",
     "is_concrete",
     "is_fast",
+    "launches",
     "layer_norm",
     "linear_gelu",
     "pack_weight",

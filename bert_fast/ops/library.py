@@ -44,7 +44,7 @@ def call(name, needs_grad, *args):
     compiler, an exporter, a mode, a transform, a tensor's own class), which costs as much as the
     kernels' launch; else straight from the kernels, in training by a plain autograd.Function. What
     is absent is then None."""
-    if not _nobody_looks_on(args):
+    if not is_unseen(args):
         return getattr(torch.ops.bert_fast, name)(*args)
     if not needs_grad:
         return _kernels[name](*args)
@@ -61,7 +61,7 @@ def call_backward(name, *args):
     tensors = (t for t in args if isinstance(t, Tensor))
     needs_grad = graphed and needs_grad_of(*tensors)
     results = call(name, needs_grad, *args)
-    if graphed and not needs_grad and _nobody_looks_on(args):
+    if graphed and not needs_grad and is_unseen(args):
         return _Refusing.apply(torch.empty(0, requires_grad=True), *results)
     return results
 
@@ -78,7 +78,8 @@ class _Refusing(torch.autograd.Function):
         return _no_second_order(ctx)
 
 
-def _nobody_looks_on(args):
+def is_unseen(args):
+    """Whether nobody but autograd wants to know of a call with these arguments."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()

@@ -14,9 +14,10 @@ from test_accelerate import FAMILIES, build
 from torch import nn
 
 import bert_fast
+from bert_fast import backends
 from bert_fast.hugging_face import accelerated
 from bert_fast.models import bert as bert_file
-from bert_fast.models import blocks
+from bert_fast.models import blocks, repeat
 
 
 class Seen:
@@ -375,3 +376,74 @@ def test_layers_alone_add_the_bias_in_the_product(seen):
         (out * weight).sum().backward()
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
+
+
+@pytest.fixture
+def repeated(monkeypatch):
+    """The layers that were repeated, by Triton's kernels interpreted."""
+    if reason := backends.why_unavailable("triton"):
+        pytest.skip(reason)
+    monkeypatch.setitem(backends.AUTO, "cpu", ("triton", "eager"))
+    monkeypatch.setattr(repeat, "product_adds_bias", lambda x: True)
+    layers, call = [], bert_fast.ops.Repeat.__call__
+
+    def noted(self, *args):
+        layers.append(len(layers))
+        return call(self, *args)
+
+    monkeypatch.setattr(bert_fast.ops.Repeat, "__call__", noted)
+    return layers
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("made", [bert_fast.accelerate, prepacked])
+@torch.no_grad()
+def test_layers_repeat_the_first(seen, repeated, family, made):
+    theirs = build(family)
+    ours = made(copy.deepcopy(theirs))
+    inputs = batch()
+    ours(**inputs)
+    repeated.clear()
+    found, expected = ours(**inputs)[0], theirs(**inputs)[0]
+    assert len(repeated) == len(list(layers_of(ours))) - 1 >= 1
+    same(found, expected, inputs["attention_mask"], atol=1e-4)
+
+
+def layers_of(model):
+    return (m for m in model.modules() if isinstance(m, accelerated._Layer))
+
+
+def called(layer):
+    """Another module in a linear layer's place is called, and adds its bias itself."""
+    linear = next(m for m in layer.modules() if isinstance(m, nn.Linear))
+    nn.utils.parametrize.register_parametrization(linear, "weight", Doubled())
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def noisy(layer):
+    norm = [m for m in layer.modules() if isinstance(m, nn.LayerNorm)][-1]
+    norm.eps = 0.5
+
+
+def moved(layer):
+    """Written where nobody sees it."""
+    for parameter in layer.parameters():
+        parameter.data = parameter.data.flip(0).contiguous()
+
+
+@pytest.mark.parametrize(("change", "number"), [(called, 0), (noisy, 0), (moved, 1)])
+@torch.no_grad()
+def test_a_changed_layer_is_another(seen, repeated, change, number):
+    theirs = bert()
+    ours = bert_fast.accelerate(copy.deepcopy(theirs))
+    inputs = batch()
+    ours(**inputs)
+    for model in (theirs, ours):
+        change(model.encoder.layer[1])
+    repeated.clear()
+    same(ours(**inputs)[0], theirs(**inputs)[0], inputs["attention_mask"], atol=1e-4)
+    assert len(repeated) == number

@@ -1,0 +1,115 @@
+"""An encoder layer's kernels, launched again for the next layers of the same forward.
+
+In inference on a GPU the layers of a model differ in their tensors alone, and for small batches the
+host takes longer to check, choose and look up than the kernels take. So the first layer is run as
+it stands; its launches, once they are found to be those of a layer, serve for the others.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from bert_fast import backends
+from bert_fast.devices import on_own_device
+from bert_fast.ops.library import is_unseen
+
+
+def can_repeat(x):
+    """Whether layers may be repeated in a forward from ``x`` on: in inference, on Triton's kernels,
+    where nobody looks at what the ops are given, and nothing is cast."""
+    return (
+        not torch.is_grad_enabled()
+        and is_unseen((x,))
+        and not torch._C._is_any_autocast_enabled()
+        and x.is_contiguous()
+        and backends.choose("layer_norm", x.device, x.dtype, False, None, x.shape[-1]) == "triton"
+    )
+
+
+def launches():
+    """A context: a list of the launches that are made in it."""
+    return _kernels()[0]()
+
+
+@functools.cache
+def _kernels():
+    from bert_fast.kernels import attention, gelu, launch, layer_norm
+
+    norm = layer_norm._forward
+    return launch.recorded, (attention._forward, norm, gelu._forward, norm)
+
+
+class Repeat:
+    """A layer that has run, for others like it: LN(y + GELU(y Wᵤᵀ + bᵤ) W_dᵀ + b_d), where
+    y = LN(x + attention(q, k, v) W_oᵀ + b_o)."""
+
+    def __init__(self, launches):
+        self.attention, self.norm, self.gelu, self.last_norm = launches
+        self.strides = tuple(self.attention[name].stride() for name in ("q", "k", "v"))
+
+    @staticmethod
+    def of(launches, x, layer, out):
+        """None where ``launches`` are not those of a layer that made ``out`` of ``x``. ``layer``:
+        weights and biases of its output product, norm, up, down and last norm."""
+        kernels = _kernels()[1]
+        if None in launches or tuple(launch.kernel for launch in launches) != kernels:
+            return None
+        repeat = Repeat(launches)
+        return repeat if repeat._is_of(x, layer, out) else None
+
+    def _is_of(self, x, layer, out):
+        (_, out_bias), norm, (_, up_bias), (_, down_bias), last_norm = layer
+        context, between = self.attention["out"], self.norm["out"]
+        given = [(self.gelu["bias"], up_bias)]
+        for launch, residual, bias, (weight, shift), result in (
+            (self.norm, x, out_bias, norm, between),
+            (self.last_norm, between, down_bias, last_norm, out),
+        ):
+            given += (
+                (launch["residual"], residual), (launch["linear_bias"], bias),
+                (launch["weight"], weight), (launch["bias"], shift), (launch["out"], result),
+            )  # fmt: skip
+        return bool(
+            all(found is expected for found, expected in given)
+            and context.is_contiguous()
+            and context.dtype == x.dtype
+            and context.numel() == x.numel()
+            and self.attention["bias"] is self.attention["q"]  # in its place: there is none
+            and self.attention.can_replace("q", "k", "v", "out")
+            and self.gelu.can_replace("x", "bias", "out")
+            and all(
+                launch.can_replace("x", "residual", "linear_bias", "weight", "bias", "out")
+                for launch in (self.norm, self.last_norm)
+            )
+        )
+
+    def fits(self, q, k, v):
+        """Whether these have the strides of those that attention was launched on."""
+        return (q.stride(), k.stride(), v.stride()) == self.strides
+
+    def __call__(self, x, q, k, v, layer):
+        """The layer's output of ``x`` and its projections; ``layer`` as in :meth:`of`, each of the
+        dtype, shape and device of the one that it was made with."""
+        return repeated_layer(x, self, (q, k, v), layer)
+
+
+@on_own_device("triton")
+def repeated_layer(x, repeat, projected, layer):
+    out, norm, up, down, last_norm = layer
+    q, k, v = projected
+    context = torch.empty_like(x)
+    repeat.attention.again(q=q, k=k, v=v, out=context)
+    y = _add_and_norm(repeat.norm, F.linear(context, out[0]), x, out[1], norm)
+    hidden = F.linear(y, up[0])
+    active = torch.empty_like(hidden)
+    repeat.gelu.again(x=hidden, bias=up[1], out=active)
+    return _add_and_norm(repeat.last_norm, F.linear(active, down[0]), y, down[1], last_norm)
+
+
+def _add_and_norm(launch, x, residual, linear_bias, norm):
+    out = torch.empty_like(residual)
+    launch.again(
+        x=x, residual=residual, linear_bias=linear_bias, weight=norm[0], bias=norm[1], out=out
+    )
+    return out

@@ -1,0 +1,315 @@
+"""Layers that repeat the first one's launches: the same bits as one by one, and only where a
+layer is of the first one's kind and nobody looks on."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import bert_fast
+from bert_fast import backends, ops
+from bert_fast.models import bert, blocks, repeat
+
+ROOT = Path(__file__).resolve().parents[2]
+NO_TRITON = backends.why_unavailable("triton")
+pytestmark = pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
+
+
+@pytest.fixture
+def on(device, monkeypatch):
+    """The device; the CPU then takes its turns as a GPU does, with Triton's kernels interpreted."""
+    if device == "cpu":
+        for module in (blocks, repeat):
+            monkeypatch.setattr(module, "product_adds_bias", lambda x: True)
+        monkeypatch.setattr(bert, "can_reuse_memory", lambda x: False)
+        monkeypatch.setitem(backends.AUTO, "cpu", ("triton", "eager"))
+    return device
+
+
+@pytest.fixture
+def repeated(monkeypatch):
+    """The layers that were repeated, a number for each call of one."""
+    seen, call = [], ops.Repeat.__call__
+
+    def noted(self, *args):
+        seen.append(len(seen))
+        return call(self, *args)
+
+    monkeypatch.setattr(ops.Repeat, "__call__", noted)
+    return seen
+
+
+def drawn(device, layers=3, dtype=torch.float32, **settings):
+    config = bert_fast.BertConfig(
+        hidden_size=32, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=48,
+        vocab_size=40, max_position_embeddings=16, **settings,
+    )  # fmt: skip
+    model = bert_fast.BertModel(config)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model.to(device, dtype).eval()
+
+
+def batch(device):
+    mask = torch.ones(2, 7, dtype=torch.int64)
+    mask[1, 4:] = 0
+    return torch.randint(40, mask.shape).to(device), mask.to(device)
+
+
+def one_by_one(model, inputs, monkeypatch, **options):
+    with monkeypatch.context() as patch:
+        patch.setattr(repeat.ops, "can_repeat", lambda x: False)
+        return model(*inputs, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_the_same_bits(on, dtype, repeated, monkeypatch):
+    model, inputs = drawn(on, dtype=dtype), batch(on)
+    model(*inputs)  # what is compiled by a launch is not repeated
+    repeated.clear()
+    found = model(*inputs, output_hidden_states=True)
+    assert len(repeated) == 2
+    expected = one_by_one(model, inputs, monkeypatch, output_hidden_states=True)
+    assert len(repeated) == 2
+    for ours, theirs in zip(found.hidden_states, expected.hidden_states, strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(found.pooler_output, expected.pooler_output)
+
+
+@torch.no_grad()
+def test_it_is_what_transformers_computes(on, repeated):
+    transformers = pytest.importorskip("transformers")
+    model, (ids, mask) = drawn(on), batch(on)
+    theirs = transformers.BertModel(transformers.BertConfig(**vars_of(model.config))).eval().to(on)
+    theirs.load_state_dict(hugging_face_state(model))
+    model(ids, mask)
+    repeated.clear()
+    found, expected = model(ids, mask)[0], theirs(ids, mask)[0]
+    assert len(repeated) == 2
+    torch.testing.assert_close(found[mask > 0], expected[mask > 0], rtol=1e-4, atol=1e-4)
+
+
+def vars_of(config):
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+             "vocab_size", "max_position_embeddings")  # fmt: skip
+    return {name: getattr(config, name) for name in names}
+
+
+def hugging_face_state(model):
+    import tempfile
+
+    from safetensors.torch import load_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return {
+            name.removeprefix("bert."): tensor
+            for name, tensor in load_file(os.path.join(folder, "model.safetensors")).items()
+        }
+
+
+class Halved(bert.FeedForward):
+    def forward(self, x, workspace):
+        return super().forward(x, workspace) / 2
+
+
+def hook(layers, seen):
+    layers[1].register_forward_hook(lambda module, args, out: seen.append(1) or 2 * out)
+
+
+def hook_inside(layers, seen):
+    layers[1].attention.register_forward_pre_hook(lambda module, args: seen.append(1))
+
+
+def own_forward(layers, seen):
+    layers[1].feed_forward.forward = lambda x, workspace: seen.append(1) or x
+
+
+def other_class(layers, seen):
+    layers[1].feed_forward.__class__ = Halved
+
+
+def other_eps(layers, seen):
+    layers[1].feed_forward.norm.eps = 0.5
+
+
+def other_activation(layers, seen):
+    layers[1].feed_forward.approximate = "tanh"
+
+
+def causal(layers, seen):
+    layers[1].attention.causal = True
+
+
+def no_bias(layers, seen):
+    layers[1].attention.out.bias = None
+
+
+def other_dtype(layers, seen):
+    layers[1].attention.norm.double().weight.data *= 1.5
+
+
+def other_width(layers, seen):
+    for name, shape in (("up", (16, 32)), ("down", (32, 16))):
+        linear = getattr(layers[1].feed_forward, name)
+        linear.weight = nn.Parameter(torch.randn(shape, device=linear.weight.device))
+    layers[1].feed_forward.up.bias = nn.Parameter(torch.randn(16, device=linear.weight.device))
+    layers[1].feed_forward.up.out_features = 16
+
+
+def parametrised(layers, seen):
+    kind = type("Doubled", (nn.Module,), {"forward": lambda self, w: seen.append(1) or 2 * w})
+    nn.utils.parametrize.register_parametrization(layers[1].attention.qkv, "weight", kind())
+
+
+CHANGES = [hook, hook_inside, own_forward, other_class, other_eps, other_activation, causal,
+           no_bias, other_dtype, other_width, parametrised]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@torch.no_grad()
+def test_a_layer_of_another_kind_runs(on, change, repeated, monkeypatch):
+    """The second of three; the third is of the first one's kind."""
+    model, inputs, seen = drawn(on), batch(on), []
+    plain = model(*inputs)[0]
+    change(model.layers, seen)
+    model(*inputs)
+    repeated.clear()
+    seen.clear()
+    found = model(*inputs)[0]
+    assert len(repeated) == 1
+    looked = len(seen)
+    expected = one_by_one(model, inputs, monkeypatch)[0]
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, plain) or looked
+    assert len(seen) == 2 * looked
+
+
+@torch.no_grad()
+def test_what_is_written_is_read(on, repeated, monkeypatch):
+    """Nothing is kept from one call to the next."""
+    model, inputs = drawn(on), batch(on)
+    model(*inputs)
+    for parameter in model.layers.parameters():
+        parameter.data = parameter.data.flip(0).contiguous()
+    repeated.clear()
+    found = model(*inputs)[0]
+    assert len(repeated) == 2
+    assert torch.equal(found, one_by_one(model, inputs, monkeypatch)[0])
+
+
+@contextlib.contextmanager
+def global_hook():
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def patched_class():
+    forward = bert.Layer.forward
+    bert.Layer.forward = lambda self, x, *args: forward(self, x, *args)
+    try:
+        yield
+    finally:
+        bert.Layer.forward = forward
+
+
+SITUATIONS = {
+    "gradients": torch.enable_grad,
+    "autocast": lambda: torch.autocast("cuda" if torch.cuda.is_available() else "cpu",
+                                       torch.bfloat16),
+    "eager": lambda: backends.use_backend("eager"),
+    "hooks on all modules": global_hook,
+    "a layer's class": patched_class,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+@torch.no_grad()
+def test_not_repeated(on, situation, repeated):
+    model, inputs = drawn(on), batch(on)
+    with SITUATIONS[situation]():
+        model(*inputs)
+        model(*inputs)
+    assert not repeated
+    model(*inputs)
+    assert len(repeated) == 2
+
+
+@torch.no_grad()
+def test_dropout_is_not_repeated(on, repeated):
+    """Each layer draws its own."""
+    model, inputs = drawn(on, hidden_dropout_prob=0.5), batch(on)
+    model.train()
+    model(*inputs)
+    model(*inputs)
+    assert not repeated
+
+
+LAUNCHES = """
+import json
+import torch
+from bert_fast.bench import host
+from bert_fast.bench.stand_in import stand_in
+from bert_fast.models import repeat
+
+host._stand_in()
+launched, repeats = [], []
+stand_in(90, launched.append)
+model = host._makers()["BertModel"](4).to(torch.bfloat16).eval()
+# Of the third layer one bias is not aligned: its kernel is another one.
+bias = model.layers[2].feed_forward.down.bias
+bias.data = torch.zeros(len(bias) + 1, dtype=bias.dtype)[1:]
+names = {p.data_ptr(): name for name, p in model.named_parameters()}
+ids = torch.randint(1, 99, (1, 8))
+
+def run():
+    launched.clear()
+    with torch.inference_mode():
+        model(ids)
+    found = []
+    for grid_0, grid_1, grid_2, stream, function, metadata, _, *_hooks, rest in (
+        (*given[:9], given[9:]) for given in launched
+    ):
+        rest = [
+            names.get(g, "a tensor" if g > 2**32 else g) if type(g) is int else repr(g)
+            for g in rest
+        ]
+        found.append(((grid_0, grid_1, grid_2, stream), rest))
+    return found
+
+call = repeat.ops.Repeat.__call__
+repeat.ops.Repeat.__call__ = lambda self, *args: repeats.append(1) or call(self, *args)
+run(), run()
+repeats.clear()
+found = run()
+count = len(repeats)
+repeat.ops.can_repeat = lambda x: False
+print(json.dumps([count, found, run()]))
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a stand-in for the driver")
+def test_the_same_launches():
+    """Through Triton's own launcher: the same kernels' arguments, the same layer's parameters."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    answer = subprocess.run(
+        [sys.executable, "-c", LAUNCHES], cwd=ROOT, capture_output=True, text=True, check=False,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stderr[-3000:]
+    count, found, expected = json.loads(answer.stdout)
+    assert count == 3
+    assert found == expected
+    for layer in range(4):
+        assert any(f"layers.{layer}.feed_forward.up.bias" in rest for _, rest in found)
