@@ -126,7 +126,8 @@ def compare(args):
 
 
 def inspect(args):
-    """What the compilers made of the Triton and CUDA kernels: registers, shared memory, spills."""
+    """What the compilers made of the Triton and CUDA kernels: registers, spills, instructions by
+    pipe, and the speed that a chip allows them at most. Needs no GPU; measures nothing."""
     from rich.console import Console
 
     from bert_fast import inspect
@@ -137,13 +138,14 @@ def inspect(args):
         raise ValueError(f"--chips: {', '.join(map(str, unknown))}: choose from {known}")
     compiled = list(inspect.inspect(args.chips, args.names, args.full))
     compiled += inspect.cuda_kernels(args.chips, args.names)
-    console = Console(width=None if Console().is_terminal else 180)
+    console = Console(width=None if Console().is_terminal else 240)
     console.print(inspect.table(compiled))
+    console.print(inspect.costs(compiled))
     faults = [(c, fault) for c in compiled for fault in c.faults()]
     for c, fault in faults:
         console.print(f"[red]{c.work}: {c.kernel} on {c.chip}: {fault}[/red]")
     if args.json:
-        rows = [vars(c) | {"ctas": c.ctas, "faults": c.faults()} for c in compiled]
+        rows = [inspect.row(c) for c in compiled]
         with atomic_path(args.json) as path:
             Path(path).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return 1 if faults else 0

@@ -44,26 +44,28 @@ def cases(full=False):
     ):
         work = works.LayerNorm(dtype, "meta", backward, rows=16384, width=width)
         name = f"{work}{', dropout' * (dropout_p > 0)}"
-        x, vector, statistic = meta(16384, width, dtype=dtype), meta(width), meta(16384)
+        x, other = (meta(16384, width, dtype=dtype) for _ in range(2))
+        vector, statistics = meta(width), (meta(16384), meta(16384))
         some = seed if dropout_p else None
         if backward:
             call = functools.partial(
-                kernels.layer_norm_backward, x, x, statistic, statistic, vector, True, dropout_p,
-                some,
-            )  # fmt: skip
+                kernels.layer_norm_backward, x, other, *statistics, vector, True, dropout_p, some
+            )
         else:
             call = functools.partial(
-                kernels.layer_norm_forward, x, vector, vector, x, vector, 1e-12, dropout_p, some
+                kernels.layer_norm_forward, x, vector, vector, other, vector, 1e-12, dropout_p, some
             )
+            if not dropout_p:
+                yield f"{name}, inference", work, functools.partial(call, training=False)
         yield name, work, call
     for dtype, approximate, backward in itertools.product(
         dtypes, ("none", "tanh") if full else ("none",), (False, True)
     ):
         work = works.Gelu(dtype, "meta", backward, rows=16384, width=3072)
-        x, vector = meta(16384, 3072, dtype=dtype), meta(3072)
+        inputs = [meta(16384, 3072, dtype=dtype) for _ in range(1 + backward)]
         function = kernels.gelu_backward if backward else kernels.gelu_forward
         name = f"{work}{', tanh' * (approximate == 'tanh')}"
-        yield name, work, functools.partial(function, *[x] * (1 + backward), vector, approximate)
+        yield name, work, functools.partial(function, *inputs, meta(3072), approximate)
     for dtype, (width, out_width), approximate, backward in itertools.product(
         dtypes, ((768, 3072), (1024, 4096)) if full else ((768, 3072),),
         ("none", "tanh") if full else ("none",), (False, True),

@@ -14,6 +14,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import bars
 import pytest
 import torch
 from conftest import HAS_GPU, cu_seqlens, some_of
@@ -61,11 +62,24 @@ def check(rows):
     assert all(row["spills"] == 0 and row["widest_load"] == 128 for row in rows)
 
 
-def test_main_variants_compile_for_two_chips(tmp_path):
-    rows = inspected(tmp_path, "--chips", "80", "90")
+@pytest.fixture(scope="module")
+def main_variants(tmp_path_factory):
+    return inspected(tmp_path_factory.mktemp("inspected"), "--chips", "80", "90")
+
+
+def test_main_variants_compile_for_two_chips(main_variants):
+    rows = main_variants
     check(rows)
     found = {(row["chip"], row["products"]) for row in rows if row["kernel"] == "attention.forward"}
     assert found == {(80, "HMMA"), (90, "HGMMA")}
+
+
+def test_no_kernel_costs_more_than_it_did(main_variants):
+    import triton
+
+    if not triton.__version__.startswith("3.9."):
+        pytest.skip(f"counted with Triton 3.9; this is {triton.__version__}")
+    bars.check_triton([row for row in main_variants if not row["kernel"].startswith("cuda/")])
 
 
 @pytest.mark.full
