@@ -157,9 +157,10 @@ def _add(cycles, name, instruction, chip, warps):
     elif name == "tensor" and (size := shape(instruction)):
         m, n, k = size
         share = chip.mma_share if instruction.name == "HMMA" else 1.0
-        cycles["tensor"] += m * n * k * warps / (chip.tensor * share)
+        size = 2 if "TF32" in instruction.op else 1  # at half the rate, of twice the bytes
+        cycles["tensor"] += m * n * k * warps * size / (chip.tensor * share)
         if instruction.name == "HGMMA":  # four warps read the second operand once, and the first
             rows = n + 64 * bool(re.match(r"R\w+, gdesc", instruction.operands))
-            cycles["shared"] += rows * k * 2 * warps / 4 / chip.shared_rate
+            cycles["shared"] += rows * k * 2 * size * warps / 4 / chip.shared_rate
         return 2 * m * n * k * warps
     return 0

@@ -19,12 +19,15 @@ from bert_fast.inspect.sass import OPCODE, Compiled, cuobjdump
 def inspect(chips, names="", full=False):
     """Compiled kernels of the works whose name contains ``names``, for each chip; launches that are
     specialised alike once."""
+    return compiled_cases((case for case in cases(full) if names in case[0]), chips)
+
+
+def compiled_cases(given, chips):
+    """The same, of (name, work, call) as :mod:`bert_fast.inspect.cases` has them."""
     if backends.interpreted("triton"):
         raise ValueError("TRITON_INTERPRET is set: nothing would be compiled")
     seen = set()
-    for name, work, call in cases(full):
-        if names not in name:
-            continue
+    for name, work, call in given:
         for chip in chips:
             with recorded(chip) as launches:
                 call()

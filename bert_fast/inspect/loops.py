@@ -94,7 +94,9 @@ def main_loop(code, products, nested=False):
     ``products`` the loop that has most of them, and of two the shorter: whole tiles go there, the
     last through the other. Else the largest that reads global memory. A kernel without such a loop
     is its own."""
-    wanted = MATRIX if products else re.compile(r"LDG|UTMALDG")
+    wanted = re.compile(r"LDG|UTMALDG")
+    if products:  # without tensor cores they are FFMA
+        wanted = MATRIX if any(MATRIX.match(i.op) for i in code) else re.compile("FFMA")
     found = loops(code, wanted if nested else None)
     found = [(sum(bool(wanted.match(i.op)) for i in body), body) for body in found]
     found = [(number, body) for number, body in found if number]

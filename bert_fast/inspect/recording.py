@@ -29,7 +29,7 @@ class Launch:
     debug: bool  # its device_assert is compiled
     enable_fp_fusion: bool
     ctas: int = field(compare=False)  # of its grid
-    bytes: int = field(compare=False)  # of the memory behind its tensors
+    bytes: int = field(compare=False)  # of its tensors
 
 
 TYPES = {
@@ -86,10 +86,9 @@ def recorded(chip=80):
 
 
 def _num_bytes(arguments):
-    """Of tensors, once where several are views of one; a descriptor's with them."""
-    tensors = [getattr(value, "base", value) for value in arguments if value is not None]
-    tensors = [(t if t._base is None else t._base) for t in tensors if isinstance(t, torch.Tensor)]
-    return sum(t.numel() * t.itemsize for t in {id(t): t for t in tensors}.values())
+    """Of tensors, descriptors' too; of one that also stands in for what is not given, once."""
+    given = {id(t): t for t in (getattr(value, "base", value) for value in arguments)}
+    return sum(t.numel() * t.itemsize for t in given.values() if isinstance(t, torch.Tensor))
 
 
 def _type_of(value):

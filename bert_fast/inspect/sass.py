@@ -32,7 +32,7 @@ class Compiled:
     widest_load: int  # bits, of a thread's load from global memory
     counts: Counts | None = None  # of its main loop; None: not counted
     grid: Grid | None = None  # how much of the launch is work
-    moved: int = 0  # bytes behind the launch's tensors; 0: not known
+    moved: int = 0  # bytes of the launch's tensors; 0: not known
 
     @property
     def ctas(self):
@@ -52,10 +52,12 @@ class Compiled:
 
     @property
     def best_us(self):
-        """The least microseconds that the main loop's counts and the grid allow."""
+        """The least microseconds that the main loop's counts and the grid allow, and the bytes."""
         if not (self.counts and self.grid):
             return None
-        return self.grid.microseconds(self.counts.cycles_a_tile, CHIPS[self.chip].ghz)
+        chip = CHIPS[self.chip]
+        computed = self.grid.microseconds(self.counts.cycles_a_tile, chip.ghz)
+        return max(computed, self.moved / chip.copy / 1e6)
 
     @property
     def over_least(self):

@@ -5,8 +5,10 @@ import dataclasses
 from rich import box
 from rich.table import Table
 
+from bert_fast.bench.works import describe
 from bert_fast.inspect.chips import CHIPS
 from bert_fast.inspect.counts import SHOWN
+from bert_fast.inspect.layer import layer
 
 CEILING = "ceiling from counts, not measured"
 
@@ -58,6 +60,23 @@ def costs(compiled):
             _number(c.best_us, ".1f"),
         )  # fmt: skip
         last = c.work
+    return shown
+
+
+def layer_table(chip, lengths):
+    """A rich table of a BERT-base layer's time at best, inference and backward, for a batch of
+    sequences of these lengths."""
+    work = f"a layer of BERT-base, {describe(lengths)}, bfloat16, on {CHIPS[chip].name}"
+    shown = Table(title=f"{work}:\n{CEILING}")
+    for column in ("step", "kernel", "ragged", "idle", "best, us"):
+        shown.add_column(column, justify="left" if column in ("step", "kernel") else "right")
+    for backward in (False, True):
+        steps = layer(chip, lengths, backward=backward)
+        for s in steps:
+            shown.add_row(s.name, s.kernel, _number(s.ragged, ".0%"), _number(s.idle, ".0%"),
+                          f"{s.us:.1f}")  # fmt: skip
+        name = "backward" if backward else "forward, in inference"
+        shown.add_row(name, "", "", "", f"{sum(s.us for s in steps):.1f}", end_section=True)
     return shown
 
 
