@@ -126,7 +126,8 @@ def compare(args):
 
 
 def inspect(args):
-    """What the compilers made of the Triton and CUDA kernels: registers, shared memory, spills."""
+    """What the compilers made of the Triton and CUDA kernels: registers, spills, instructions by
+    pipe, and the speed that a chip allows them at most. Needs no GPU; measures nothing."""
     from rich.console import Console
 
     from bert_fast import inspect
@@ -135,15 +136,22 @@ def inspect(args):
     if unknown := set(args.chips) - set(inspect.CHIPS):
         known = ", ".join(map(str, inspect.CHIPS))
         raise ValueError(f"--chips: {', '.join(map(str, unknown))}: choose from {known}")
+    console = Console(width=None if Console().is_terminal else 240)
+    if args.lengths:
+        if min(args.lengths) < 1:
+            raise ValueError(f"--lengths: a sequence has 1 token or more, not {min(args.lengths)}")
+        for chip in args.chips:
+            console.print(inspect.layer_table(chip, args.lengths))
+        return 0
     compiled = list(inspect.inspect(args.chips, args.names, args.full))
     compiled += inspect.cuda_kernels(args.chips, args.names)
-    console = Console(width=None if Console().is_terminal else 180)
     console.print(inspect.table(compiled))
+    console.print(inspect.costs(compiled))
     faults = [(c, fault) for c in compiled for fault in c.faults()]
     for c, fault in faults:
         console.print(f"[red]{c.work}: {c.kernel} on {c.chip}: {fault}[/red]")
     if args.json:
-        rows = [vars(c) | {"ctas": c.ctas, "faults": c.faults()} for c in compiled]
+        rows = [inspect.row(c) for c in compiled]
         with atomic_path(args.json) as path:
             Path(path).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return 1 if faults else 0
@@ -203,6 +211,9 @@ def _inspect_options(commands):
                      help="compute capabilities, such as 80 or 90 (default 90)")  # fmt: skip
     sub.add_argument("--names", default="", help="only kernels whose name contains this")
     sub.add_argument("--full", action="store_true", help="every dtype, head_dim and flag")
+    sub.add_argument("--lengths", type=int, nargs="+", metavar="N",
+                     help="instead: a layer of BERT-base at best, for a batch of sequences of "
+                          "these lengths")  # fmt: skip
     sub.add_argument("--json", help="also write the table to this file")
 
 

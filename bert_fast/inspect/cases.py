@@ -8,11 +8,15 @@ import torch
 from bert_fast import backends
 from bert_fast.bench import works
 
+meta = functools.partial(torch.empty, device="meta")
+
+
+def kernels():
+    return backends.import_module("triton")
+
 
 def cases(full=False):
     """(name, work, a call of the backend's function on meta tensors): the main variants, or all."""
-    kernels, meta = backends.import_module("triton"), functools.partial(torch.empty, device="meta")
-    seed = meta(1, dtype=torch.int64)
     # float16 compiles as bfloat16 does.
     dtypes = [torch.bfloat16, torch.float32] if full else [torch.bfloat16]
     sizes = [(64, 512), (64, 128), (64, 64), (32, 128), (80, 512), (128, 512), (256, 512)]
@@ -20,74 +24,96 @@ def cases(full=False):
     for dtype, (head_dim, longest), (causal, dropout_p, biased), backward in itertools.product(
         dtypes, sizes if full else sizes[:2], variants, (False, True)
     ):
-        work = works.Attention(
-            dtype, "meta", backward, lengths=(longest,) * 32, num_heads=12, head_dim=head_dim,
-            causal=causal, dropout_p=dropout_p,
+        yield attention(
+            works.Attention(
+                dtype, "meta", backward, lengths=(longest,) * 32, num_heads=12, head_dim=head_dim,
+                causal=causal, dropout_p=dropout_p,
+            ),
+            biased,
         )  # fmt: skip
-        tokens, heads = work.tokens, work.num_heads
-        q, k, v = meta(tokens, 3, heads, head_dim, dtype=dtype).unbind(1)
-        options = (work.cu_seqlens, work.cu_seqlens, longest, longest, meta(3, heads, head_dim),
-                   head_dim**-0.5, causal, dropout_p, seed if dropout_p else None)  # fmt: skip
-        position = {"position_bias": meta(heads, longest, longest, dtype=dtype)} if biased else {}
-        if backward:
-            dout, lse = torch.empty_like(q), meta(heads, tokens)
-            if biased:
-                position["dposition_bias"] = meta(heads, longest, longest)
-            call = functools.partial(
-                kernels.attention_backward, dout, q, k, v, dout, lse, *options, q, k, v, **position
-            )
-        else:
-            call = functools.partial(kernels.attention_forward, q, k, v, *options, **position)
-        yield f"{work}{', position bias' * biased}", work, call
     for dtype, width, dropout_p, backward in itertools.product(
         dtypes, (384, 768, 1024, 4096) if full else (768,), (0.0, 0.1), (False, True)
     ):
         work = works.LayerNorm(dtype, "meta", backward, rows=16384, width=width)
-        name = f"{work}{', dropout' * (dropout_p > 0)}"
-        x, vector, statistic = meta(16384, width, dtype=dtype), meta(width), meta(16384)
-        some = seed if dropout_p else None
-        if backward:
-            call = functools.partial(
-                kernels.layer_norm_backward, x, x, statistic, statistic, vector, True, dropout_p,
-                some,
-            )  # fmt: skip
-        else:
-            call = functools.partial(
-                kernels.layer_norm_forward, x, vector, vector, x, vector, 1e-12, dropout_p, some
-            )
-        yield name, work, call
+        if not (dropout_p or backward):
+            yield layer_norm(work, training=False)
+        yield layer_norm(work, dropout_p)
     for dtype, approximate, backward in itertools.product(
         dtypes, ("none", "tanh") if full else ("none",), (False, True)
     ):
-        work = works.Gelu(dtype, "meta", backward, rows=16384, width=3072)
-        x, vector = meta(16384, 3072, dtype=dtype), meta(3072)
-        function = kernels.gelu_backward if backward else kernels.gelu_forward
-        name = f"{work}{', tanh' * (approximate == 'tanh')}"
-        yield name, work, functools.partial(function, *[x] * (1 + backward), vector, approximate)
+        yield gelu(works.Gelu(dtype, "meta", backward, rows=16384, width=3072), approximate)
     for dtype, (width, out_width), approximate, backward in itertools.product(
         dtypes, ((768, 3072), (1024, 4096)) if full else ((768, 3072),),
         ("none", "tanh") if full else ("none",), (False, True),
     ):  # fmt: skip
-        work = works.LinearGelu(
-            dtype, "meta", backward, rows=16384, width=width, out_width=out_width
+        yield linear_gelu(
+            works.LinearGelu(dtype, "meta", backward, rows=16384, width=width, out_width=out_width),
+            approximate,
         )
-        x, y = meta(16384, width, dtype=dtype), meta(16384, out_width, dtype=dtype)
-        weight, vector = meta(out_width, width, dtype=dtype), meta(out_width)
-        name = f"{work}{', tanh' * (approximate == 'tanh')}"
-        if backward:
-            call = functools.partial(
-                kernels.linear_gelu_backward, y, y, vector, weight, approximate
-            )
-        else:
-            call = functools.partial(
-                kernels.linear_gelu_forward, x, weight, vector, approximate, True
-            )
-        yield name, work, call
     for dtype in dtypes:
         work = works.LayerNorm(dtype, "meta", rows=16384, width=768)
         ids, tables = meta(16384, dtype=torch.int64), (meta(n, 768) for n in (30522, 512, 2))
         call = functools.partial(
-            kernels.embedding_forward, ids, ids, ids, *tables, meta(768), meta(768), 1e-12, dtype,
+            kernels().embedding_forward, ids, ids, ids, *tables, meta(768), meta(768), 1e-12, dtype,
             True,
         )  # fmt: skip
         yield str(work).replace("bias + residual", "embedding"), work, call
+
+
+def attention(work, biased=False):
+    """The case of one work; ``biased``: by position, of its longest sequence."""
+    heads, longest, dtype = work.num_heads, work.max_seqlen, work.dtype
+    q, k, v = meta(work.tokens, 3, heads, work.head_dim, dtype=dtype).unbind(1)
+    seed = meta(1, dtype=torch.int64) if work.dropout_p else None
+    options = (work.cu_seqlens, work.cu_seqlens, longest, longest, meta(3, heads, work.head_dim),
+               work.head_dim**-0.5, work.causal, work.dropout_p, seed)  # fmt: skip
+    position = {"position_bias": meta(heads, longest, longest, dtype=dtype)} if biased else {}
+    if work.backward:
+        dout, out = (meta(work.tokens, heads, work.head_dim, dtype=dtype) for _ in range(2))
+        gradients = meta(work.tokens, 3, heads, work.head_dim, dtype=dtype).unbind(1)
+        if biased:
+            position["dposition_bias"] = meta(heads, longest, longest)
+        call = functools.partial(
+            kernels().attention_backward, dout, q, k, v, out, meta(heads, work.tokens), *options,
+            *gradients, **position,
+        )  # fmt: skip
+    else:
+        call = functools.partial(kernels().attention_forward, q, k, v, *options, **position)
+    return f"{work}{', position bias' * biased}", work, call
+
+
+def layer_norm(work, dropout_p=0.0, training=True):
+    """The case of one work; not ``training``: forward, which then saves nothing for backward."""
+    x, other = (meta(work.rows, work.width, dtype=work.dtype) for _ in range(2))
+    vector, statistics = meta(work.width), (meta(work.rows), meta(work.rows))
+    dropout = dropout_p, meta(1, dtype=torch.int64) if dropout_p else None
+    if work.backward:
+        call = functools.partial(
+            kernels().layer_norm_backward, x, other, *statistics, vector, True, *dropout
+        )
+    else:
+        call = functools.partial(
+            kernels().layer_norm_forward, x, vector, vector, other, vector, 1e-12, *dropout,
+            training=training,
+        )  # fmt: skip
+    return f"{work}{', dropout' * (dropout_p > 0)}{', inference' * (not training)}", work, call
+
+
+def gelu(work, approximate="none"):
+    inputs = [meta(work.rows, work.width, dtype=work.dtype) for _ in range(1 + work.backward)]
+    function = kernels().gelu_backward if work.backward else kernels().gelu_forward
+    name = f"{work}{', tanh' * (approximate == 'tanh')}"
+    return name, work, functools.partial(function, *inputs, meta(work.width), approximate)
+
+
+def linear_gelu(work, approximate="none"):
+    x = meta(work.rows, work.width, dtype=work.dtype)
+    y = meta(work.rows, work.out_width, dtype=work.dtype)
+    weight, vector = meta(work.out_width, work.width, dtype=work.dtype), meta(work.out_width)
+    if work.backward:
+        call = functools.partial(kernels().linear_gelu_backward, y, y, vector, weight, approximate)
+    else:
+        call = functools.partial(
+            kernels().linear_gelu_forward, x, weight, vector, approximate, True
+        )
+    return f"{work}{', tanh' * (approximate == 'tanh')}", work, call

@@ -6,21 +6,28 @@ import shutil
 import subprocess
 
 from bert_fast import backends
+from bert_fast.inspect import tiles
 from bert_fast.inspect.cases import cases
 from bert_fast.inspect.chips import CHIPS
+from bert_fast.inspect.counts import count, lane_bits
+from bert_fast.inspect.grid import of_work
+from bert_fast.inspect.loops import MATRIX
 from bert_fast.inspect.recording import compile, recorded
-from bert_fast.inspect.sass import MATRIX, OPCODE, Compiled, _bits, cuobjdump
+from bert_fast.inspect.sass import OPCODE, Compiled, cuobjdump
 
 
 def inspect(chips, names="", full=False):
     """Compiled kernels of the works whose name contains ``names``, for each chip; launches that are
     specialised alike once."""
+    return compiled_cases((case for case in cases(full) if names in case[0]), chips)
+
+
+def compiled_cases(given, chips):
+    """The same, of (name, work, call) as :mod:`bert_fast.inspect.cases` has them."""
     if backends.interpreted("triton"):
         raise ValueError("TRITON_INTERPRET is set: nothing would be compiled")
     seen = set()
-    for name, work, call in cases(full):
-        if names not in name:
-            continue
+    for name, work, call in given:
         for chip in chips:
             with recorded(chip) as launches:
                 call()
@@ -29,15 +36,16 @@ def inspect(chips, names="", full=False):
                     continue
                 seen.add((chip, launch))
                 file = launch.kernel.__module__.rpartition(".")[2]
+                kernel = f"{file}.{launch.kernel.__name__.lstrip('_')}"
                 registers, shared, spills, sass = compile(launch, chip)
-                opcodes = set(OPCODE.findall(sass))
-                products = sorted(m[1] for m in map(MATRIX.match, opcodes) if m)
-                loads = [o for o in opcodes if o.startswith(("LDG", "UTMALDG"))]
+                sizes = dict(launch.constants)
+                tile = tiles.of_launch(kernel, sizes, work)
                 yield Compiled(
-                    name, work.flops, work.num_bytes,
-                    f"{file}.{launch.kernel.__name__.lstrip('_')}", chip, launch.num_warps,
-                    registers, shared, spills, _strongest(products, chip),
-                    max(map(_bits, loads), default=0),
+                    name, work.flops, work.num_bytes, kernel, chip, launch.num_warps, registers,
+                    shared, spills, *products_and_loads(sass, chip),
+                    tile and count(sass, chip, launch.num_warps, tile),
+                    tile and of_work(work, kernel, tile, sizes, chip, launch.ctas),
+                    0 if file == "embedding" else launch.bytes,  # tables, of which rows are read
                 )  # fmt: skip
 
 
@@ -51,29 +59,41 @@ def cuda_kernels(chips, names=""):
 
     built = {int(arch.rstrip("af")): arch for arch in (_C.cuda_archs or "").split(";") if arch}
     for chip in chips:
-        if chip not in built:
+        if chip in built:
+            yield from cuda_kernels_in(_C.__file__, built[chip], names)
+
+
+def cuda_kernels_in(path, arch, names=""):
+    """The same, of a library or a cubin, for one of the chips in it (``arch``: "80", "90a")."""
+    chip = int(arch.rstrip("af"))
+    usage, sass = (cuobjdump(f, path, "-arch", f"sm_{arch}") for f in ("-res-usage", "-sass"))
+    code = {}
+    for part in sass.split("Function : ")[1:]:
+        symbol, _, body = part.partition("\n")
+        code[symbol.strip()] = body
+    for symbol, registers, stack in USAGE.findall(usage):
+        file, kernel = _kernel_name(symbol)
+        body = code.get(symbol, "")
+        opcodes = set(OPCODE.findall(body))
+        if names not in f"{file}.{kernel}" or not opcodes:
             continue
-        arch = f"sm_{built[chip]}"
-        usage, sass = (cuobjdump(f, _C.__file__, "-arch", arch) for f in ("-res-usage", "-sass"))
-        code = {}
-        for part in sass.split("Function : ")[1:]:
-            symbol, _, body = part.partition("\n")
-            code[symbol.strip()] = body
-        for symbol, registers, stack in USAGE.findall(usage):
-            file, kernel = _kernel_name(symbol)
-            opcodes = set(OPCODE.findall(code.get(symbol, "")))
-            if names not in f"{file}.{kernel}" or not opcodes:
-                continue
-            products = sorted(m[1] for m in map(MATRIX.match, opcodes) if m)
-            loads = [o for o in opcodes if o.startswith(("LDG", "LDGSTS"))]
-            spilled = any(o.startswith("STL") for o in opcodes)
-            wide, few = kernel.endswith(" 512>"), file.startswith("attention_mma") or file == "gelu"
-            warps = 4 if few else 16 if wide else 8
-            yield Compiled(
-                kernel, 0, 0, f"cuda/{file}.cu", chip, warps,
-                int(registers), None, int(stack) if spilled else 0,
-                _strongest(products, chip), max(map(_bits, loads), default=0),
-            )  # fmt: skip
+        spilled = any(o.startswith("STL") for o in opcodes)
+        wide, few = kernel.endswith(" 512>"), file.startswith("attention_mma") or file == "gelu"
+        warps = 4 if few else 16 if wide else 8
+        tile = tiles.of_cuda(file, kernel)
+        yield Compiled(
+            kernel, 0, 0, f"cuda/{file}.cu", chip, warps, int(registers), None,
+            int(stack) if spilled else 0, *products_and_loads(body, chip),
+            tile and count(body, chip, warps, tile),
+        )  # fmt: skip
+
+
+def products_and_loads(sass, chip):
+    """The strongest matrix instruction, and the widest load's bits."""
+    opcodes = set(OPCODE.findall(sass))
+    products = sorted(m[1] for m in map(MATRIX.match, opcodes) if m)
+    loads = [o for o in opcodes if o.startswith(("LDG", "UTMALDG"))]
+    return _strongest(products, chip), max(map(lane_bits, loads), default=0)
 
 
 def _strongest(products, chip):
@@ -94,26 +114,3 @@ def _kernel_name(symbol):
             for long, short in types.items():
                 symbol = symbol.replace(long, short)
     return file[1] if file else "", symbol
-
-
-def table(compiled):
-    """A rich table of what :func:`inspect` gave."""
-    from rich.table import Table
-
-    shown = Table(title="kernels, as compiled")
-    for column in ("work", "kernel", "chip", "warps", "registers", "shared", "spills", "CTAs / SM",
-                   "products", "load, bits", "FLOPs", "bytes", "possible, us"):  # fmt: skip
-        shown.add_column(column, justify="left" if column in ("work", "kernel") else "right")
-    last = None
-    for c in compiled:
-        if c.work != last:
-            shown.add_section()
-        chip = f"{c.chip} ({CHIPS[c.chip].name})"
-        shown.add_row(
-            c.work if c.work != last else "", c.kernel, chip, f"{c.num_warps}", f"{c.registers}",
-            "at launch" if c.shared is None else f"{c.shared:,}", f"{c.spills}", f"{c.ctas}",
-            c.products, f"{c.widest_load}", f"{c.flops:.3g}", f"{c.bytes:.3g}",
-            f"{c.possible_us:.1f}",
-        )  # fmt: skip
-        last = c.work
-    return shown

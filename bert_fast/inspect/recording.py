@@ -2,13 +2,16 @@
 inspected is what would run: the same types, flags, tiles and alignments. Needs no GPU."""
 
 import contextlib
+import math
 import re
+import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from bert_fast.inspect.chips import CHIPS
 from bert_fast.inspect.sass import cuobjdump
 
 
@@ -25,6 +28,8 @@ class Launch:
     maxnreg: int | None
     debug: bool  # its device_assert is compiled
     enable_fp_fusion: bool
+    ctas: int = field(compare=False)  # of its grid
+    bytes: int = field(compare=False)  # of its tensors
 
 
 TYPES = {
@@ -42,6 +47,9 @@ def recorded(chip=80):
 
     before, common.compiling_for = common.compiling_for, chip
     launches, run = [], JITFunction.run
+    # Some grids are as large as the device: as many multiprocessors as the chip's board has.
+    counting = [m for name, m in sys.modules.items() if name.startswith("bert_fast.kernels.")]
+    counting = {m: m.processors for m in counting if hasattr(m, "processors")}
 
     def record(
         kernel, *args, grid, warmup=False, num_warps=4, num_stages=3, maxnreg=None, debug=False,
@@ -62,15 +70,25 @@ def recorded(chip=80):
         launches.append(
             Launch(
                 kernel, tuple(signature), tuple(constants), tuple(aligned), num_warps, num_stages,
-                maxnreg, debug, enable_fp_fusion,
+                maxnreg, debug, enable_fp_fusion, math.prod(grid), _num_bytes(given.values()),
             )
         )  # fmt: skip
 
     JITFunction.run = record
+    for module in counting:
+        module.processors = lambda device: CHIPS[chip].sms
     try:
         yield launches
     finally:
         JITFunction.run, common.compiling_for = run, before
+        for module, processors in counting.items():
+            module.processors = processors
+
+
+def _num_bytes(arguments):
+    """Of tensors, descriptors' too; of one that also stands in for what is not given, once."""
+    given = {id(t): t for t in (getattr(value, "base", value) for value in arguments)}
+    return sum(t.numel() * t.itemsize for t in given.values() if isinstance(t, torch.Tensor))
 
 
 def _type_of(value):

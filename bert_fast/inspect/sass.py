@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bert_fast.inspect.chips import CHIPS, KIB, REGISTERS
+from bert_fast.inspect.counts import Counts
+from bert_fast.inspect.grid import Grid
 
 # Kernels that must use the tensor cores.
 PRODUCTS = ("attention.forward", "attention.backward_q", "attention.backward_kv",
@@ -28,6 +30,9 @@ class Compiled:
     spills: int  # bytes of local memory a thread
     products: str  # the instruction of its matrix products, or ""
     widest_load: int  # bits, of a thread's load from global memory
+    counts: Counts | None = None  # of its main loop; None: not counted
+    grid: Grid | None = None  # how much of the launch is work
+    moved: int = 0  # bytes of the launch's tensors; 0: not known
 
     @property
     def ctas(self):
@@ -44,6 +49,29 @@ class Compiled:
         chip = CHIPS[self.chip]
         products = 0 if "float32" in self.work else self.flops / chip.matmul / 1e6
         return max(self.bytes / chip.copy / 1e6, products)
+
+    @property
+    def best_us(self):
+        """The least microseconds that the main loop's counts and the grid allow, and the bytes."""
+        if not (self.counts and self.grid):
+            return None
+        chip = CHIPS[self.chip]
+        computed = self.grid.microseconds(self.counts.cycles_a_tile, chip.ghz)
+        return max(computed, self.moved / chip.copy / 1e6)
+
+    @property
+    def over_least(self):
+        """Bytes moved over the least possible, of what goes through rows once."""
+        rows = self.counts and not self.counts.tile.products and self.moved
+        return self.moved / self.bytes if rows else None
+
+    @property
+    def in_flight(self):
+        """Bytes of one turn that an SM's CTAs ask global memory for, in lanes past a row's end too;
+        None where memory is copied beside the products."""
+        if not (self.counts and self.grid) or self.counts.tile.products:
+            return None
+        return self.counts.loaded * min(self.ctas, -(-self.grid.ctas // self.grid.sms))
 
     def faults(self):
         """What no kernel of ours may have."""
@@ -67,15 +95,7 @@ class Compiled:
         return found
 
 
-# A line of SASS:  /*0080*/  @!P0 LDG.E.128 R4, [R2.64] ;
 OPCODE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
-MATRIX = re.compile(r"(HMMA|HGMMA|IMMA|QMMA|UTC\w*MMA)\b")
-
-
-def _bits(opcode):
-    if opcode.startswith("UTMALDG"):
-        return 128
-    return next((int(part) for part in opcode.split(".") if part in ("64", "128")), 32)
 
 
 def cuobjdump(*arguments):

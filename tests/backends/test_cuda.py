@@ -14,6 +14,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import bars
 import cuda_host
 import pytest
 import torch
@@ -320,13 +321,14 @@ def test_planted_faults_are_caught(tmp_path, capsys):
 @needs_nvcc
 @pytest.mark.parametrize(
     "arch",
-    ["90a", *(pytest.param(a, marks=pytest.mark.full) for a in ["75", "120"])],
+    ["90a", *(pytest.param(a, marks=pytest.mark.full) for a in ["75", "80", "120"])],
 )
 @pytest.mark.parametrize(
     "file", ["attention", "attention_mma", "attention_mma_backward", "gelu", "layer_norm"]
 )
 def test_compiles_without_spills(file, arch, tmp_path):
-    """No register spilled, 16-byte accesses to global memory, tensor-core products."""
+    """No register spilled, 16-byte accesses to global memory, tensor-core products; no more
+    instructions an element than there were."""
     cubin = tmp_path / "kernel.cubin"
     report = subprocess.run(
         [NVCC, "-std=c++17", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-cubin",
@@ -345,6 +347,8 @@ def test_compiles_without_spills(file, arch, tmp_path):
     sass = subprocess.run([tool, "-sass", cubin], capture_output=True, text=True, check=True).stdout
     if file in ("gelu", "layer_norm") and arch == "90a":
         check_lean(sass)
+    if arch in ("80", "90a") and triton and "release 13.0" in version_of(NVCC):
+        bars.check_cuda(file, cubin, arch)
     if file.startswith("attention_mma"):
         assert sass.count("HMMA") > 1000
         assert arch == "75" or "LDGSTS" in sass  # cp.async
@@ -358,6 +362,10 @@ def test_compiles_without_spills(file, arch, tmp_path):
         assert wide.removesuffix(".128") in sass
         assert ".128" in sass
         assert "STG.E.128" in sass
+
+
+def version_of(nvcc):
+    return subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
 
 
 def check_lean(sass):

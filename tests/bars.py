@@ -1,0 +1,129 @@
+"""What the GPU kernels cost by their machine code, and must not rise above: one table.
+
+Counted by `bert_fast.inspect` from what Triton 3.9 and nvcc 13.0 compile for 8.0 and 9.0: lane
+instructions an element, that is a score of attention and a number of the others. ``bar`` and
+``aim`` are what was asked for on 9.0, at head_dim 64, so that what falls short of them shows here.
+"""
+
+from typing import NamedTuple
+
+from bert_fast.inspect.kernels import cuda_kernels_in
+
+ALLOWED = 1.02  # of what is reached
+LONG, SHORT = (f"attention, 32 x {n}, 12 heads of 64" for n in (512, 128))
+NORM, GELU = "bias + residual + layer-norm, 16384 x 768", "bias + gelu, 16384 x 3072"
+LINEAR, BACK = "linear + gelu, 16384 x 768 x 3072", "backward, bfloat16"
+
+
+class Bar(NamedTuple):
+    work: str
+    kernels: tuple[str, ...]  # whose counts are added
+    on_80: float | None  # reached
+    on_90: float | None  # None: the same as in the work before
+    bar: float | None = None
+    aim: float | None = None
+
+
+BOTH = "attention.backward_q", "attention.backward_kv"
+TRITON = [
+    Bar(f"{LONG}, bfloat16", ("attention.forward",), 15.5, 9.88, 8.8, 6.5),
+    Bar(f"{LONG}, dropout 0.1, bfloat16", ("attention.forward",), 28.94, 24.0, 22, 16),
+    Bar(f"{SHORT}, bfloat16", ("attention.forward",), 26.05, None),
+    Bar(f"{LONG}, {BACK}", BOTH, 44.82, 24.66, 20, 11),
+    Bar(f"{LONG}, dropout 0.1, {BACK}", BOTH, 80.38, 50.22, 40, 28),
+    Bar(f"{SHORT}, {BACK}", ("attention_short.backward",), 36.75, 17.66, 20, 11),
+    Bar(f"{SHORT}, dropout 0.1, {BACK}", ("attention_short.backward",), 50.82, 32.22, 40, 28),
+    Bar(f"{LONG}, dropout 0.1, bfloat16, position bias", ("attention.forward",), 103.75, 64.13),
+    Bar(f"{LONG}, dropout 0.1, {BACK}, position bias", BOTH, 110.63, 100.13),
+    Bar(f"{LONG}, dropout 0.1, {BACK}, position bias", ("attention_table.backward",), 78.88, 51.0),
+    Bar(f"{NORM}, bfloat16, inference", ("layer_norm.forward",), 29.25, 29.67),
+    Bar(f"{NORM}, bfloat16", ("layer_norm.forward",), 31.3, 32.38),
+    Bar(f"{NORM}, bfloat16, dropout", ("layer_norm.forward",), 51.84, 52.75),
+    Bar(f"{NORM}, {BACK}", ("layer_norm.backward",), 30.92, 31.84),
+    Bar(f"{NORM}, {BACK}, dropout", ("layer_norm.backward",), 55.09, 54.84),
+    Bar(f"{GELU}, bfloat16", ("gelu.forward",), 18.02, 18.13, 20, 16),
+    Bar(f"{GELU}, {BACK}", ("gelu.backward",), 22.41, 22.38),
+    Bar(f"{LINEAR}, bfloat16", ("linear.forward",), 1.4, 1.38),
+    Bar(f"{LINEAR}, {BACK}", ("linear.backward",), 126.25, 27.52),
+    Bar("embedding + layer-norm, 16384 x 768, bfloat16", ("embedding.forward",), 57.67, 59.84),
+]
+# Warps that compute what others do: none was asked for. (chip, kernel, whether by position): how
+# often the tile is computed.
+REPEATED = {
+    (80, "attention_short.backward", False): 2.2,  # dk and dv by four warps each
+    (80, "attention_table.backward", True): 2.0,
+    (80, "attention.forward", True): 3.0,  # the exponentials, in several layouts
+    (90, "attention.forward", True): 3.0,
+}
+INFERENCE_BYTES = 1.005  # of layer-norm, over the least: asked for 1.0, which leaves out parameters
+BYTES_IN_FLIGHT = (
+    16 * 1024
+)  # at least, of an SM in layer-norm's backward: asked for; 40 KiB reached
+
+# By the file and the kernel with its template arguments.
+CUDA = [
+    # 342 instructions for a warp's 16 x 64 elements; asked for 360, aim 285.
+    Bar("attention_mma", ("forward_kernel<bf16, 64, 64, 2, 128, false>",), 10.83, 10.7, 11.25, 8.9),
+    # Dropout costs 15.4 more; asked for half of 27.8.
+    Bar("attention_mma", ("forward_kernel<bf16, 64, 64, 1, 128, true>",), 26.28, 26.09, 24.6),
+    Bar("attention_mma_backward",
+        ("dq_kernel<bf16, 64, false>", "dkv_kernel<bf16, 64, true, true, false>"),
+        26.84, 27.34, 30, 20),
+    Bar("attention_mma_backward",
+        ("dq_kernel<bf16, 64, true>", "dkv_kernel<bf16, 64, true, true, true>"), 65.43, 66.38),
+    Bar("gelu", ("forward<bf16, 8, erf>",), 17.25, 17.91, 20, 16),
+    Bar("gelu", ("backward<bf16, 8, erf>",), 21.32, 22.38),
+]  # fmt: skip
+
+
+class Ceiling(NamedTuple):
+    kernels: tuple[str, ...]  # which run one after the other
+    products: int  # that are useful: FlashAttention's count
+    on_80: float  # TFLOP/s that the counts allow at most, reached
+    on_90: float
+    bars: tuple  # asked for, on 8.0 and 9.0
+    aims: tuple
+
+
+CEILINGS = {
+    "attention_mma": Ceiling(CUDA[0].kernels, 2, 311, 596, (220, 345), (290, 500)),
+    "attention_mma_backward": Ceiling(CUDA[2].kernels, 5, 179, 272, (None, 320), (None, 420)),
+}
+
+
+def check_triton(rows):
+    """Of all main variants, what `bert-fast inspect --chips 80 90 --json` wrote."""
+    found = {(r["work"], r["kernel"], r["chip"]): r["counts"] for r in rows if r["counts"]}
+    listed = set()
+    for b in TRITON:
+        for chip, most in ((80, b.on_80), (90, b.on_90)):
+            if most is None:
+                continue
+            keys = [(b.work, kernel, chip) for kernel in b.kernels]
+            cost = sum(found[key]["an_element"] for key in keys)
+            assert cost <= most * ALLOWED, (chip, b.work, b.kernels, cost)
+            listed.update(keys)
+    assert set(found) == listed, "a variant that the table has not, or no longer has"
+    for (work, kernel, chip), counts in found.items():
+        most = REPEATED.get((chip, kernel, work.endswith("position bias")), 1.0)
+        assert counts["repeated"] <= most + 1e-6, (chip, work, kernel, counts["repeated"])
+        if work == f"{NORM}, bfloat16, inference":
+            assert counts["over_least"] <= INFERENCE_BYTES
+        if kernel == "layer_norm.backward":
+            assert counts["in_flight"] >= BYTES_IN_FLIGHT
+
+
+def check_cuda(file, cubin, arch):
+    """Of one file, compiled for "80" or "90a"."""
+    at = ("80", "90a").index(arch)
+    kernels = {c.work: c.counts for c in cuda_kernels_in(cubin, arch, "<bf16, ") if c.counts}
+    assert all(counts.repeated == 1 for counts in kernels.values())
+    for b in (b for b in CUDA if b.work == file):
+        cost = sum(kernels[name].an_element for name in b.kernels)
+        assert cost <= (b.on_80, b.on_90)[at] * ALLOWED, (arch, b.kernels, cost)
+    if ceiling := CEILINGS.get(file):
+        counts = [kernels[name] for name in ceiling.kernels]
+        (flops,) = {c.tile.flops / c.tile.products for c in counts}  # of a product of a tile
+        useful = ceiling.products * flops / counts[0].tile.flops
+        most = useful * counts[0].ceiling(sum(c.cycles_a_tile for c in counts))
+        assert most >= (ceiling.on_80, ceiling.on_90)[at] / ALLOWED, (arch, most)
