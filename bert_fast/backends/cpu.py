@@ -227,7 +227,8 @@ def quantise(weight):
 class PackedWeight:
     """A float32 linear layer's weight, laid out once for csrc/cpu/linear*.cpp, rounded to
     ``precision``. In fp32 it is as large as the weight itself, 1.5 times as large on processors
-    with AMX, where it is kept as three bf16 parts; in bf16 half, in int8 a quarter.
+    with AMX, where it is kept as three bf16 parts; in bf16 half, in int8 a quarter; and at most
+    half a megabyte more, where that fills its last huge page.
 
     ``x_factor`` (in_features,), int8 alone: x is multiplied by it before it is rounded and the
     weight divided by it, which moves what is hard to round from the one to the other
