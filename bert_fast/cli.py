@@ -145,9 +145,14 @@ def inspect(args):
         return 0
     compiled = list(inspect.inspect(args.chips, args.names, args.full))
     compiled += inspect.cuda_kernels(args.chips, args.names)
+    faults = [(c, fault) for c in compiled for fault in c.faults()]
+    if args.peers:
+        others, missing = inspect.others(args.chips)
+        compiled += others
+        for name, reason in missing.items():
+            console.print(f"{name}: not counted, {reason}")
     console.print(inspect.table(compiled))
     console.print(inspect.costs(compiled))
-    faults = [(c, fault) for c in compiled for fault in c.faults()]
     for c, fault in faults:
         console.print(f"[red]{c.work}: {c.kernel} on {c.chip}: {fault}[/red]")
     if args.json:
@@ -211,6 +216,9 @@ def _inspect_options(commands):
                      help="compute capabilities, such as 80 or 90 (default 90)")  # fmt: skip
     sub.add_argument("--names", default="", help="only kernels whose name contains this")
     sub.add_argument("--full", action="store_true", help="every dtype, head_dim and flag")
+    sub.add_argument("--peers", action="store_true",
+                     help="also others' kernels, where they are installed: FlashAttention-2 and "
+                          "-3, Liger")  # fmt: skip
     sub.add_argument("--lengths", type=int, nargs="+", metavar="N",
                      help="instead: a layer of BERT-base at best, for a batch of sequences of "
                           "these lengths")  # fmt: skip

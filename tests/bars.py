@@ -105,6 +105,8 @@ def check_triton(rows):
             listed.update(keys)
     assert set(found) == listed, "a variant that the table has not, or no longer has"
     for (work, kernel, chip), counts in found.items():
+        # Else the loop that was counted is not the tile's.
+        assert counts["executed"] >= counts["tile"]["flops"], (chip, work, kernel)
         most = REPEATED.get((chip, kernel, work.endswith("position bias")), 1.0)
         assert counts["repeated"] <= most + 1e-6, (chip, work, kernel, counts["repeated"])
         if work == f"{NORM}, bfloat16, inference":

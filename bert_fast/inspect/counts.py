@@ -92,7 +92,8 @@ class Counts:
     def repeated(self):
         """How often the tile is computed: above 1 where warps do the same work as others."""
         times = self.executed / self.tile.flops if self.executed else 1.0
-        if self.tile.exponentials:  # a row's maximum has one, too: whole times count
+        # A row's maximum has one, too: whole times count. Without tensor cores many lanes have it.
+        if self.tile.exponentials and self.pipes["tensor"]:
             of_all = self.exponentials * 32 * self.num_warps / self.tile.elements
             times = max(times, of_all // 1)
         return max(times, 1.0)

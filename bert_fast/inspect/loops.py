@@ -64,11 +64,11 @@ def loops(code, nested=None):
             flow.add_edge(start, jumps[last])
         if block[-1].falls_through and last + 1 in blocks:
             flow.add_edge(start, last + 1)
-    above = networkx.immediate_dominators(flow, 0)
+    above = networkx.immediate_dominators(flow, 0) | {0: None}
 
     def dominates(header, block):
         while block is not None and block != header:
-            block = above.get(block) if above.get(block) != block else None
+            block = above[block]
         return block == header
 
     bodies = {}
