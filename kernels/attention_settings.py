@@ -4,6 +4,7 @@ tries beside them."""
 import functools
 
 import torch
+import triton
 
 from bert_fast.kernels.common import capability, power_of_2
 
@@ -57,7 +58,9 @@ BACKWARD_BIASED = {
     100: {32: (64, 64, 8, 1), 64: (64, 32, 8, 1), 128: (64, 32, 8, 1), 256: (16, 32, 8, 1)},
     120: {32: (64, 32, 8, 1), 64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
 }
-BACKWARD_TABLE = BACKWARD_BIASED | {75: BACKWARD_BIASED["fma"] | {128: (8, 16, 8, 1)}}
+BACKWARD_TABLE = dict(BACKWARD_BIASED)
+if hasattr(triton, "knobs"):  # before 3.4 a product has 16 rows at least
+    BACKWARD_TABLE[75] = BACKWARD_BIASED["fma"] | {128: (8, 16, 8, 1)}
 SHORT_BIASED = {"mma": {64: (64, 64, 4, 1)}}
 # Dropout takes registers beside either bias, and a causal mask more of them: what differs then.
 # (Heads of 256 leave few for tiles of 64 rows, which 90's and 100's product instructions need.)

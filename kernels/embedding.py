@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from bert_fast.devices import on_own_device
-from bert_fast.kernels.common import cdiv
+from bert_fast.kernels.common import cdiv, vectors
 from bert_fast.kernels.launch import kernel
 from bert_fast.kernels.layer_norm import normalise, tile
 
@@ -62,6 +62,7 @@ def embedding_forward(
 ):  # fmt: skip
     """Returns out, and for backward the normalised sum, mean and rstd (else None)."""
     rows, width = input_ids.numel(), word.shape[1]
+    weight, bias = vectors(weight, bias)
     out = word.new_empty(rows, width, dtype=dtype)
     total = torch.empty_like(out) if training else None
     mean, rstd = (word.new_empty(rows, dtype=torch.float32) if training else None for _ in range(2))

@@ -97,6 +97,12 @@ class Launch:
         self.places = {name: places[id(self[name])] for name in names}
         return len({place[0] for place in self.places.values()}) == len(names)
 
+    def forget(self):
+        """Keeps alive none of the tensors that are to be replaced."""
+        for places in self.places.values():
+            for place in places:
+                self.args[place] = None
+
     def again(self, **tensors):
         """Launches on the current stream; each tensor has the dtype, shape and strides of the one
         that was at its name, and is on its device, which is the current one."""
@@ -110,7 +116,9 @@ class Launch:
                     values[place] = address
         if found is None or addresses & 15:
             self.kernel[self.grid](*args, **self.constants)
+            self.forget()
             return
+        self.forget()
         _, run, function, metadata, fixed = found
         x, y, z = (*self.grid, 1, 1)[:3]
         active = driver.active

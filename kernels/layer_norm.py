@@ -24,6 +24,7 @@ from bert_fast.kernels.common import (
     seed_or,
     summed,
     threshold,
+    vectors,
 )
 from bert_fast.kernels.launch import kernel
 
@@ -165,6 +166,7 @@ def layer_norm_forward(
     """Returns out, and for backward the normalised sum (None where it is x itself), mean, rstd."""
     width = x.shape[-1]
     rows = x.numel() // width
+    weight, bias, linear_bias = vectors(weight, bias, linear_bias)
     out = torch.empty_like(x) if out is None else out
     is_x = residual is None and linear_bias is None and dropout_p == 0
     total = torch.empty_like(x) if training and not is_x else None
@@ -192,6 +194,7 @@ def layer_norm_backward(dout, total, mean, rstd, weight, has_linear_bias, dropou
     dlinear_bias (None without a linear bias)."""
     width = total.shape[-1]
     rows = total.numel() // width
+    (weight,) = vectors(weight)
     dresidual = torch.empty_like(total)
     dx = torch.empty_like(total) if dropout_p > 0 else None
     ROWS, BLOCK, warps = tile(width, BACKWARD_BYTES // total.element_size())

@@ -363,8 +363,10 @@ def _memory(size):
     if whole < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         memory = torch.empty(size + 64, dtype=torch.uint8)
         return memory[-memory.data_ptr() % 64 :][:size]
-    # What is not touched, before and after, takes addresses alone.
-    region = mmap.mmap(-1, whole + HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:  # what is not touched, before and after, takes addresses alone
+        region = mmap.mmap(-1, whole + HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:  # as torch says it
+        raise RuntimeError(f"can't allocate memory: {size} bytes for a packed weight") from error
     start = -torch.frombuffer(region, dtype=torch.uint8).data_ptr() % HUGE_PAGE
     with contextlib.suppress(OSError):  # a system built without them
         region.madvise(mmap.MADV_HUGEPAGE, start, whole)

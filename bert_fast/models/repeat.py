@@ -28,7 +28,7 @@ class Plain(NamedTuple):
         tensors = [*self.others, *itertools.chain.from_iterable(self.rest)]
         if not _PLAIN.issuperset(map(type, tensors)):
             return None  # also where there is none
-        return self.rules, list(map(_of_tensor, tensors))
+        return self.rules, list(map(_of_tensor, tensors)), list(map(Tensor.stride, tensors))
 
 
 class Layers:
@@ -43,7 +43,9 @@ class Layers:
 
     def __call__(self, layer, x, *args):
         """layer(x, *args)"""
-        if not self.repeats or (plain := self.describe(layer, *args)) is None:
+        if not self.repeats or type(x) is not Tensor or not x.is_contiguous():
+            return layer(x, *args)
+        if (plain := self.describe(layer, *args)) is None:
             return layer(x, *args)
         if (kind := plain.kind()) is None:
             return layer(x, *args)
@@ -64,7 +66,8 @@ class Layers:
 def is_watched(module):
     """Whether somebody looks at what this module is given or gives, or computes in its place."""
     own = module.__dict__
-    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
+    looks = own["_forward_hooks"] or own["_forward_pre_hooks"]
+    return bool(looks or "forward" in own or own.get("_compiled_call_impl"))
 
 
 def are_all_watched():

@@ -14,12 +14,18 @@ from bert_fast import backends
 from bert_fast.devices import on_own_device
 from bert_fast.ops.library import is_unseen
 
+# With more the kernels take longer than the host: there is nothing to gain, and what the first
+# layer has made, all of which lives until it has run, would be much.
+MOST_TOKENS = 4096
+
 
 def can_repeat(x):
-    """Whether layers may be repeated in a forward from ``x`` on: in inference, on Triton's kernels,
-    where nobody looks at what the ops are given, and nothing is cast."""
+    """Whether layers may be repeated in a forward from ``x`` on, (total_tokens, width): in
+    inference, on Triton's kernels, of not too many tokens, where nobody looks at what the ops are
+    given, and nothing is cast."""
     return (
         not torch.is_grad_enabled()
+        and len(x) <= MOST_TOKENS
         and is_unseen((x,))
         and not torch._C._is_any_autocast_enabled()
         and x.is_contiguous()
@@ -56,7 +62,11 @@ class Repeat:
         if None in launches or tuple(launch.kernel for launch in launches) != kernels:
             return None
         repeat = Repeat(launches)
-        return repeat if repeat._is_of(x, layer, out) else None
+        if not repeat._is_of(x, layer, out):
+            return None
+        for launch in launches:
+            launch.forget()
+        return repeat
 
     def _is_of(self, x, layer, out):
         (_, out_bias), norm, (_, up_bias), (_, down_bias), last_norm = layer
