@@ -56,8 +56,8 @@ BACKWARD_BIASED = {
     "mma": {32: (64, 32, 8, 1), 64: (32, 32, 4, 1), 128: (32, 64, 8, 1), 256: (16, 32, 8, 1)},
     90: {32: (64, 64, 8, 1), 64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (16, 32, 8, 1)},
     100: {32: (64, 64, 8, 1), 64: (64, 32, 8, 1), 128: (64, 32, 8, 1), 256: (16, 32, 8, 1)},
-    120: {32: (64, 32, 8, 1), 64: (32, 32, 4, 1), 128: (32, 32, 8, 1), 256: (16, 32, 8, 1)},
 }
+BACKWARD_BIASED[120] = BACKWARD_BIASED["mma"] | {128: (32, 32, 8, 1)}
 BACKWARD_TABLE = dict(BACKWARD_BIASED)
 if hasattr(triton, "knobs"):  # before 3.4 a product has 16 rows at least
     BACKWARD_TABLE[75] = BACKWARD_BIASED["fma"] | {128: (8, 16, 8, 1)}
@@ -72,7 +72,7 @@ FORWARD_BIASED_DROPOUT = {
 BACKWARD_KV_BIASED_DROPOUT = {90: {128: (32, 64, 8, 1)}}
 # Beside the projections' bias:
 BACKWARD_KV_DROPOUT = {90: {64: (128, 64, 8, 1), 128: (32, 64, 8, 1)}}
-BACKWARD_KV_DROPOUT_CAUSAL = {90: {64: (64, 64, 8, 1), 128: (32, 64, 8, 1)}}
+BACKWARD_KV_DROPOUT_CAUSAL = {90: BACKWARD_KV_DROPOUT[90] | {64: (64, 64, 8, 1)}}
 # kernel -> its table without and with a position bias
 TABLES = {
     "forward": (FORWARD, FORWARD_BIASED),
@@ -121,9 +121,10 @@ def _settings(kernel, biased, head_dim, dtype, chip, longest, dropout, bias, cau
 def registers(warps, biased, causal, dtype):
     """All that 16 warps can have, and for float32 with a position bias or a causal mask what fits:
     left alone, ptxas stops before, and spills."""
-    if warps == 16 or dtype != torch.float32:
-        return 128 if warps == 16 else None
-    return 128 if biased and warps == 8 else 255 if causal else None
+    exact = dtype == torch.float32
+    if warps == 16 or (exact and biased and warps == 8):
+        return 128
+    return 255 if exact and causal else None
 
 
 def candidates(q, longest, causal, bias, table, dropout_p, tiles):

@@ -106,11 +106,6 @@ def summed(partials, out=None):
     return outs if sums else outs[0]
 
 
-def vectors(*given):
-    """The parameters as kernels read them, one number beside the other; None stays None."""
-    return [vector if vector is None else vector.contiguous() for vector in given]
-
-
 def cdiv(a, b):
     """a / b rounded up. Triton's own may be called in kernels, too, for which it takes 2 us."""
     return -(-a // b)

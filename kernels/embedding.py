@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from bert_fast.devices import on_own_device
-from bert_fast.kernels.common import cdiv, vectors
+from bert_fast.kernels.common import cdiv
 from bert_fast.kernels.launch import kernel
 from bert_fast.kernels.layer_norm import normalise, tile
 
@@ -62,7 +62,6 @@ def embedding_forward(
 ):  # fmt: skip
     """Returns out, and for backward the normalised sum, mean and rstd (else None)."""
     rows, width = input_ids.numel(), word.shape[1]
-    weight, bias = vectors(weight, bias)
     out = word.new_empty(rows, width, dtype=dtype)
     total = torch.empty_like(out) if training else None
     mean, rstd = (word.new_empty(rows, dtype=torch.float32) if training else None for _ in range(2))
@@ -70,9 +69,10 @@ def embedding_forward(
     if rows:
         _forward[(cdiv(rows, ROWS),)](
             input_ids, position_ids, input_ids if token_type_ids is None else token_type_ids, word,
-            position, token_type, weight, bias, out, *(out if t is None else t for t in
-            (total, mean, rstd)), rows, width, word.shape[0], position.shape[0],
-            token_type.shape[0], eps, HAS_TYPES=token_type_ids is not None, TRAINING=training,
+            position, token_type, weight.contiguous(), bias.contiguous(), out,
+            *(out if t is None else t for t in (total, mean, rstd)), rows, width,
+            word.shape[0], position.shape[0], token_type.shape[0], eps,
+            HAS_TYPES=token_type_ids is not None, TRAINING=training,
             ROWS=ROWS, BLOCK=BLOCK, num_warps=warps, debug=True, sanitize_overflow=False,
             enable_fp_fusion=True,
         )  # fmt: skip

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from bert_fast.devices import on_own_device
-from bert_fast.kernels.common import cdiv, power_of_2, processors, summed, vectors
+from bert_fast.kernels.common import cdiv, power_of_2, processors, summed
 from bert_fast.kernels.launch import kernel
 
 ROOT_HALF = tl.constexpr(0.7071067811865476)
@@ -170,12 +170,12 @@ def _tile(x, num_bytes):
 def gelu_forward(x, bias, approximate, out=None):
     out, width = torch.empty_like(x) if out is None else out, x.shape[-1]
     rows = x.numel() // width
-    (bias,) = vectors(bias)
     if rows:
         ROWS, BLOCK = _tile(x, FORWARD_BYTES)
         _forward[(cdiv(rows, ROWS) * cdiv(width, BLOCK),)](
-            x, x if bias is None else bias, out, rows, width, HAS_BIAS=bias is not None,
-            TANH=approximate == "tanh", ROWS=ROWS, BLOCK=BLOCK, enable_fp_fusion=True,
+            x, x if bias is None else bias.contiguous(), out, rows, width,
+            HAS_BIAS=bias is not None, TANH=approximate == "tanh", ROWS=ROWS, BLOCK=BLOCK,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
@@ -185,7 +185,6 @@ def gelu_backward(dout, x, bias, approximate):
     """Returns dx and dbias (None without a bias)."""
     dx, width = torch.empty_like(x), x.shape[-1]
     rows = x.numel() // width
-    (bias,) = vectors(bias)
     ROWS, BLOCK = _tile(x, BACKWARD_BYTES)
     columns = cdiv(width, BLOCK)
     # Each program's rows are its own sum: their order depends on the device and the width alone,
@@ -194,8 +193,8 @@ def gelu_backward(dout, x, bias, approximate):
     programs = max(1, min(programs, cdiv(rows, ROWS)))
     partials = None if bias is None else x.new_empty(1, programs, width, dtype=torch.float32)
     _backward[(columns, programs)](
-        dout, x, x if bias is None else bias, dx, x if bias is None else partials, rows, width,
-        HAS_BIAS=bias is not None, TANH=approximate == "tanh", ROWS=ROWS, BLOCK=BLOCK,
+        dout, x, x if bias is None else bias.contiguous(), dx, x if bias is None else partials,
+        rows, width, HAS_BIAS=bias is not None, TANH=approximate == "tanh", ROWS=ROWS, BLOCK=BLOCK,
         enable_fp_fusion=True,
     )  # fmt: skip
     return dx, None if bias is None else summed(partials)[0]

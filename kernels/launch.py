@@ -116,14 +116,13 @@ class Launch:
                     values[place] = address
         if found is None or addresses & 15:
             self.kernel[self.grid](*args, **self.constants)
-            self.forget()
-            return
+        else:
+            _, run, function, metadata, fixed = found
+            x, y, z = (*self.grid, 1, 1)[:3]
+            active = driver.active
+            stream = active.get_current_stream(active.get_current_device())
+            run(x, y, z, stream, function, metadata, None, None, None, *values, *fixed)
         self.forget()
-        _, run, function, metadata, fixed = found
-        x, y, z = (*self.grid, 1, 1)[:3]
-        active = driver.active
-        stream = active.get_current_stream(active.get_current_device())
-        run(x, y, z, stream, function, metadata, None, None, None, *values, *fixed)
 
 
 @functools.cache

@@ -24,7 +24,6 @@ from bert_fast.kernels.common import (
     seed_or,
     summed,
     threshold,
-    vectors,
 )
 from bert_fast.kernels.launch import kernel
 
@@ -166,7 +165,6 @@ def layer_norm_forward(
     """Returns out, and for backward the normalised sum (None where it is x itself), mean, rstd."""
     width = x.shape[-1]
     rows = x.numel() // width
-    weight, bias, linear_bias = vectors(weight, bias, linear_bias)
     out = torch.empty_like(x) if out is None else out
     is_x = residual is None and linear_bias is None and dropout_p == 0
     total = torch.empty_like(x) if training and not is_x else None
@@ -177,8 +175,9 @@ def layer_norm_forward(
     ROWS, BLOCK, warps = tile(width, 8192 // x.element_size())
     if rows:
         _forward[(cdiv(rows, ROWS),)](
-            x, x if residual is None else residual, x if linear_bias is None else linear_bias,
-            weight, bias, out, x if total is None else total, x if mean is None else mean,
+            x, x if residual is None else residual,
+            x if linear_bias is None else linear_bias.contiguous(), weight.contiguous(),
+            bias.contiguous(), out, x if total is None else total, x if mean is None else mean,
             x if rstd is None else rstd, seed_or(seed, x), rows, width, eps, threshold(dropout_p),
             1.0 / (1.0 - dropout_p), HAS_RESIDUAL=residual is not None,
             HAS_LINEAR_BIAS=linear_bias is not None, DROPOUT=dropout_p > 0,
@@ -194,7 +193,6 @@ def layer_norm_backward(dout, total, mean, rstd, weight, has_linear_bias, dropou
     dlinear_bias (None without a linear bias)."""
     width = total.shape[-1]
     rows = total.numel() // width
-    (weight,) = vectors(weight)
     dresidual = torch.empty_like(total)
     dx = torch.empty_like(total) if dropout_p > 0 else None
     ROWS, BLOCK, warps = tile(width, BACKWARD_BYTES // total.element_size())
@@ -204,8 +202,8 @@ def layer_norm_backward(dout, total, mean, rstd, weight, has_linear_bias, dropou
     sums = 3 if has_linear_bias else 2
     partials = total.new_empty(sums, programs, width, dtype=torch.float32)
     _backward[(programs,)](
-        dout, total, mean, rstd, weight, dresidual, dresidual if dx is None else dx, partials,
-        seed_or(seed, total), rows, width, threshold(dropout_p), 1.0 / (1.0 - dropout_p),
+        dout, total, mean, rstd, weight.contiguous(), dresidual, dresidual if dx is None else dx,
+        partials, seed_or(seed, total), rows, width, threshold(dropout_p), 1.0 / (1.0 - dropout_p),
         HAS_LINEAR_BIAS=has_linear_bias, DROPOUT=dropout_p > 0, ROWS=ROWS, BLOCK=BLOCK,
         num_warps=warps, enable_fp_fusion=True,
     )  # fmt: skip

@@ -14,6 +14,7 @@ from torch import nn
 
 from bert_fast.models.arguments import ATTENTIONS
 from bert_fast.models.blocks import GELU_APPROXIMATE
+from bert_fast.models.watch import are_all_watched
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,7 @@ def why_not_this_state(base, family, classes):
     somebody looks at what passes between its modules, or has put another module, attribute or
     forward in. ``classes``: of :func:`classes_inside`. Asked in every call: where nothing has
     changed since the last it takes some microseconds a layer."""
-    every = nn.modules.module
-    if every._global_forward_hooks or every._global_forward_pre_hooks:
+    if are_all_watched():
         return "hooks on all modules"
     encoder = getattr(base, family.encoder)
     if torch.compiler.is_compiling():

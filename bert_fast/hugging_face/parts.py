@@ -14,7 +14,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bert_fast.hugging_face.precision import is_plain
 from bert_fast.models.blocks import Called, View, two
-from bert_fast.models.repeat import Plain, is_watched
+from bert_fast.models.repeat import Plain
+from bert_fast.models.watch import is_watched
 
 
 class Parts:

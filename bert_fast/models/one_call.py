@@ -8,6 +8,7 @@ from torch import nn
 
 from bert_fast import ops
 from bert_fast.models.blocks import Linear
+from bert_fast.models.watch import are_all_watched, is_watched
 
 # Copied by one thread in some 0.5 ms. Many more are worth OpenMP's start: their layers take long.
 _MOST_IN_ONE_THREAD = 1 << 20
@@ -82,13 +83,11 @@ def _products_and_norms(layer):
 
 
 def _hooked(layers):
-    if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
-        return True
-    for layer in layers._modules.values():
-        for m in (layer, *layer._modules.values()):
-            if m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__:
-                return True
-    return False
+    return are_all_watched() or any(
+        is_watched(module)
+        for layer in layers._modules.values()
+        for module in (layer, *layer._modules.values())
+    )
 
 
 # Runs in every call, so by the dictionaries: a module's attributes take five times as long.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bert_fast import ops
 from bert_fast.models.blocks import Linear, product_adds_bias, two
+from bert_fast.models.watch import are_all_watched, is_watched
 
 _of_tensor = attrgetter("dtype", "shape", "device")
 _PLAIN = frozenset({Tensor, nn.Parameter})
@@ -61,18 +62,6 @@ class Layers:
             if self.first.fits(*projected):
                 return self.first(x, *projected, plain.rest)
         return layer(x, *args)
-
-
-def is_watched(module):
-    """Whether somebody looks at what this module is given or gives, or computes in its place."""
-    own = module.__dict__
-    looks = own["_forward_hooks"] or own["_forward_pre_hooks"]
-    return bool(looks or "forward" in own or own.get("_compiled_call_impl"))
-
-
-def are_all_watched():
-    every = nn.modules.module
-    return bool(every._global_forward_hooks or every._global_forward_pre_hooks)
 
 
 def describer(*kinds):

@@ -1,4 +1,5 @@
-"""Whether a model still is what it was when its graphs were captured."""
+"""Whether somebody looks into a model, or computes in its place; and whether it still is what it
+was when its graphs were captured."""
 
 from __future__ import annotations
 
@@ -65,13 +66,25 @@ class Watch:
 
     def is_looked_into(self):
         """Whether somebody looks at what the modules do, or does it in their place."""
-        every = nn.modules.module
-        if self.has_others or every._global_forward_hooks or every._global_forward_pre_hooks:
+        if self.has_others or are_all_watched():
             return True
         for _, _, own, hooks, before in self.modules:
             if ((hooks or before) and _watched(own)) or "forward" in own:
                 return True
         return False
+
+
+def is_watched(module):
+    """Whether somebody looks at what this module is given or gives, or computes in its place."""
+    own = module.__dict__
+    looks = own["_forward_hooks"] or own["_forward_pre_hooks"]
+    return bool(looks or "forward" in own or own.get("_compiled_call_impl"))
+
+
+def are_all_watched():
+    """The same of every module at once."""
+    every = nn.modules.module
+    return bool(every._global_forward_hooks or every._global_forward_pre_hooks)
 
 
 def _is_plain(value):
