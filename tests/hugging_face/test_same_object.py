@@ -19,7 +19,9 @@ def lora(model, **options):
     adapted = peft.get_peft_model(model, config).eval()
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:  # B begins as zero: an adapter that changes nothing
-            nn.init.normal_(parameter, std=0.3)
+            # Products of about 0.1 beside weights of 0.2: larger ones saturate the softmax, and the
+            # model itself then answers rounding with errors a hundred times as large.
+            nn.init.normal_(parameter, std=0.1)
     return adapted
 
 
