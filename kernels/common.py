@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from bert_fast.devices import on_own_device
 from bert_fast.kernels.launch import kernel
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, for tests
@@ -64,7 +65,7 @@ def keep_mask(seed, cut, rows, group, c2, c3, ROWS: tl.constexpr, GROUPS: tl.con
 @kernel(do_not_specialize=["count"])
 def sum_partials(
     partials,  # (sums, count, width) float32
-    out0, out1, out2,  # (width,) float32, one a sum
+    out0, out1, out2,  # (width,), one a sum
     count, width,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -88,12 +89,12 @@ def sum_partials(
         tl.store(out2 + col, found, col < width)
 
 
-def summed(partials, out=None):
+def summed(partials, out=None, dtype=torch.float32):
     """The column sums of a (count, width) float32 tensor, or those of each part of a (sums, count,
     width) one, as a list of up to three: by one kernel, in a fixed order."""
     *sums, count, width = partials.shape
     if out is None:
-        outs = [partials.new_empty(width) for _ in range(sums[0] if sums else 1)]
+        outs = [partials.new_empty(width, dtype=dtype) for _ in range(sums[0] if sums else 1)]
     else:
         outs = [out]
     if width:
@@ -104,6 +105,50 @@ def summed(partials, out=None):
             BLOCK=BLOCK, num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
     return outs if sums else outs[0]
+
+
+@kernel(do_not_specialize=["rows"])
+def partial_sums(x, partials, rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """partials[p] = sum of the rows of x, (rows, width), that are program p's. Grid: (blocks of
+    columns, programs); each program takes every programs-th block of rows."""
+    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for begin in range(tl.program_id(1) * ROWS, rows, tl.num_programs(1) * ROWS):
+        row = begin + tl.arange(0, ROWS)
+        inside = (row < rows)[:, None] & (col < width)[None, :]
+        at = row.to(tl.int64)[:, None] * width + col[None, :]
+        total += tl.sum(tl.load(x + at, inside, 0.0).to(tl.float32), 0)
+    tl.store(partials + tl.program_id(1) * width + col, total, col < width)
+
+
+@on_own_device("triton")
+def column_sums(x):
+    """The sums over the rows of a contiguous (rows, width) tensor, in its dtype, always in the same
+    order."""
+    rows, width = x.shape
+    ROWS, BLOCK, columns, programs = summing_grid(x, 8192, 4)
+    partials = x.new_empty(1, programs, width, dtype=torch.float32)
+    partial_sums[(columns, programs)](x, partials, rows, width, ROWS=ROWS, BLOCK=BLOCK)
+    return summed(partials, dtype=x.dtype)[0]
+
+
+def tile_of_columns(x, num_bytes):
+    """Rows and columns of a tile of about so many bytes, for four warps: each thread has the same
+    columns of all its rows, so that a bias is read once and sums of columns need no exchange."""
+    block = 2048 // x.element_size()
+    BLOCK = max(16, min(block, power_of_2(x.shape[-1])))
+    return max(1, min(32, num_bytes // (BLOCK * x.element_size()))), BLOCK
+
+
+def summing_grid(x, num_bytes, programs):
+    """Rows and columns of a tile of about so many bytes, and the grid, of about so many programs a
+    multiprocessor, where each sums its rows. The order of the sums depends on the device and the
+    width alone, for programs without rows would add zeros."""
+    width = x.shape[-1]
+    ROWS, BLOCK = tile_of_columns(x, num_bytes)
+    columns = cdiv(width, BLOCK)
+    programs = cdiv(programs * processors(x.device), columns)
+    return ROWS, BLOCK, columns, max(1, min(programs, cdiv(x.numel() // width, ROWS)))
 
 
 def cdiv(a, b):

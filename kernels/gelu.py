@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from bert_fast.devices import on_own_device
-from bert_fast.kernels.common import cdiv, power_of_2, processors, summed
+from bert_fast.kernels.common import cdiv, summed, summing_grid, tile_of_columns
 from bert_fast.kernels.launch import kernel
 
 ROOT_HALF = tl.constexpr(0.7071067811865476)
@@ -158,20 +158,12 @@ def _backward(
         tl.store(partials + tl.program_id(1) * width + col, total, col < width)
 
 
-def _tile(x, num_bytes):
-    """Rows and columns of a tile of about so many bytes, for four warps: each thread has the same
-    columns of all its rows, so that the bias is read once and sums of columns need no exchange."""
-    block = 2048 // x.element_size()
-    BLOCK = max(16, min(block, power_of_2(x.shape[-1])))
-    return max(1, min(32, num_bytes // (BLOCK * x.element_size()))), BLOCK
-
-
 @on_own_device("triton")
 def gelu_forward(x, bias, approximate, out=None):
     out, width = torch.empty_like(x) if out is None else out, x.shape[-1]
     rows = x.numel() // width
     if rows:
-        ROWS, BLOCK = _tile(x, FORWARD_BYTES)
+        ROWS, BLOCK = tile_of_columns(x, FORWARD_BYTES)
         _forward[(cdiv(rows, ROWS) * cdiv(width, BLOCK),)](
             x, x if bias is None else bias.contiguous(), out, rows, width,
             HAS_BIAS=bias is not None, TANH=approximate == "tanh", ROWS=ROWS, BLOCK=BLOCK,
@@ -181,20 +173,15 @@ def gelu_forward(x, bias, approximate, out=None):
 
 
 @on_own_device("triton")
-def gelu_backward(dout, x, bias, approximate):
-    """Returns dx and dbias (None without a bias)."""
+def gelu_backward(dout, x, bias, approximate, dtype=torch.float32):
+    """Returns dx and, in ``dtype``, dbias (None without a bias)."""
     dx, width = torch.empty_like(x), x.shape[-1]
     rows = x.numel() // width
-    ROWS, BLOCK = _tile(x, BACKWARD_BYTES)
-    columns = cdiv(width, BLOCK)
-    # Each program's rows are its own sum: their order depends on the device and the width alone,
-    # for programs without rows would add zeros.
-    programs = cdiv(PROGRAMS * processors(x.device), columns)
-    programs = max(1, min(programs, cdiv(rows, ROWS)))
+    ROWS, BLOCK, columns, programs = summing_grid(x, BACKWARD_BYTES, PROGRAMS)
     partials = None if bias is None else x.new_empty(1, programs, width, dtype=torch.float32)
     _backward[(columns, programs)](
         dout, x, x if bias is None else bias.contiguous(), dx, x if bias is None else partials,
         rows, width, HAS_BIAS=bias is not None, TANH=approximate == "tanh", ROWS=ROWS, BLOCK=BLOCK,
         enable_fp_fusion=True,
     )  # fmt: skip
-    return dx, None if bias is None else summed(partials)[0]
+    return dx, None if bias is None else summed(partials, dtype=dtype)[0]

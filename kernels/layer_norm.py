@@ -188,9 +188,11 @@ def layer_norm_forward(
 
 
 @on_own_device("triton")
-def layer_norm_backward(dout, total, mean, rstd, weight, has_linear_bias, dropout_p, seed):
-    """Returns dx (None without dropout: it is dresidual), dresidual, dweight, dbias, and
-    dlinear_bias (None without a linear bias)."""
+def layer_norm_backward(
+    dout, total, mean, rstd, weight, has_linear_bias, dropout_p, seed, dtype=torch.float32
+):
+    """Returns dx (None without dropout: it is dresidual), dresidual, and in ``dtype`` dweight,
+    dbias, and dlinear_bias (None without a linear bias)."""
     width = total.shape[-1]
     rows = total.numel() // width
     dresidual = torch.empty_like(total)
@@ -207,5 +209,5 @@ def layer_norm_backward(dout, total, mean, rstd, weight, has_linear_bias, dropou
         HAS_LINEAR_BIAS=has_linear_bias, DROPOUT=dropout_p > 0, ROWS=ROWS, BLOCK=BLOCK,
         num_warps=warps, enable_fp_fusion=True,
     )  # fmt: skip
-    dweight, dbias, *rest = summed(partials)
+    dweight, dbias, *rest = summed(partials, dtype=dtype)
     return dx, dresidual, dweight, dbias, rest[0] if rest else None

@@ -125,14 +125,17 @@ def layer_norm_forward(
 
 
 @on_own_device("cuda")
-def layer_norm_backward(dout, total, mean, rstd, weight, has_linear_bias, dropout_p, seed):
-    """Returns dx (None without dropout: it is dresidual), dresidual, dweight, dbias, and
-    dlinear_bias (None without a linear bias)."""
+def layer_norm_backward(
+    dout, total, mean, rstd, weight, has_linear_bias, dropout_p, seed, dtype=torch.float32
+):
+    """Returns dx (None without dropout: it is dresidual), dresidual, and in ``dtype`` dweight,
+    dbias, and dlinear_bias (None without a linear bias)."""
     hidden = total.shape[-1]
     dresidual = torch.empty_like(total)
     dx = torch.empty_like(total) if dropout_p > 0 else None
-    dweight, dbias, dlinear_bias = (_scratch(total, hidden) for _ in range(3))
-    dlinear_bias = dlinear_bias if has_linear_bias else None
+    sums = _scratch(total, 3 if has_linear_bias else 2, hidden)
+    dweight, dbias, *rest = sums
+    dlinear_bias = rest[0] if rest else None
     weight, low = _parameters(total, (WEIGHT, weight))
     scratch = _scratch(total, 3, _programs(total.device), hidden)
     _kernels.cuda_layer_norm_backward(
@@ -141,7 +144,8 @@ def layer_norm_backward(dout, total, mean, rstd, weight, has_linear_bias, dropou
         *map(address, (dresidual, dx, dweight, dbias, dlinear_bias)), dropout_p, 0, 0,
         _call(total, seed, scratch), low=low,
     )  # fmt: skip
-    return dx, dresidual, dweight, dbias, dlinear_bias
+    dweight, dbias, *rest = sums.to(dtype)
+    return dx, dresidual, dweight, dbias, rest[0] if rest else None
 
 
 @on_own_device("cuda")
@@ -156,8 +160,8 @@ def gelu_forward(x, bias, approximate, out=None):
 
 
 @on_own_device("cuda")
-def gelu_backward(dout, x, bias, approximate):
-    """Returns dx and dbias (None without a bias)."""
+def gelu_backward(dout, x, bias, approximate, dtype=torch.float32):
+    """Returns dx and, in ``dtype``, dbias (None without a bias)."""
     dx, width = torch.empty_like(x), x.shape[-1]
     bias, low = _parameters(x, (BIAS, bias))
     dbias = None if bias is None else _scratch(x, width)
@@ -166,4 +170,9 @@ def gelu_backward(dout, x, bias, approximate):
         DTYPES[x.dtype], x.numel() // width, width, *map(address, (dout, x, bias, dx, dbias)),
         APPROXIMATE[approximate], 0, _call(x, scratch=scratch), low=low,
     )  # fmt: skip
-    return dx, dbias
+    return dx, None if dbias is None else dbias.to(dtype)
+
+
+def column_sums(x):
+    """The sums over the rows of a (rows, width) tensor, in its dtype: PyTorch's."""
+    return x.sum(0)

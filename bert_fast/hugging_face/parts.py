@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from bert_fast import ops
 from bert_fast.hugging_face.precision import is_plain
 from bert_fast.models.blocks import Called, View, two
 from bert_fast.models.repeat import Plain
@@ -136,7 +137,7 @@ def describe(layer, run):
     norms = parts.attention_norm, parts.norm
     dropouts = parts.attention_dropout, parts.out_dropout, parts.down_dropout
     if (
-        is_watched(layer) or any(map(probability, dropouts))
+        is_watched(layer)
         or any(type(norm) is not nn.LayerNorm for norm in norms)
         or any(type(product) is not View or product.packed is not None for product in products)
     ):  # fmt: skip
@@ -150,8 +151,13 @@ def describe(layer, run):
         return [F.linear(x, *linear.parts()).view(len(x), *heads) for linear in qkv]
 
     rest = [out.parts(), two(norms[0]), up.parts(), down.parts(), two(norms[1])]
-    rules = type(layer), settings.head_dim, settings.approximate, *(norm.eps for norm in norms)
-    return Plain(rules, project, rest, [t for linear in qkv for t in linear.parts()])
+    num_heads = qkv[0].out_features // settings.head_dim
+    numbers = ops.Numbers(
+        num_heads, settings.head_dim, False, settings.approximate, *(norm.eps for norm in norms),
+        tuple(map(probability, dropouts)),
+    )  # fmt: skip
+    packing = run.packing if run.position_bias is None else None  # the bias learns: op by op
+    return Plain(numbers, packing, project, [linear.parts() for linear in qkv], rest)
 
 
 def whereabouts(x, captured):

@@ -374,7 +374,8 @@ class BertForQuestionAnswering(_BertWithHead):
         logits = self.qa_outputs(out.last_hidden_state)
         if attention_mask is not None:
             lowest = torch.finfo(logits.dtype).min
-            logits = logits.masked_fill(~attention_mask.bool()[..., None], lowest)
+            hidden = ~attention_mask.to(logits.device).bool()
+            logits = logits.masked_fill(hidden[..., None], lowest)
         start, end = logits.unbind(-1)
         loss: Any = None
         if start_positions is not None and end_positions is not None:

@@ -1,4 +1,5 @@
-"""Inference on a GPU: the first layer of a forward runs, the others of its kind repeat it."""
+"""Layers on a GPU, where they are what their classes say: in inference the first of a forward runs,
+the others of its kind repeat it; in training each is one op."""
 
 import itertools
 from operator import attrgetter
@@ -17,19 +18,28 @@ _PLAIN = frozenset({Tensor, nn.Parameter})
 
 
 class Plain(NamedTuple):
-    """A layer that is what its class says, and can be repeated."""
+    """A layer that is what its class says."""
 
-    rules: tuple  # what it computes with beside its tensors
+    numbers: ops.Numbers
+    packing: object  # None: the layer cannot be trained as one op
     project: object  # x -> q, k, v, each (total_tokens, num_heads, head_dim), with their biases
-    rest: list  # (weight, bias) of: output product, norm, up, down, last norm
-    others: tuple = ()  # the tensors that project reads
+    qkv: list  # (weight, bias) of the product that makes q, k and v, or of one for each
+    rest: list  # of: output product, norm, up, down, last norm
 
     def kind(self):
         """What layers have in common of which one can repeat another; None where none can."""
-        tensors = [*self.others, *itertools.chain.from_iterable(self.rest)]
-        if not _PLAIN.issuperset(map(type, tensors)):
+        tensors = list(itertools.chain.from_iterable((*self.qkv, *self.rest)))
+        if not _PLAIN.issuperset(map(type, tensors)) or any(self.numbers.dropout):
             return None  # also where there is none
-        return self.rules, list(map(_of_tensor, tensors)), list(map(Tensor.stride, tensors))
+        return self.numbers, list(map(_of_tensor, tensors)), list(map(Tensor.stride, tensors))
+
+    def train(self, x):
+        """The layer as one op; None where it cannot be."""
+        tensors = itertools.chain.from_iterable((*self.qkv, *self.rest))
+        if self.packing is None or not _PLAIN.issuperset(map(type, tensors)):
+            return None
+        cu_seqlens, longest = self.packing.cu_seqlens, self.packing.max_seqlen
+        return ops.training_layer(x, cu_seqlens, longest, self.numbers, self.qkv, self.rest)
 
 
 class Layers:
@@ -38,16 +48,19 @@ class Layers:
 
     def __init__(self, describe, count, x):
         self.describe = describe
-        traced = torch.compiler.is_compiling()
-        self.repeats = count > 1 and not traced and product_adds_bias(x) and ops.can_repeat(x)
+        fast = product_adds_bias(x) and not torch.compiler.is_compiling()
+        self.trains = fast and torch.is_grad_enabled()
+        self.repeats = fast and count > 1 and ops.can_repeat(x)
         self.kind = self.first = None
 
     def __call__(self, layer, x, *args):
         """layer(x, *args)"""
-        if not self.repeats or type(x) is not Tensor or not x.is_contiguous():
+        if not (self.repeats or self.trains) or type(x) is not Tensor or not x.is_contiguous():
             return layer(x, *args)
         if (plain := self.describe(layer, *args)) is None:
             return layer(x, *args)
+        if self.trains:
+            return layer(x, *args) if (out := plain.train(x)) is None else out
         if (kind := plain.kind()) is None:
             return layer(x, *args)
         if self.kind is None:
@@ -68,7 +81,7 @@ def describer(*kinds):
     """Of BertModel's layers; ``kinds``: the classes of a layer, its attention and feed-forward."""
     forwards = [kind.forward for kind in kinds]
 
-    def describe(layer, *args):
+    def describe(layer, packing, workspace):
         parts = layer._modules
         modules = layer, parts.get("attention"), parts.get("feed_forward")
         if tuple(map(type, modules)) != kinds or [kind.forward for kind in kinds] != forwards:
@@ -83,17 +96,22 @@ def describer(*kinds):
             return None
         if any(type(norm) is not nn.LayerNorm for norm in norms):
             return None
-        dropout = attention.dropout_p, attention.hidden_dropout_p, feed_forward.hidden_dropout_p
-        if (attention.training or feed_forward.training) and any(dropout):
-            return None
+        dropout = (
+            attention.dropout_p if attention.training else 0.0,
+            attention.hidden_dropout_p if attention.training else 0.0,
+            feed_forward.hidden_dropout_p if feed_forward.training else 0.0,
+        )
         heads = attention.num_heads, attention.head_dim
-        rules = *heads, attention.causal, feed_forward.approximate, *(norm.eps for norm in norms)
+        numbers = ops.Numbers(
+            *heads, attention.causal, feed_forward.approximate, *(norm.eps for norm in norms),
+            dropout,
+        )  # fmt: skip
         weight, bias = qkv = two(linears[0])
 
         def project(x):
             return F.linear(x, weight, bias).view(len(x), 3, *heads).unbind(1)
 
         rest = [linears[1], norms[0], linears[2], linears[3], norms[1]]
-        return Plain(rules, project, list(map(two, rest)), qkv)
+        return Plain(numbers, packing, project, [qkv], list(map(two, rest)))
 
     return describe

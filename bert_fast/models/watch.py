@@ -78,13 +78,17 @@ def is_watched(module):
     """Whether somebody looks at what this module is given or gives, or computes in its place."""
     own = module.__dict__
     looks = own["_forward_hooks"] or own["_forward_pre_hooks"]
+    looks = looks or own["_backward_hooks"] or own["_backward_pre_hooks"]
     return bool(looks or "forward" in own or own.get("_compiled_call_impl"))
 
 
 def are_all_watched():
     """The same of every module at once."""
     every = nn.modules.module
-    return bool(every._global_forward_hooks or every._global_forward_pre_hooks)
+    return bool(
+        every._global_forward_hooks or every._global_forward_pre_hooks
+        or every._global_backward_hooks or every._global_backward_pre_hooks
+    )  # fmt: skip
 
 
 def _is_plain(value):

@@ -16,8 +16,10 @@ from bert_fast.ops.linear import (
     why_not_packed,
 )
 from bert_fast.ops.repeat import Repeat, can_repeat, launches
+from bert_fast.ops.training_layer import Numbers, training_layer
 
 __all__ = [
+    "Numbers",
     "Repeat",
     "attention",
     "attention_qkv",
@@ -35,6 +37,7 @@ __all__ = [
     "pack_weight",
     "reference",
     "runs_in_one_call",
+    "training_layer",
     "unpacked_weight",
     "why_not_packed",
     "without_openmp",

@@ -61,9 +61,12 @@ def call_backward(name, *args):
     tensors = (t for t in args if isinstance(t, Tensor))
     needs_grad = graphed and needs_grad_of(*tensors)
     results = call(name, needs_grad, *args)
-    if graphed and not needs_grad and is_unseen(args):
-        return _Refusing.apply(torch.empty(0, requires_grad=True), *results)
-    return results
+    return refused(results) if graphed and not needs_grad and is_unseen(args) else results
+
+
+def refused(results):
+    """The same, of which whoever differentiates them is refused."""
+    return _Refusing.apply(torch.empty(0, requires_grad=True), *results)
 
 
 class _Refusing(torch.autograd.Function):

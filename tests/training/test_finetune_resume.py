@@ -150,7 +150,7 @@ def test_what_there_is_to_resume(tmp_path, stopped):
 @pytest.mark.parametrize("task", drawn.TASKS)
 def test_on_its_device(tmp_path, device, task):
     """A whole run; its first step's loss, before the order of sums has moved a weight, is the
-    CPU's."""
+    CPU's: on a GPU, where products are in bfloat16, but for its roundings."""
     first = []
 
     def note(done, steps, loss):
@@ -162,4 +162,5 @@ def test_on_its_device(tmp_path, device, task):
         settings = drawn.settings(task, tmp_path, out=out, epochs=1, device=where)
         _, figures = finetune(settings, note)
         assert all(np.isfinite(value) for value in figures.values() if isinstance(value, float))
-    np.testing.assert_allclose(*first, rtol=1e-5)
+    allowed = dict(rtol=0.05, atol=0.05) if device == "cuda" else dict(rtol=1e-5)
+    np.testing.assert_allclose(*first, **allowed)

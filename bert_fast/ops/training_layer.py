@@ -1,0 +1,179 @@
+"""An encoder layer in training on a GPU, as one node of autograd's graph.
+
+Op by op a layer is some twenty nodes. For small batches the host takes longer to make them, and to
+go back through them, than the kernels take; and where a gradient comes from two of them, a kernel
+of its own adds the two, which here the product that makes one of them does.
+"""
+
+import itertools
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from bert_fast import backends
+from bert_fast.ops.library import is_unseen, needs_grad_of, refused
+
+
+class Numbers(NamedTuple):
+    """What a layer computes with beside its tensors."""
+
+    num_heads: int
+    head_dim: int
+    causal: bool
+    approximate: str
+    eps: float  # of the norm after attention
+    last_eps: float
+    dropout: tuple  # probabilities: of attention's weights, after the output and the down product
+
+
+def training_layer(x, cu_seqlens, max_seqlen, numbers, qkv, rest):
+    """LN(y + drop(GELU(y Wᵤᵀ + bᵤ) W_dᵀ + b_d)), where y = LN(x + drop(attention(x) W_oᵀ + b_o)).
+
+    Args:
+        x: (total_tokens, hidden), contiguous.
+        cu_seqlens, max_seqlen: as in :func:`attention`; they are not looked at.
+        numbers: the layer's :class:`Numbers`.
+        qkv: (weight, bias) of the product that makes q, k and v, or of one for each.
+        rest: of the output product, norm, up, down and last norm.
+
+    Returns:
+        (total_tokens, hidden), under autocast in its dtype; None where the layer has to be run op
+        by op: without gradients, in other dtypes, on backends without these kernels, where somebody
+        looks on.
+    """
+    pairs = [*qkv, *rest]
+    tensors = [tensor for pair in pairs for tensor in pair]
+    if not needs_grad_of(x, *tensors) or not is_unseen((x, *tensors)):
+        return None
+    if not x.is_contiguous():
+        return None
+    dtype, device = x.dtype, x.device.type
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    else:
+        multiplied = [*itertools.chain.from_iterable(qkv), rest[0][0], rest[2][0], rest[3][0]]
+        if any(t.dtype != dtype for t in multiplied):
+            return None
+    names = [
+        backends.choose(op, x.device, dtype, True, None, size)
+        for op, size in (
+            ("attention", numbers.head_dim), ("layer_norm", x.shape[1]), ("gelu", 0),
+            ("linear_gelu", 0),
+        )
+    ]  # fmt: skip
+    if names.pop() != "eager" or not set(names) <= {"triton", "cuda"}:
+        return None
+    seeds = (None,) * 3
+    if any(numbers.dropout):
+        # Two words a seed, of which one is read: so each lies at a multiple of 16 bytes.
+        drawn = torch.randint(2**62, (3, 2), dtype=torch.int64, device=x.device).unbind()
+        seeds = tuple(s if p else None for s, p in zip(drawn, numbers.dropout, strict=True))
+    return _Layer.apply(x, (dtype, cu_seqlens, max_seqlen, numbers, names, seeds), *tensors)
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, settings, *tensors):
+        dtype, cu_seqlens, longest, numbers, names, seeds = settings
+        attention, norm, gelu = map(backends.module, names)
+        *qkv, out, first, up, down, last = zip(tensors[::2], tensors[1::2], strict=True)
+        pair = qkv[0] if len(qkv) == 1 else map(torch.cat, zip(*qkv, strict=True))
+        # Nothing but autocast makes these another dtype.
+        weight, bias = (t.to(dtype) for t in pair)
+        out_weight, up_weight, down_weight = (w.to(dtype) for w, _ in (out, up, down))
+        given, x = x, x.to(dtype)
+        tokens, (p_attention, p_out, p_down) = len(x), numbers.dropout
+        options = (
+            cu_seqlens, cu_seqlens, longest, longest, None, 1.0 / math.sqrt(numbers.head_dim),
+            numbers.causal, p_attention, seeds[0],
+        )  # fmt: skip
+        projected = F.linear(x, weight, bias)
+        heads = projected.view(tokens, 3, numbers.num_heads, numbers.head_dim).unbind(1)
+        context, lse = attention.attention_forward(*heads, *options)
+        y, *of_norm = norm.layer_norm_forward(
+            F.linear(context.view(tokens, -1), out_weight), *first, x, out[1], numbers.eps, p_out,
+            seeds[1],
+        )  # fmt: skip
+        hidden = F.linear(y, up_weight)
+        active = gelu.gelu_forward(hidden, up[1], numbers.approximate)
+        result, *of_last = norm.layer_norm_forward(
+            F.linear(active, down_weight), *last, y, down[1], numbers.last_eps, p_down, seeds[2]
+        )
+        ctx.save_for_backward(
+            x, projected, context, lse, y, hidden, active, *of_norm, *of_last, cu_seqlens, *seeds,
+            weight, out_weight, up_weight, down_weight, first[0], up[1], last[0],
+        )  # fmt: skip
+        ctx.settings = longest, numbers, names
+        ctx.dtypes = given.dtype, [t.dtype for t in tensors]
+        ctx.set_materialize_grads(False)
+        return result
+
+    @staticmethod
+    def backward(ctx, dout):
+        if dout is None:
+            return (None,) * len(ctx.needs_input_grad)
+        if torch.is_grad_enabled():  # a graph of this is wanted
+            with torch.no_grad():
+                return refused(_gradients(ctx, dout))
+        return _gradients(ctx, dout)
+
+
+def _gradients(ctx, dout):
+    longest, numbers, names = ctx.settings
+    attention, norm, gelu = map(backends.module, names)
+    x, projected, context, lse, y, hidden, active, *saved = ctx.saved_tensors
+    of_norm, of_last, (cu_seqlens, *seeds), parameters = (
+        saved[:3], saved[3:6], saved[6:10], saved[10:]
+    )  # fmt: skip
+    weight, out_weight, up_weight, down_weight, gain, up_bias, last_gain = parameters
+    tokens, (p_attention, p_out, p_down) = len(x), numbers.dropout
+    needs_x, _, *needed = ctx.needs_input_grad
+    x_dtype, dtypes = ctx.dtypes
+    products = len(dtypes) // 2 - 5  # that make q, k and v
+    of_weights, of_vectors = needed[::2], dtypes[2 * products + 1 :: 2]
+    # In one dtype all sums over rows are written in it.
+    dtype = of_vectors[0] if len({*of_vectors, dtypes[-2], dtypes[-8]}) == 1 else torch.float32
+
+    def dweight(dout, x, place):
+        return dout.t() @ x if of_weights[place] else None
+
+    ddown, dy, *dlast, ddown_bias = norm.layer_norm_backward(
+        dout.contiguous(), *of_last, last_gain, True, p_down, seeds[2], dtype=dtype
+    )
+    ddown = dy if ddown is None else ddown
+    ddown_weight = dweight(ddown, active, -2)
+    dhidden, dup_bias = gelu.gelu_backward(
+        ddown @ down_weight, hidden, up_bias, numbers.approximate, dtype=dtype
+    )
+    dup_weight = dweight(dhidden, y, -3)
+    dy.addmm_(dhidden, up_weight)
+    dout, dx, *dfirst, dout_bias = norm.layer_norm_backward(
+        dy, *of_norm, gain, True, p_out, seeds[1], dtype=dtype
+    )
+    dout = dx if dout is None else dout
+    dout_weight = dweight(dout, context.view(tokens, -1), -5)
+    dprojected = torch.empty_like(projected)
+    heads = tokens, 3, numbers.num_heads, numbers.head_dim
+    attention.attention_backward(
+        (dout @ out_weight).view_as(context), *projected.view(heads).unbind(1), context, lse,
+        cu_seqlens, cu_seqlens, longest, longest, None, 1.0 / math.sqrt(numbers.head_dim),
+        numbers.causal, p_attention, seeds[0], *dprojected.view(heads).unbind(1),
+    )  # fmt: skip
+    if needs_x:
+        dx.addmm_(dprojected, weight)
+    rows = len(weight) // products
+    dweights = dbiases = (None,) * products
+    if any(of_weights[:products]):
+        dweights = (dprojected.t() @ x).split(rows)
+    if any(needed[1 : 2 * products : 2]):
+        dbiases = attention.column_sums(dprojected).split(rows)
+    found = [
+        *itertools.chain.from_iterable(zip(dweights, dbiases, strict=True)), dout_weight,
+        dout_bias, *dfirst, dup_weight, dup_bias, ddown_weight, ddown_bias, *dlast,
+    ]  # fmt: skip
+    found = [
+        d.to(dtype) if need else None for d, dtype, need in zip(found, dtypes, needed, strict=True)
+    ]
+    return dx.to(x_dtype) if needs_x else None, None, *found
