@@ -9,7 +9,7 @@ from bert_fast.kernels.common import column_sums
 from bert_fast.kernels.embedding import embedding_forward
 from bert_fast.kernels.gelu import gelu_backward, gelu_forward
 from bert_fast.kernels.layer_norm import layer_norm_backward, layer_norm_forward
-from bert_fast.kernels.linear import linear_gelu_backward, linear_gelu_forward
+from bert_fast.kernels.linear import linear_gelu_forward
 
 __all__ = [
     "attention_backward",
@@ -20,6 +20,5 @@ __all__ = [
     "gelu_forward",
     "layer_norm_backward",
     "layer_norm_forward",
-    "linear_gelu_backward",
     "linear_gelu_forward",
 ]

@@ -128,7 +128,9 @@ def column_sums(x):
     rows, width = x.shape
     ROWS, BLOCK, columns, programs = summing_grid(x, 8192, 4)
     partials = x.new_empty(1, programs, width, dtype=torch.float32)
-    partial_sums[(columns, programs)](x, partials, rows, width, ROWS=ROWS, BLOCK=BLOCK)
+    partial_sums[(columns, programs)](
+        x, partials, rows, width, ROWS=ROWS, BLOCK=BLOCK, enable_fp_fusion=True
+    )
     return summed(partials, dtype=x.dtype)[0]
 
 

@@ -44,7 +44,6 @@ TRITON = [
     Bar(f"{GELU}, bfloat16", ("gelu.forward",), 18.02, 18.13, 20, 16),
     Bar(f"{GELU}, {BACK}", ("gelu.backward",), 22.41, 22.38),
     Bar(f"{LINEAR}, bfloat16", ("linear.forward",), 1.4, 1.38),
-    Bar(f"{LINEAR}, {BACK}", ("linear.backward",), 126.25, 27.52),
     Bar("embedding + layer-norm, 16384 x 768, bfloat16", ("embedding.forward",), 57.67, 59.84),
 ]
 # Warps that compute what others do: none was asked for. (chip, kernel, whether by position): how

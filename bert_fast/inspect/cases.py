@@ -42,12 +42,12 @@ def cases(full=False):
         dtypes, ("none", "tanh") if full else ("none",), (False, True)
     ):
         yield gelu(works.Gelu(dtype, "meta", backward, rows=16384, width=3072), approximate)
-    for dtype, (width, out_width), approximate, backward in itertools.product(
+    for dtype, (width, out_width), approximate in itertools.product(
         dtypes, ((768, 3072), (1024, 4096)) if full else ((768, 3072),),
-        ("none", "tanh") if full else ("none",), (False, True),
+        ("none", "tanh") if full else ("none",),
     ):  # fmt: skip
         yield linear_gelu(
-            works.LinearGelu(dtype, "meta", backward, rows=16384, width=width, out_width=out_width),
+            works.LinearGelu(dtype, "meta", rows=16384, width=width, out_width=out_width),
             approximate,
         )
     for dtype in dtypes:
@@ -108,12 +108,6 @@ def gelu(work, approximate="none"):
 
 def linear_gelu(work, approximate="none"):
     x = meta(work.rows, work.width, dtype=work.dtype)
-    y = meta(work.rows, work.out_width, dtype=work.dtype)
     weight, vector = meta(work.out_width, work.width, dtype=work.dtype), meta(work.out_width)
-    if work.backward:
-        call = functools.partial(kernels().linear_gelu_backward, y, y, vector, weight, approximate)
-    else:
-        call = functools.partial(
-            kernels().linear_gelu_forward, x, weight, vector, approximate, True
-        )
+    call = functools.partial(kernels().linear_gelu_forward, x, weight, vector, approximate, True)
     return f"{work}{', tanh' * (approximate == 'tanh')}", work, call

@@ -11,8 +11,7 @@ from bert_fast.inspect.grid import Grid
 
 # Kernels that must use the tensor cores.
 PRODUCTS = ("attention.forward", "attention.backward_q", "attention.backward_kv",
-            "attention_short.backward", "attention_table.backward",
-            "linear.forward", "linear.backward")  # fmt: skip
+            "attention_short.backward", "attention_table.backward", "linear.forward")  # fmt: skip
 
 
 @dataclass

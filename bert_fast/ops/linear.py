@@ -21,11 +21,9 @@ from bert_fast.ops.library import (
     autocast,
     call,
     call_backward,
-    contiguous_like,
     define,
     fake,
     needs_grad_of,
-    refuse_second_derivative,
     register_autocast,
     register_autograd,
 )
@@ -128,35 +126,10 @@ def _linear_gelu(x, weight, bias, approximate, training, backend):
     return out, None if product is None else product.view_as(out)
 
 
-@define(
-    "linear_gelu_backward(Tensor dout, Tensor product, Tensor? bias, Tensor weight, "
-    "str approximate, str backend) -> (Tensor, Tensor, Tensor)",
-    absent=(None, None, torch.float32),
-)
-def _linear_gelu_backward(dout, product, bias, weight, approximate, backend):
-    width = dout.shape[-1]
-    dx, dproduct, dbias = backends.module(backend).linear_gelu_backward(
-        dout.reshape(-1, width).contiguous(), product.view(-1, width), bias, weight.contiguous(),
-        approximate,
-    )  # fmt: skip
-    dx = dx.view(*dout.shape[:-1], weight.shape[1])
-    return dx, dproduct.view(dout.shape), dbias
-
-
 @fake("linear_gelu")
 def _(x, weight, bias, approximate, training, backend):
     out = x.new_empty((*x.shape[:-1], weight.shape[0]))
     return out, x.new_empty(out.shape if training else (0,))
-
-
-@fake("linear_gelu_backward")
-def _(dout, product, bias, weight, approximate, backend):
-    dx = dout.new_empty((*dout.shape[:-1], weight.shape[1]))
-    return (
-        dx,
-        contiguous_like(dout),
-        dout.new_empty((0 if bias is None else dout.shape[-1],), dtype=torch.float32),
-    )
 
 
 def _save_linear_gelu(ctx, inputs, output):
@@ -168,15 +141,16 @@ def _save_linear_gelu(ctx, inputs, output):
 
 def _linear_gelu_autograd(ctx, dout, _):
     x, weight, bias, product = ctx.saved_tensors
-    dx, dproduct, dbias = call_backward(
-        "linear_gelu_backward", dout, product, bias, weight, ctx.approximate, ctx.backend
+    dproduct, dbias = call_backward(
+        "gelu_backward", dout, product, bias, ctx.approximate, ctx.backend
     )
+    needs_x, needs_weight, *_ = ctx.needs_input_grad
+    dx = dproduct @ weight if needs_x else None
     dweight = None
-    if ctx.needs_input_grad[1]:
+    if needs_weight:
         dweight = dproduct.reshape(-1, dproduct.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
     return dx, dweight, None if bias is None else dbias.to(bias.dtype), None, None, None
 
 
 register_autograd("linear_gelu", _linear_gelu_autograd, _save_linear_gelu)
-refuse_second_derivative("linear_gelu_backward")
 register_autocast("linear_gelu", 2)

@@ -57,7 +57,7 @@ def check(rows):
     kernels = {row["kernel"] for row in rows}
     assert {"attention.forward", "attention.backward_q", "attention.backward_kv"} <= kernels
     assert "attention_table.backward" in kernels
-    assert {"linear.forward", "linear.backward", "embedding.forward"} <= kernels
+    assert {"linear.forward", "embedding.forward"} <= kernels
     assert {"layer_norm.forward", "layer_norm.backward", "gelu.forward", "gelu.backward"} <= kernels
     assert all(row["spills"] == 0 and row["widest_load"] == 128 for row in rows)
 
@@ -131,7 +131,7 @@ import itertools, torch
 from bert_fast import inspect
 from bert_fast.kernels import attention_forward, attention_backward, gelu_forward, gelu_backward
 from bert_fast.kernels import layer_norm_forward, layer_norm_backward, embedding_forward
-from bert_fast.kernels import linear_gelu_forward, linear_gelu_backward
+from bert_fast.kernels import column_sums, linear_gelu_forward
 
 def meta(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device="meta")
@@ -151,7 +151,7 @@ with inspect.recorded() as launches:
         gelu_forward(x, vector, "none")
         gelu_backward(x, x, vector, "none")
         y, product = linear_gelu_forward(x, weight, vector[:96], "none", True)
-        linear_gelu_backward(y, product, vector[:96], weight, "none")
+        column_sums(y)
         ids = meta(total, dtype=torch.int64)
         embedding_forward(ids, ids, ids, *[meta(9, 768)] * 3, vector, vector, 1e-12, x.dtype, True)
 names = {launch.kernel.__module__ + launch.kernel.__name__ for launch in launches}
@@ -165,7 +165,7 @@ def test_nothing_recompiles_when_token_counts_change():
     launches, kernels, compilations = map(int, answer.stdout.split())
     assert launches >= 50 * 11
     assert kernels == 11
-    assert compilations == kernels
+    assert compilations == kernels + 1  # sums are written in float32, and in a tensor's dtype
 
 
 LEAN = """
@@ -385,19 +385,19 @@ MUTANTS = [
     ("linear", "(r < rows)[:, None] & (c < cols)[None, :], 0.0)",
      "(r < rows)[:, None] & (c < cols + 1)[None, :], 0.0)"),
     ("linear", "u, at = halves[i], col + i * HALF", "u, at = halves[i], col"),
-    ("linear", "at = partials + row_tile.to(tl.int64) * out_width + c", "at = partials + c"),
-    ("linear", "* gelu_gradient(u, TANH, tl.float32)", ""),
     ("embedding", "s += _row_of(position, position_ids,", "s += _row_of(position, input_ids,"),
     ("embedding", "table + i[:, None] * width + col", "table + i[:, None] * (width - 1) + col"),
     ("common", "inside = (row < count)", "inside = (row < count - 1)"),
     ("common", "tl.store(out1 + col", "tl.store(out0 + col"),
+    ("common", "range(tl.program_id(1) * ROWS, rows,", "range(tl.program_id(1) * ROWS, rows - 1,"),
 ]  # fmt: skip
 NOTICE = {
     "attention": ["backends/test_position_kernels", "ops/test_attention"],  # the small one first
     "attention_tiles": ["backends/test_position_kernels", "ops/test_attention"],
     "attention_short": ["ops/test_attention"],
     "attention_table": ["backends/test_position_kernels"], "layer_norm": ["ops/test_layer_norm"],
-    "gelu": ["ops/test_gelu"], "common": ["ops/test_gelu", "ops/test_layer_norm"],
+    "gelu": ["ops/test_gelu"], 
+    "common": ["ops/test_gelu", "ops/test_layer_norm", "models/test_trained_layers"],
     "linear": ["ops/test_linear_gelu"], "embedding": ["ops/test_embedding"],
 }  # fmt: skip
 
