@@ -96,6 +96,10 @@ class CaptureError(RuntimeError):
     """CUDA cannot capture what a model does, or has no memory left for it."""
 
 
+class MovedError(ValueError):
+    """A model is on another device than its graphs."""
+
+
 class CudaGraphs:
     """See :func:`cudagraph`. ``captured`` counts the graphs that were made.
 
@@ -211,7 +215,7 @@ class CudaGraphs:
             self.graphs.clear()
             self.uses.clear()
             if (device := next(self.model.parameters()).device) != self.device:
-                raise ValueError(f"model has moved to {device}: make a new cudagraph there")
+                raise MovedError(f"model has moved to {device}: make a new cudagraph there")
             self.watch, self.form = Watch(self.model), None
         if self.watch.is_looked_into():
             return None
@@ -400,14 +404,12 @@ class Graphed(nn.Module):
 
     def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, **options):
         plain = all(v is None or (k, v) == ("return_dict", True) for k, v in options.items())
-        here = next(self.model.parameters()).device == self.run.device
-        replays = plain and here and input_ids is not None and not self.model.training
-        if torch.is_grad_enabled() or not replays:
-            given = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-            return self.model(
-                input_ids=input_ids, attention_mask=attention_mask, **given, **options
-            )
-        return self.run(input_ids, attention_mask, token_type_ids)
+        model = self._modules["model"]
+        if plain and input_ids is not None and not (torch.is_grad_enabled() or model.training):
+            with contextlib.suppress(MovedError):
+                return self.run(input_ids, attention_mask, token_type_ids)
+        given = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        return model(input_ids=input_ids, attention_mask=attention_mask, **given, **options)
 
 
 class _Graph:
