@@ -239,17 +239,26 @@ def _of_fixed_size(mask, capacity, host):
     if host:
         check_values(mask)
     (batch, seqlen), flat = mask.shape, mask.reshape(-1).bool()
-    cu_seqlens = _offsets(flat.view(batch, seqlen).sum(1, dtype=torch.int32))
     capacity = flat.numel() if capacity is None else capacity
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if not traced and flat.numel():
+        until = flat.cumsum(0)
+        cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=mask.device)
+        cu_seqlens[1:] = until.view(batch, seqlen)[:, -1]
+        # A packed row's place is the first up to which so many tokens are real: fewer launches.
+        rows = torch.arange(1, capacity + 1, device=mask.device)
+        index = torch.searchsorted(until, rows)
+    else:  # what every compiler and exporter knows
+        cu_seqlens = _offsets(flat.view(batch, seqlen).sum(1, dtype=torch.int32))
+        # Every real token writes its place into its packed row, every other into a row that is cut.
+        row = torch.where(flat, flat.cumsum(0) - 1, capacity)
+        index = torch.full((capacity + 1,), flat.numel(), dtype=torch.int64, device=mask.device)
+        index = index.scatter_(0, row, torch.arange(flat.numel(), device=mask.device))[:-1]
     if host and int(cu_seqlens[-1]) > capacity:
         raise ValueError(f"capacity is {capacity}, but {int(cu_seqlens[-1])} tokens are real")
     if not host:
         torch._assert_async(cu_seqlens[-1] <= capacity, "capacity is below the real tokens")
-    # Every real token writes its place into its packed row, every other into a row that is cut.
-    row = torch.where(flat, flat.cumsum(0) - 1, capacity)
-    index = torch.full((capacity + 1,), flat.numel(), dtype=torch.int64, device=mask.device)
-    index.scatter_(0, row, torch.arange(flat.numel(), device=mask.device))
-    return Packing(cu_seqlens, seqlen, index[:-1], batch, seqlen, padded_tail=True)
+    return Packing(cu_seqlens, seqlen, index, batch, seqlen, padded_tail=True)
 
 
 def as_array(tensor):

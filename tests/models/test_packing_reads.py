@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_packing import KINDS, masks
+from test_staging import Calls
 
 from bert_fast.models import packing as packing_file
 from bert_fast.models.packing import Packing
@@ -77,6 +78,34 @@ def test_a_small_mask_is_read_once_and_whole():
     _, offsets, count, *_ = packing_file.look_at(mask.as_subclass(Elsewhere))
     assert Elsewhere.copies == 1
     assert count == int(mask.sum()) == int(offsets[-1])
+
+
+@settings(deadline=None, max_examples=100)
+@given(mask=masks(), kind=st.sampled_from(KINDS), spare=st.integers(0, 7))
+def test_a_buffer_of_fixed_size_is_the_one_of_a_trace(mask, kind, spare):
+    """What a CUDA graph captures takes fewer launches than what compilers are shown."""
+    mask, capacity = mask.to(kind), int(mask.sum()) + spare
+    found = Packing.of_mask(mask, capacity)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        wanted = Packing.of_mask(mask, capacity)
+    for a, b in ((found.cu_seqlens, wanted.cu_seqlens), (found.index, wanted.index)):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        assert torch.equal(a, b)
+    assert len(found.index) == capacity
+    assert found.padded_tail
+    assert wanted.padded_tail
+
+
+def test_launches_of_a_buffer_of_fixed_size():
+    """Each a kernel on a GPU, or two: 13 in a trace."""
+    mask = (torch.rand(4, 16) < 0.5).long()
+    with Calls() as calls:
+        packing_file._of_fixed_size(mask, 64, host=False)
+    views = {"view", "select", "slice", "reshape"}
+    assert [name for name in calls.names if name not in views] == [
+        "_to_copy", "cumsum", "zeros", "copy_", "arange", "searchsorted", "le", "_assert_async",
+    ]  # fmt: skip
 
 
 def packings():
