@@ -1,16 +1,18 @@
 """Time that calls take of the CPU which launches them: microseconds a layer, and beside the layers.
 
-At small batches a GPU waits for its host, so this decides. Without a GPU the whole of Triton's path
-on the host runs on a stand-in driver, for tensors of a few numbers on the CPU; the products of
-linear layers are left out in inference. Ratios to trust, then, not numbers.
+At small batches a GPU waits for its host, so this decides. On a GPU it is wall time: the tensors
+are so small that the GPU waits, and autograd's backward runs in a thread of its own there.
+Without a GPU the whole of Triton's path on the host runs on a stand-in driver, for tensors of a few
+numbers on the CPU; backward runs in the thread that asks for it, whose own time is taken; the
+products of linear layers are left out in inference. Ratios to trust, then, not numbers.
 """
 
 import contextlib
 import importlib
-import json
 import os
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,7 @@ from rich.table import Table
 
 import bert_fast
 from bert_fast.backends import choice, resolve_device
+from bert_fast.bench import report
 from bert_fast.bench.stand_in import stand_in
 from bert_fast.extras import require
 
@@ -42,7 +45,12 @@ def add_parser(levels):
 def run(args):
     """Measures and prints. Returns 0."""
     device = resolve_device(args.device)
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
     result = measure(device, args.rounds)
+    facts = report.environment(device)  # of the threads that it ran on
+    console = Console(width=None if Console().is_terminal else 120)
+    console.print(report.title(facts))
     where = "on the GPU" if device == "cuda" else "on a stand-in driver: trust the ratios alone"
     table = Table(title=f"Host time, {where}")
     for column in ("", "", "us a layer", f"over {PEER}", "us beside the layers"):
@@ -51,10 +59,12 @@ def run(args):
         for name, (layer, beside) in found.items():
             ratio = layer / found[PEER][0]
             table.add_row(direction, name, f"{layer:,.0f}", f"{ratio:.2f}", f"{beside:,.0f}")
-    Console(width=None if Console().is_terminal else 120).print(table)
+    console.print(table)
     if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump({"device": device, "microseconds": result}, file, indent=1)
+        report.write(
+            args.json,
+            {"level": "host", "device": device, "environment": facts, "microseconds": result},
+        )
     return 0
 
 
@@ -72,7 +82,8 @@ def measure(device, rounds=15):
                 for name, make in _makers().items()
                 for layers in (SHALLOW, DEEP)
             }
-            times = _least_times(calls, rounds, 20 if direction == "inference" else 4)
+            number = 20 if direction == "inference" else 4
+            times = _least_times(calls, rounds, number, _clock(device))
         found[direction] = {}
         for name in _makers():
             few, many = times[name, SHALLOW], times[name, DEEP]
@@ -85,8 +96,12 @@ def _is_left_out(device, direction):
     return device == "cpu" and direction == "inference"
 
 
-def _least_times(calls, rounds, number):
-    """Microseconds of this thread a call; ``number`` at a time, on a GPU as many as it queues."""
+def _clock(device):
+    return time.perf_counter if device == "cuda" else time.thread_time
+
+
+def _least_times(calls, rounds, number, clock):
+    """Microseconds a call; ``number`` at a time, on a GPU as many as it queues."""
     least = dict.fromkeys(calls, float("inf"))
     for turn in range(rounds + 1):  # the first compiles
         for name, call in calls.items():
@@ -95,11 +110,11 @@ def _least_times(calls, rounds, number):
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
                 number = min(number, 3)
-            begin = time.thread_time()
+            begin = clock()
             for _ in range(number):
                 call()
             if turn:
-                least[name] = min(least[name], (time.thread_time() - begin) / number * 1e6)
+                least[name] = min(least[name], (clock() - begin) / number * 1e6)
     return least
 
 

@@ -121,12 +121,14 @@ class Embeddings(nn.Module):
 
     def forward(self, input_ids, position_ids, token_type_ids):
         """Packed ids (total_tokens,); token_type_ids None means all 0."""
+        parts = self._modules  # as attributes they take the host ten times as long
+        word, norm = parts["word"], parts["norm"]
         x = ops.embedding_layer_norm(
-            input_ids, position_ids, token_type_ids, self.word.weight, self.position.weight,
-            self.token_type.weight, self.norm.weight, self.norm.bias, eps=self.norm.eps,
-            padding_idx=self.word.padding_idx,
+            input_ids, position_ids, token_type_ids, word.weight, parts["position"].weight,
+            parts["token_type"].weight, norm.weight, norm.bias, eps=norm.eps,
+            padding_idx=word.padding_idx,
         )  # fmt: skip
-        return self.dropout(x)
+        return parts["dropout"](x)
 
 
 class BertModel(nn.Module):
@@ -274,7 +276,7 @@ class BertModel(nn.Module):
         with self.one_call.around(states[-1].numel()):
             hidden_states = states if cu_seqlens is not None else list(map(packing.unpack, states))
             hidden_states = [as_autocast_gives(h, weight) for h in hidden_states]
-            pooled = self._pool(states[-1], packing.cu_seqlens)
+            pooled = self._pool(states[-1], packing)
         return BertOutput(
             hidden_states[-1], pooled, tuple(hidden_states) if output_hidden_states else None
         )
@@ -389,11 +391,9 @@ class BertModel(nn.Module):
                 f"{self.config.max_position_embeddings} positions"
             )
 
-    def _pool(self, x, cu_seqlens):
+    def _pool(self, x, packing):
         if self.pooler is None:
             return None
-        if x.shape[0] == 0:
-            return x.new_zeros(cu_seqlens.numel() - 1, x.shape[1])
-        first = cu_seqlens[:-1].long().clamp(max=x.shape[0] - 1)
-        empty = (cu_seqlens.diff() == 0)[:, None]
-        return torch.tanh(self.pooler(x[first])).masked_fill(empty, 0)
+        first, empty = packing.first(x)
+        pooled = torch.tanh(self.pooler(first))
+        return pooled if empty is None else pooled.masked_fill(empty, 0)

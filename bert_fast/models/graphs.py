@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import threading
 from collections import OrderedDict
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from bert_fast.models.config import BertConfig
-from bert_fast.models.packing import check_mask, check_values, fixed_rows, is_on_host, look_at
+from bert_fast.models.packing import check_mask, count, fixed_rows, is_on_host, look_at
+from bert_fast.models.staging import Inputs
 from bert_fast.models.watch import Watch
 
 # Calls after which what was used before counts half: what is no longer used soon makes way. Not
@@ -27,8 +29,9 @@ def cudagraph(model: nn.Module, *, max_graphs: int = 32) -> Any:
     """A callable that runs a model by replaying CUDA graphs, for inference.
 
     Batch, length and number of real tokens are rounded up to buckets (1, 2, 3, 4, 6, 8, 12, ...:
-    at most a third of the tokens is in vain), and each combination is captured once, by its first
-    call, which takes about as long as four calls. Where there are more combinations than
+    at most a third of the tokens is in vain; above 1,024 tokens eight to each power of two: at most
+    an eighth), and each combination is captured once, by its first call, which takes about as long
+    as four calls. Where there are more combinations than
     ``max_graphs``, the least used graph makes way for one used as often, and once as many have made
     way as are kept, more often; what makes way counts from nothing again: so captures become rare,
     and the model is called for the rest. Padding is dropped inside the graph. Weights may change in
@@ -62,12 +65,22 @@ def cudagraph(model: nn.Module, *, max_graphs: int = 32) -> Any:
     raise _unfit(model)
 
 
+@functools.lru_cache(4096)
 def bucket(number):
     """The least of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is no smaller."""
     if number <= 2:
         return max(number, 1)
     power = 1 << (number - 1).bit_length()  # the next power of two
     return power * 3 // 4 if number <= power * 3 // 4 else power
+
+
+@functools.lru_cache(4096)
+def token_bucket(number):
+    """The same for real tokens, in finer steps above 1,024, where a GPU's time goes by them."""
+    if number <= 1024:
+        return bucket(number)
+    step = (1 << (number - 1).bit_length()) // 16  # an eighth of the power of two below
+    return -(-number // step) * step
 
 
 def positions(model):
@@ -81,6 +94,10 @@ def positions(model):
 
 class CaptureError(RuntimeError):
     """CUDA cannot capture what a model does, or has no memory left for it."""
+
+
+class MovedError(ValueError):
+    """A model is on another device than its graphs."""
 
 
 class CudaGraphs:
@@ -112,7 +129,7 @@ class CudaGraphs:
 
     def __getstate__(self):
         """A copy, or what another process loads, captures graphs of its own model."""
-        made = "graphs", "uses", "watch", "form", "lock", "last"
+        made = "graphs", "uses", "watch", "form", "lock", "last", "guard"
         return {k: v for k, v in self.__dict__.items() if k not in made}
 
     def __setstate__(self, state):
@@ -123,16 +140,17 @@ class CudaGraphs:
         self.graphs, self.captured, self.uses, self.calls = OrderedDict(), 0, OrderedDict(), 0
         self.made_way = 0  # graphs for others
         self.watch = self.form = None  # the model when the graphs were captured; its results
-        self.lock, self.last = threading.Lock(), None
+        self.lock, self.last = threading.Lock(), None  # the last turn's stream and end
+        on_gpu = self.device.type == "cuda"
+        self.guard = torch.cuda.device(self.device) if on_gpu else contextlib.nullcontext()
 
-    @torch.no_grad()
     def __call__(self, input_ids, attention_mask=None, token_type_ids=None):
         found = self.replayed(input_ids, attention_mask, token_type_ids)
         if found is None:
-            return self._directly(input_ids, token_type_ids, attention_mask)
+            with torch.no_grad():
+                return self._directly(input_ids, token_type_ids, attention_mask)
         return found
 
-    @torch.inference_mode()
     def replayed(self, input_ids, attention_mask=None, token_type_ids=None):
         """The same by a graph; None where there is none for these inputs, or not yet."""
         self._check(input_ids, attention_mask, token_type_ids)
@@ -141,17 +159,24 @@ class CudaGraphs:
         if attention_mask is not None:
             tokens = _count(attention_mask)
         rows, columns = bucket(batch), min(bucket(seqlen), self.longest)
-        key = rows, columns, min(bucket(tokens), rows * columns), self._autocast()
-        with self.lock, self._device():
-            graph = self._graph(key)
-            if graph is not None:
-                self._fill(graph.inputs, inputs, batch, seqlen)
+        key = rows, columns, min(token_bucket(tokens), rows * columns), self._autocast()
+        with self.lock, self.guard:
+            return self._replayed(key, inputs, batch, seqlen, tokens)
+
+    def _replayed(self, key, inputs, batch, seqlen, tokens):
+        graph = stream = None
+        try:
+            with torch.inference_mode():
+                stream, graph = self._stream(), self._graph(key)
+                if graph is None:
+                    return None
+                graph.inputs.fill(inputs, batch, seqlen)
                 graph.replay()
-                with torch.inference_mode(False):  # ordinary tensors, which a head may learn from
-                    found = self._found(graph.outputs, batch, seqlen, tokens)
-                self._end_turn()
-                return found
-        return None
+            with _ordinary():
+                return self._found(graph.outputs, batch, seqlen, tokens)
+        finally:
+            if graph is not None and stream is not None:
+                self.last = stream.cuda_stream, graph.inputs.end(stream)
 
     def _check(self, input_ids, attention_mask, token_type_ids):
         if self.model.training:
@@ -175,38 +200,14 @@ class CudaGraphs:
         on = torch.is_autocast_enabled(device)
         return torch.get_autocast_dtype(device) if on else None
 
-    @contextlib.contextmanager
-    def _device(self):
-        """The model's device, after what another stream has left to do in the graphs' memory."""
+    def _stream(self):
+        """The current one, after what another has left to do in the graphs' memory."""
         if self.device.type != "cuda":
-            yield
-            return
-        with torch.cuda.device(self.device):
-            stream = torch.cuda.current_stream()
-            if self.last is not None and self.last[0] != stream.cuda_stream:
-                stream.wait_event(self.last[1])
-            yield
-
-    def _end_turn(self):
-        if self.device.type == "cuda":
-            event = torch.cuda.Event() if self.last is None else self.last[1]
-            event.record()
-            self.last = torch.cuda.current_stream().cuda_stream, event
-
-    def _fill(self, place, inputs, batch, seqlen):
-        """Copies inputs in; from the CPU in one transfer."""
-        on_cpu = all(value is None or value.device.type == "cpu" for value in inputs)
-        pin = on_cpu and place.is_cuda
-        staged = torch.empty(place.shape, dtype=place.dtype, pin_memory=pin) if on_cpu else place
-        staged[0].fill_(self.pad)
-        staged[1:].zero_()
-        for i, value in enumerate(inputs):
-            if value is not None:
-                staged[i, :batch, :seqlen].copy_(value, non_blocking=True)
-        if inputs[2] is None:
-            staged[2, :batch, :seqlen].fill_(1)
-        if staged is not place:
-            place.copy_(staged, non_blocking=True)
+            return None
+        stream = torch.cuda.current_stream()
+        if self.last is not None and self.last[0] != stream.cuda_stream:
+            stream.wait_event(self.last[1])
+        return stream
 
     def _graph(self, key):
         """The graph of a bucket, captured if it is time to; None: the model is to be called."""
@@ -214,7 +215,7 @@ class CudaGraphs:
             self.graphs.clear()
             self.uses.clear()
             if (device := next(self.model.parameters()).device) != self.device:
-                raise ValueError(f"model has moved to {device}: make a new cudagraph there")
+                raise MovedError(f"model has moved to {device}: make a new cudagraph there")
             self.watch, self.form = Watch(self.model), None
         if self.watch.is_looked_into():
             return None
@@ -262,7 +263,7 @@ class CudaGraphs:
         # A graph must not read autocast's copies of the weights, which are gone with its context.
         torch.set_autocast_cache_enabled(False)
         try:
-            return _Graph(inputs, *self.capture(run))
+            return _Graph(Inputs(inputs, self.pad), *self.capture(run))
         except Exception as error:
             name = type(self.model).__name__
             raise CaptureError(f"cudagraph cannot capture {name}: {error}") from error
@@ -326,10 +327,19 @@ class PackedGraphs(CudaGraphs):
 
 
 def _cut(value, dims, batch, seqlen):
-    value = value[:batch]
+    shape = list(value.shape)
+    shape[0] = batch
     for dim in dims:
-        value = value.narrow(dim, 0, seqlen)
+        shape[dim] = seqlen
+    if shape != list(value.shape):
+        value = value.as_strided(shape, value.stride())
     return value.clone()
+
+
+def _ordinary():
+    """A context whose tensors are no inference tensors: a head may learn from them."""
+    is_on = torch.is_inference_mode_enabled()
+    return torch.inference_mode(False) if is_on else contextlib.nullcontext()
 
 
 def _count(mask):
@@ -337,8 +347,7 @@ def _count(mask):
     check_mask(mask)
     if not is_on_host(mask):
         return look_at(mask)[2]
-    check_values(mask)
-    return int(mask.bool().sum())
+    return count(mask)
 
 
 def _is_ours(model):
@@ -395,14 +404,12 @@ class Graphed(nn.Module):
 
     def forward(self, input_ids=None, attention_mask=None, token_type_ids=None, **options):
         plain = all(v is None or (k, v) == ("return_dict", True) for k, v in options.items())
-        here = next(self.model.parameters()).device == self.run.device
-        replays = plain and here and input_ids is not None and not self.model.training
-        if torch.is_grad_enabled() or not replays:
-            given = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-            return self.model(
-                input_ids=input_ids, attention_mask=attention_mask, **given, **options
-            )
-        return self.run(input_ids, attention_mask, token_type_ids)
+        model = self._modules["model"]
+        if plain and input_ids is not None and not (torch.is_grad_enabled() or model.training):
+            with contextlib.suppress(MovedError):
+                return self.run(input_ids, attention_mask, token_type_ids)
+        given = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        return model(input_ids=input_ids, attention_mask=attention_mask, **given, **options)
 
 
 class _Graph:

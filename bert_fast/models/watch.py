@@ -7,7 +7,7 @@ import types
 from operator import itemgetter
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 _ASKED = "output_hidden_states", "output_attentions", "return_dict", "_attn_implementation"
@@ -15,6 +15,7 @@ _ASKED = "output_hidden_states", "output_attentions", "return_dict", "_attn_impl
 _KNOWN = {"torch", "transformers", "bert_fast"}
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, types.FunctionType,
           types.BuiltinFunctionType)  # fmt: skip
+_TENSORS = Tensor, nn.Parameter
 
 
 class Watch:
@@ -23,21 +24,28 @@ class Watch:
     def __init__(self, model):
         self.config = model.config
         self.asked = [getattr(self.config, name, None) for name in _ASKED]
-        self.tensors, self.parents, self.modules, self.values = [], [], [], []
+        self.holders, self.hooks, self.values = [], [], []
+        self.modules = list(model.modules())
+        self.kinds = list(map(type, self.modules))
         self.has_others = False  # what cannot be watched: adapters, classes of a user's own
         self._remember(self.config)
-        for module in model.modules():
+        for module in self.modules:
             own = module.__dict__
-            for of in (own["_parameters"], own["_buffers"]):
-                self.tensors += [(of, n, t, t.data_ptr()) for n, t in of.items() if t is not None]
-            if own["_modules"]:
-                self.parents.append((own["_modules"], tuple(own["_modules"].values())))
-            hooks = own["_forward_hooks"], own["_forward_pre_hooks"]
-            self.modules.append((module, type(module), own, *hooks))
+            for name in ("_parameters", "_buffers", "_modules"):
+                if own[name]:
+                    self.holders.append(own[name])
+            self.hooks.append((own, own["_forward_hooks"], own["_forward_pre_hooks"]))
             self._remember(module)
             library = type(module).__module__.partition(".")[0]
             if library not in _KNOWN or isinstance(module, ParametrizationList):
                 self.has_others = True
+        self.held = [dict(of) for of in self.holders]
+        every = [(of, n, t) for of in self.holders for n, t in of.items() if isinstance(t, Tensor)]
+        self.tensors = [t for *_, t in every]
+        self.places = list(map(Tensor.data_ptr, self.tensors))
+        self.gets, self.then = [v[:2] for v in self.values], [v[2] for v in self.values]
+        # Dictionaries with others in them may compare as equal (below).
+        self.comparable = [x for x in every if x[2].numel() == 1 or type(x[2]) not in _TENSORS]
 
     def _remember(self, thing):
         """Its plain values: an eps, a scale, the number of heads, whether it is in training."""
@@ -48,27 +56,33 @@ class Watch:
             self.values.append((own, get, get(own)))
 
     def is_as_it_was(self):
-        """In every call: some 0.4 us a module and parameter."""
-        for of, name, tensor, place in self.tensors:
-            if of.get(name) is not tensor or tensor.data_ptr() != place:
-                return False
-        for of, children in self.parents:
-            if tuple(of.values()) != children:
-                return False
-        if any(type(module) is not kind for module, kind, *_ in self.modules):
+        """In every call: some 0.1 us a module and parameter, for nearly all is done in C."""
+        if not self._holds_what_it_did() or list(map(Tensor.data_ptr, self.tensors)) != self.places:
+            return False
+        if list(map(type, self.modules)) != self.kinds:
             return False
         try:
-            if any(get(own) != values for own, get, values in self.values):
+            if [get(own) for own, get in self.gets] != self.then:
                 return False
         except KeyError:  # one was deleted
             return False
         return self.asked == [getattr(self.config, name, None) for name in _ASKED]
 
+    def _holds_what_it_did(self):
+        """The same parameters, buffers and submodules by the same names."""
+        try:
+            # What is the same object is equal. Of others, tensors of several numbers refuse to say.
+            if self.holders != self.held:
+                return False
+        except Exception:
+            return False
+        return all(of.get(name) is tensor for of, name, tensor in self.comparable)
+
     def is_looked_into(self):
         """Whether somebody looks at what the modules do, or does it in their place."""
         if self.has_others or are_all_watched():
             return True
-        for _, _, own, hooks, before in self.modules:
+        for own, hooks, before in self.hooks:
             if ((hooks or before) and _watched(own)) or "forward" in own:
                 return True
         return False

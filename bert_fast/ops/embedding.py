@@ -115,7 +115,8 @@ def _check_in_tables(ids, tables):
     "embedding_layer_norm(Tensor input_ids, Tensor position_ids, Tensor? token_type_ids, "
     "Tensor word, Tensor position, Tensor token_type, Tensor weight, Tensor bias, float eps, "
     "int padding_idx, ScalarType dtype, bool training, str backend) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    absent=(None,) * 4,
 )
 def _embedding_layer_norm(input_ids, position_ids, token_type_ids, *rest):
     *tables, weight, bias, eps, _, dtype, training, backend = rest
@@ -126,18 +127,17 @@ def _embedding_layer_norm(input_ids, position_ids, token_type_ids, *rest):
     if found is None:
         _check_in_tables(ids, tables)
         raise IndexError("token_type has no rows")
-    out, *saved = found
-    return out, *(out.new_empty(0) if t is None else t for t in saved)
+    return found
 
 
 @fake("embedding_layer_norm")
 def _(input_ids, position_ids, token_type_ids, word, *rest):
     *_, dtype, training, _ = rest
-    rows, width = input_ids.numel() if training else 0, word.shape[1]
-    out = word.new_empty((input_ids.numel(), width), dtype=dtype)
-    total = out.new_empty((rows, width) if training else (0,))
-    kind = torch.float32 if training else dtype
-    return out, total, *(word.new_empty((rows,), dtype=kind) for _ in range(2))
+    rows, width = input_ids.numel(), word.shape[1]
+    out = word.new_empty((rows, width), dtype=dtype)
+    if not training:
+        return out, *(input_ids.new_empty(0) for _ in range(3))
+    return out, torch.empty_like(out), *(word.new_empty(rows, dtype=torch.float32) for _ in "12")
 
 
 def _save_embedding_layer_norm(ctx, inputs, output):

@@ -4,11 +4,15 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from bert_fast import extras
+from bert_fast.bench import host, report
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
@@ -62,6 +66,39 @@ BOUNDS = {
     "inference": {"accelerate": 1.0, "BertModel": 0.7},
     "training": {"accelerate": 1.8, "BertModel": 1.5},
 }
+
+
+def test_work_in_another_thread_counts_on_a_gpu():
+    """Autograd's backward runs in one there."""
+
+    def call():
+        thread = threading.Thread(target=time.sleep, args=(0.005,))
+        thread.start()
+        thread.join()
+
+    wall, own = (
+        host._least_times({"": call}, 1, 1, host._clock(device))[""] for device in ("cuda", "cpu")
+    )
+    assert wall >= 5000 > own
+
+
+def test_results_name_what_made_them(tmp_path, monkeypatch, capsys):
+    """As those of the other levels do."""
+    times = {
+        direction: {host.PEER: (40.0, 90.0), "accelerate": (20.0, 50.0)}
+        for direction in host.DIRECTIONS
+    }
+    monkeypatch.setattr(host, "measure", lambda device, rounds: times)
+    path = tmp_path / "new" / "host.json"
+    assert host.run(Namespace(device="cpu", rounds=1, json=str(path))) == 0
+    found, wanted = report.load(path), json.loads(json.dumps(times))
+    assert found["microseconds"] == wanted
+    assert found["device"] == "cpu"
+    assert found["environment"] == report.environment("cpu")
+    assert {"device", "torch", "date", "python"} <= found["environment"].keys()
+    printed = capsys.readouterr().out
+    assert "0.50" in printed
+    assert found["environment"]["torch"] in printed
 
 
 COUNT = """

@@ -226,3 +226,44 @@ def test_results_are_ordinary_tensors(made):
                      for x in (found, wanted)]  # fmt: skip
             torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-3)
         assert runner.captured == (not looked_into)
+
+
+def without_bias(model):
+    linear = next(m for m in model.modules() if isinstance(m, nn.Linear))
+    linear.bias = None
+    return model
+
+
+@pytest.mark.parametrize("made", [own, accelerated])
+def test_what_modules_hold_is_watched(made):
+    """Each change is seen, and is as it was when it is put back, in another order, too."""
+    model = without_bias(made())
+    norm = next(m for m in model.modules() if isinstance(m, nn.LayerNorm))
+    norm.register_buffer("one", torch.ones(1))
+    norm.register_parameter("two", nn.Parameter(torch.ones(1, 1)))
+    watch = Watch(model)
+    assert watch.is_as_it_was()
+    for module in model.modules():
+        for name in ("_parameters", "_buffers", "_modules"):
+            of = getattr(module, name)
+            for key, value in list(of.items()):
+                others = [None] if value is not None else []
+                if isinstance(value, torch.Tensor):
+                    others += [nn.Parameter(value.detach().clone(), value.is_floating_point()),
+                               value.detach()]  # fmt: skip
+                else:
+                    others += [nn.Parameter(torch.ones(3)), nn.Identity()]
+                for other in others:
+                    of[key] = other
+                    assert not watch.is_as_it_was(), (type(module), key)
+                del of[key]
+                assert not watch.is_as_it_was(), (type(module), key)
+                of[key + "_"] = value
+                assert not watch.is_as_it_was(), (type(module), key)
+                del of[key + "_"]
+                of[key] = value
+                assert watch.is_as_it_was(), (type(module), key)
+    weight = norm.weight
+    norm.weight.data = norm.weight.data.clone()
+    assert norm.weight is weight
+    assert not watch.is_as_it_was()
