@@ -7,6 +7,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -217,7 +218,8 @@ bool embedding_forward(int tables, int dtype, int64_t rows, int64_t hidden, cons
 // Layers whose memory the caller keeps alive, and where it is.
 class Encoder {
  public:
-  using Linear = std::tuple<Address, Address, int>;        // packed weight, bias, precision
+  // Packed weight, bias, precision, samples of the weight; None where that is gone.
+  using Linear = std::tuple<Address, Address, int, const Samples*>;
   using LayerNorm = std::tuple<Address, Address, double>;  // weight, bias, eps
   using Layer = std::tuple<Linear, Linear, LayerNorm, Linear, Linear, LayerNorm>;
 
@@ -232,6 +234,19 @@ class Encoder {
     }
   }
 
+  // Whether the packed weights are still those of the weights, and of the instructions asked for.
+  // The weights must be where they were.
+  bool holds() const {
+    for (const Samples& samples : samples_) samples.prefetch();
+    for (const Samples& samples : samples_) {
+      if (!samples.hold()) return false;
+    }
+    for (const auto& [precision, kernels] : kernels_) {
+      if (&linear_kernels(precision) != kernels) return false;
+    }
+    return true;
+  }
+
   void forward(int64_t rows, int64_t batch, Address cu_seqlens, Address x, Address qkv,
                Address context, Address projected, Address wide, Address lse, Address scratch,
                int num_threads) const {
@@ -243,15 +258,20 @@ class Encoder {
   }
 
  private:
-  static PackedLinear linear(const Linear& l) {
-    return {pointer(std::get<0>(l)), pointer<float>(std::get<1>(l)),
-            static_cast<Precision>(std::get<2>(l))};
+  PackedLinear linear(const Linear& l) {
+    const auto& [packed, bias, code, samples] = l;
+    const auto precision = static_cast<Precision>(code);
+    kernels_[precision] = &linear_kernels(precision);
+    if (samples) samples_.push_back(*samples);
+    return {pointer(packed), pointer<float>(bias), precision};
   }
   static Norm norm(const LayerNorm& n) {
     return {pointer<float>(std::get<0>(n)), pointer<float>(std::get<1>(n)), std::get<2>(n)};
   }
 
   std::vector<EncoderLayer> layers_;
+  std::vector<Samples> samples_;
+  std::map<Precision, const LinearKernels*> kernels_;
   int64_t hidden_, intermediate_, num_heads_;
   double scale_;
   Activation activation_;
@@ -274,11 +294,12 @@ void bind_linear(py::module_& m) {
         [](int precision, int64_t rows, int64_t in_features, int num_threads) {
           return linear_kernels_of(precision).scratch_size(rows, in_features, num_threads);
         });
-  m.def("linear_matches", [](int precision, int64_t out_features, int64_t in_features,
-                             Address elements, Address packed) {
-    return linear_kernels_of(precision).matches(
-        {out_features, in_features, pointer(elements), nullptr, nullptr}, pointer(packed));
-  });
+  py::class_<Samples>(m, "Samples", py::module_local())
+      .def(py::init([](Address weight, int64_t rows, int64_t columns, int64_t row_stride,
+                       int64_t column_stride) {
+        return Samples(pointer<float>(weight), rows, columns, row_stride, column_stride);
+      }))
+      .def("hold", &Samples::hold);
   m.def("linear_pack",
         [](int precision, int64_t out_features, int64_t in_features, Address elements,
            Address scale, Address x_factor, Address packed, int num_threads) {
@@ -314,7 +335,70 @@ void bind_linear(py::module_& m) {
 void bind_encoder(py::module_& m) {
   py::class_<Encoder>(m, "Encoder", py::module_local())
       .def(py::init<const std::vector<Encoder::Layer>&, int64_t, int64_t, int64_t, double, int>())
+      .def("holds", &Encoder::holds)
       .def("forward", &Encoder::forward, release_gil());
+}
+
+// Whether Python's objects are what they were: asked in every call, where Python would take as long
+// for it as for a layer. The caller keeps them alive, who shows them to the garbage collector.
+class Unchanged {
+ public:
+  using Kinds = std::vector<std::pair<py::handle, py::handle>>;               // object, type
+  using Values = std::vector<std::tuple<py::handle, py::handle, py::handle>>;  // dict, key, value
+  using Contents = std::vector<std::pair<py::handle, std::vector<py::handle>>>;  // dict, values
+  using Tensors = std::vector<std::tuple<py::handle, Address, int64_t>>;  // address, version or -1
+
+  Unchanged(Kinds kinds, Values values, Contents contents, Tensors tensors)
+      : kinds_(std::move(kinds)), values_(std::move(values)), contents_(std::move(contents)),
+        tensors_(std::move(tensors)) {}
+
+  bool hold() const {
+    for (const auto& [object, kind] : kinds_) {
+      if (reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) != kind.ptr()) return false;
+    }
+    for (const auto& [dict, key, value] : values_) {
+      PyObject* now = PyDict_GetItemWithError(dict.ptr(), key.ptr());
+      if (!now && PyErr_Occurred()) throw py::error_already_set();
+      if ((now ? now : Py_None) != value.ptr()) return false;
+    }
+    for (const auto& [dict, values] : contents_) {
+      Py_ssize_t at = 0;
+      PyObject* now;
+      for (py::handle value : values) {
+        if (!PyDict_Next(dict.ptr(), &at, nullptr, &now) || now != value.ptr()) return false;
+      }
+      if (PyDict_Next(dict.ptr(), &at, nullptr, &now)) return false;
+    }
+    for (const auto& [tensor, address, version] : tensors_) {
+      if (number(PyObject_CallMethodNoArgs(tensor.ptr(), data_ptr_.ptr())) != address) return false;
+      if (version >= 0 &&
+          number(PyObject_GetAttr(tensor.ptr(), version_.ptr())) != static_cast<Address>(version)) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+ private:
+  static Address number(PyObject* found) {
+    if (!found) throw py::error_already_set();
+    const py::object number = py::reinterpret_steal<py::object>(found);
+    const Address value = PyLong_AsUnsignedLongLongMask(found);
+    if (PyErr_Occurred()) throw py::error_already_set();
+    return value;
+  }
+
+  Kinds kinds_;
+  Values values_;
+  Contents contents_;
+  Tensors tensors_;
+  py::str data_ptr_ = "data_ptr", version_ = "_version";
+};
+
+void bind_unchanged(py::module_& m) {
+  py::class_<Unchanged>(m, "Unchanged", py::module_local())
+      .def(py::init<Unchanged::Kinds, Unchanged::Values, Unchanged::Contents, Unchanged::Tensors>())
+      .def("hold", &Unchanged::hold);
 }
 
 }  // namespace
@@ -343,6 +427,7 @@ PYBIND11_MODULE(_C, m) {
 
   bind_linear(m);
   bind_encoder(m);
+  bind_unchanged(m);
 
 #ifdef BERT_FAST_WITH_CUDA
   m.attr("cuda_archs") = BERT_FAST_CUDA_ARCHS;

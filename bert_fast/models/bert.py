@@ -192,7 +192,7 @@ class BertModel(nn.Module):
         by three bf16 parts, at no loss of accuracy. It takes as much memory again as the linear
         weights do; 1.5 times as much with AMX. A weight that PyTorch sees changing (an optimizer,
         load_state_dict) is packed anew by the next call; what is written through ``.data`` it sees
-        by sixteen numbers of each weight, with AMX not at all: prepack again.
+        by sixteen numbers of each weight.
         """
         for module in self.modules():
             if isinstance(module, Linear):

@@ -4,7 +4,7 @@ from bert_fast.ops import reference
 from bert_fast.ops.attention import attention, attention_qkv
 from bert_fast.ops.checks import check_cu_seqlens, is_concrete
 from bert_fast.ops.embedding import embedding_layer_norm
-from bert_fast.ops.encoder import bind_encoder, runs_in_one_call, without_openmp
+from bert_fast.ops.encoder import bind_encoder, runs_in_one_call, unchanged, without_openmp
 from bert_fast.ops.gelu import gelu
 from bert_fast.ops.layer_norm import layer_norm
 from bert_fast.ops.linear import (
@@ -35,6 +35,7 @@ __all__ = [
     "pack_weight",
     "reference",
     "runs_in_one_call",
+    "unchanged",
     "unpacked_weight",
     "why_not_packed",
     "without_openmp",
