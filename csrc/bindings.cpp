@@ -16,6 +16,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/threads.h"
+#include "cpu/tokens.h"
 #if defined(BERT_FAST_WITH_CUDA) || defined(BERT_FAST_HOST)
 #include "cuda/kernels.h"
 #endif
@@ -395,6 +396,36 @@ class Unchanged {
   py::str data_ptr_ = "data_ptr", version_ = "_version";
 };
 
+// f(values as they are), of an integer, bool or float type that is called as Python's array module
+// calls it.
+template <class F>
+auto with_type(char code, Address address, F f) {
+  switch (code) {
+    case 'B': return f(pointer<const uint8_t>(address));
+    case 'b': return f(pointer<const int8_t>(address));
+    case 'h': return f(pointer<const int16_t>(address));
+    case 'i': return f(pointer<const int32_t>(address));
+    case 'q': return f(pointer<const int64_t>(address));
+    case 'f': return f(pointer<const float>(address));
+    case 'd': return f(pointer<const double>(address));
+  }
+  throw py::value_error("no type is called that");
+}
+
+void bind_tokens(py::module_& m) {
+  m.def("range_of", [](char code, Address ids, int64_t count) {
+    return with_type(code, ids, [=](auto* values) { return range_of(values, count); });
+  });
+  m.def("real_tokens", [](char code, Address mask, int64_t batch, int64_t seqlen,
+                          Address cu_seqlens, Address index) {
+    const RealTokens found = with_type(code, mask, [=](auto* values) {
+      return real_tokens(values, batch, seqlen, pointer<int32_t>(cu_seqlens),
+                         pointer<int64_t>(index));
+    });
+    return std::make_tuple(found.count, found.longest, found.valid);
+  });
+}
+
 void bind_unchanged(py::module_& m) {
   py::class_<Unchanged>(m, "Unchanged", py::module_local())
       .def(py::init<Unchanged::Kinds, Unchanged::Values, Unchanged::Contents, Unchanged::Tensors>())
@@ -428,6 +459,7 @@ PYBIND11_MODULE(_C, m) {
   bind_linear(m);
   bind_encoder(m);
   bind_unchanged(m);
+  bind_tokens(m);
 
 #ifdef BERT_FAST_WITH_CUDA
   m.attr("cuda_archs") = BERT_FAST_CUDA_ARCHS;

@@ -1,15 +1,14 @@
 """The ``cpu`` backend: csrc/cpu through pybind11, for tensors that ops.py has validated."""
 
-import contextlib
 import ctypes
-import mmap
 import os
 import threading
 
 import torch
 
 from bert_fast import _C
-from bert_fast.backends import processes
+from bert_fast.backends import processes, tokens  # noqa: F401, tokens for ops
+from bert_fast.backends.memory import packed_memory
 
 if processes.forked:  # before the extension was loaded: it could not notice
     _C.forked()
@@ -72,7 +71,9 @@ def strided(tensor):
 
 def as_float32(parameter):
     """Biases and layer-norm weights reach the kernels as fp32, whatever the activations are."""
-    return None if parameter is None else parameter.float().contiguous()
+    if parameter is None or (parameter.dtype == torch.float32 and parameter.is_contiguous()):
+        return parameter  # without two calls that give it back
+    return parameter.float().contiguous()
 
 
 def _seed(seed):
@@ -293,7 +294,7 @@ class PackedWeight:
         return self._laid_out(dense.contiguous(), self.scale), of, samples
 
     def _laid_out(self, elements, scale):
-        packed = _memory(_C.linear_packed_size(self.code, *self.shape))
+        packed = packed_memory(_C.linear_packed_size(self.code, *self.shape))
         _C.linear_pack(
             self.code, *self.shape, *map(address, (elements, scale, self.x_factor, packed)),
             num_threads(),
@@ -345,28 +346,6 @@ class PackedWeight:
 
 def _scratch(size, x, workspace):
     return workspace.take("scratch", 1, (size + 3) // 4, x) if size else None
-
-
-HUGE_PAGE = 2 << 20
-
-
-def _memory(size):
-    """``size`` bytes for a packed weight, from a cache line on: a vector then never crosses two. A
-    large one lies in huge pages where the system gives them when asked: with pages of 4 KB a query
-    of 16 tokens, which reads each weight once, waits a sixth of its time for where they are."""
-    tail = size % HUGE_PAGE
-    whole = size - tail + HUGE_PAGE if tail > HUGE_PAGE * 3 // 4 else size
-    if whole < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        memory = torch.empty(size + 64, dtype=torch.uint8)
-        return memory[-memory.data_ptr() % 64 :][:size]
-    try:  # what is not touched, before and after, takes addresses alone
-        region = mmap.mmap(-1, whole + HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:  # as torch says it
-        raise RuntimeError(f"can't allocate memory: {size} bytes for a packed weight") from error
-    start = -torch.frombuffer(region, dtype=torch.uint8).data_ptr() % HUGE_PAGE
-    with contextlib.suppress(OSError):  # a system built without them
-        region.madvise(mmap.MADV_HUGEPAGE, start, whole)
-    return torch.frombuffer(region, dtype=torch.uint8, offset=start, count=size)
 
 
 class Encoder:

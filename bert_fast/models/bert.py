@@ -23,6 +23,7 @@ from bert_fast.models.blocks import (
     feed_forward,
     initialiser,
     project_add_norm,
+    two,
 )
 from bert_fast.models.checkpoint import load, save
 from bert_fast.models.config import BertConfig
@@ -121,10 +122,10 @@ class Embeddings(nn.Module):
 
     def forward(self, input_ids, position_ids, token_type_ids):
         """Packed ids (total_tokens,); token_type_ids None means all 0."""
+        word, position, token_type = self.word, self.position, self.token_type
         x = ops.embedding_layer_norm(
-            input_ids, position_ids, token_type_ids, self.word.weight, self.position.weight,
-            self.token_type.weight, self.norm.weight, self.norm.bias, eps=self.norm.eps,
-            padding_idx=self.word.padding_idx,
+            input_ids, position_ids, token_type_ids, word.weight, position.weight,
+            token_type.weight, *two(self.norm), eps=self.norm.eps, padding_idx=word.padding_idx,
         )  # fmt: skip
         return self.dropout(x)
 
@@ -274,7 +275,7 @@ class BertModel(nn.Module):
         with self.one_call.around(states[-1].numel()):
             hidden_states = states if cu_seqlens is not None else list(map(packing.unpack, states))
             hidden_states = [as_autocast_gives(h, weight) for h in hidden_states]
-            pooled = self._pool(states[-1], packing.cu_seqlens)
+            pooled = self._pool(states[-1], packing)
         return BertOutput(
             hidden_states[-1], pooled, tuple(hidden_states) if output_hidden_states else None
         )
@@ -389,11 +390,7 @@ class BertModel(nn.Module):
                 f"{self.config.max_position_embeddings} positions"
             )
 
-    def _pool(self, x, cu_seqlens):
+    def _pool(self, x, packing):
         if self.pooler is None:
             return None
-        if x.shape[0] == 0:
-            return x.new_zeros(cu_seqlens.numel() - 1, x.shape[1])
-        first = cu_seqlens[:-1].long().clamp(max=x.shape[0] - 1)
-        empty = (cu_seqlens.diff() == 0)[:, None]
-        return torch.tanh(self.pooler(x[first])).masked_fill(empty, 0)
+        return packing.of_first(x, lambda first: torch.tanh(self.pooler(first)))

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from bert_fast import ops
+
 # The rows of every packed buffer that is made in a context: of what a CUDA graph is to capture.
 _rows: contextvars.ContextVar[int | None] = contextvars.ContextVar("bert_fast_rows", default=None)
 
@@ -115,6 +117,8 @@ class Packing:
         """(total_tokens,): each token's column in the padded batch, Hugging Face's position."""
         if self.index is None:
             columns = torch.arange(self.seqlen, device=self.cu_seqlens.device)
+            if self.batch == 1:
+                return columns
             return columns.expand(self.batch, -1).reshape(-1)
         return self.index % max(self.seqlen, 1)
 
@@ -126,6 +130,17 @@ class Packing:
         # One row more than the batch: the tail's rows all land there.
         flat = packed.new_zeros(self.batch * self.seqlen + 1, *packed.shape[1:])
         return flat.index_copy_(0, self.index, packed)[:-1].view(shape)
+
+    def of_first(self, packed, function):
+        """function((batch, ...), each sequence's first token); zeros for a sequence without any."""
+        starts, (rows, *_) = self.cu_seqlens, packed.shape
+        if rows == 0:
+            return packed.new_zeros(starts.numel() - 1, *packed.shape[1:])
+        if self.index is None and starts.numel() - 1 == self.batch:  # no sequence is short
+            return function(self.unpack(packed)[:, 0])
+        first = starts[:-1].long().clamp(max=rows - 1)
+        empty = (starts.diff() == 0)[:, None]
+        return function(packed[first]).masked_fill(empty, 0)
 
 
 def check_mask(mask):
@@ -182,6 +197,9 @@ def _by_one_read(mask):
 
 
 def _counted(mask):
+    if (found := ops.real_tokens(mask)) is not None:
+        cu_seqlens, longest, index = found
+        return Packing(cu_seqlens, longest, index, *mask.shape)
     check_values(mask)
     (batch, seqlen), flat = mask.shape, mask.reshape(-1).bool()
     lengths = flat.view(batch, seqlen).sum(1, dtype=torch.int32)

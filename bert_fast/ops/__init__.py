@@ -16,6 +16,7 @@ from bert_fast.ops.linear import (
     why_not_packed,
 )
 from bert_fast.ops.repeat import Repeat, can_repeat, launches
+from bert_fast.ops.tokens import range_of, real_tokens
 
 __all__ = [
     "Repeat",
@@ -33,6 +34,8 @@ __all__ = [
     "layer_norm",
     "linear_gelu",
     "pack_weight",
+    "range_of",
+    "real_tokens",
     "reference",
     "runs_in_one_call",
     "unchanged",
