@@ -6,7 +6,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
+#include <cstring>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -248,17 +250,38 @@ class Encoder {
     return true;
   }
 
-  void forward(int64_t rows, int64_t batch, Address cu_seqlens, Address x, Address qkv,
-               Address context, Address projected, Address wide, Address lse, Address scratch,
+  // Floats that forward needs to work in.
+  int64_t workspace(int64_t rows, int num_threads) const {
+    return parts(rows, num_threads).back();
+  }
+
+  void forward(int64_t rows, int64_t batch, Address cu_seqlens, Address x, Address workspace,
                int num_threads) const {
+    const auto at = parts(rows, num_threads);
+    float* memory = pointer<float>(workspace);
     encoder_forward({layers_.data(), static_cast<int64_t>(layers_.size()), rows, batch, hidden_,
                      intermediate_, num_heads_, pointer<int32_t>(cu_seqlens),
-                     static_cast<float>(scale_), activation_, pointer<float>(x),
-                     pointer<float>(qkv), pointer<float>(context), pointer<float>(projected),
-                     pointer<float>(wide), pointer<float>(lse), pointer(scratch), num_threads});
+                     static_cast<float>(scale_), activation_, pointer<float>(x), memory + at[0],
+                     memory + at[1], memory + at[2], memory + at[3], memory + at[4],
+                     memory + at[5], num_threads});
   }
 
  private:
+  // Where each part of the workspace begins, on a cache line of it; and the end.
+  std::array<int64_t, 7> parts(int64_t rows, int num_threads) const {
+    int64_t scratch = 0;
+    for (const auto& [precision, kernels] : kernels_) {
+      for (int64_t width : {hidden_, intermediate_}) {
+        scratch = std::max(scratch, kernels->scratch_size(rows, width, num_threads));
+      }
+    }
+    const int64_t floats[] = {3 * rows * hidden_,    rows * hidden_,    rows * hidden_,
+                              rows * intermediate_, rows * num_heads_, ceil_div(scratch, 4)};
+    std::array<int64_t, 7> begins = {};
+    for (int i = 0; i < 6; ++i) begins[i + 1] = begins[i] + ceil_div(floats[i], 16) * 16;
+    return begins;
+  }
+
   PackedLinear linear(const Linear& l) {
     const auto& [packed, bias, code, samples] = l;
     const auto precision = static_cast<Precision>(code);
@@ -337,6 +360,7 @@ void bind_encoder(py::module_& m) {
   py::class_<Encoder>(m, "Encoder", py::module_local())
       .def(py::init<const std::vector<Encoder::Layer>&, int64_t, int64_t, int64_t, double, int>())
       .def("holds", &Encoder::holds)
+      .def("workspace", &Encoder::workspace)
       .def("forward", &Encoder::forward, release_gil());
 }
 
@@ -351,9 +375,15 @@ class Unchanged {
 
   Unchanged(Kinds kinds, Values values, Contents contents, Tensors tensors)
       : kinds_(std::move(kinds)), values_(std::move(values)), contents_(std::move(contents)),
-        tensors_(std::move(tensors)) {}
+        tensors_(std::move(tensors)) {
+    for (const auto& [object, kind] : kinds_) add(object);
+    for (const auto& value : values_) add(std::get<0>(value));
+    for (const auto& [dict, values] : contents_) add(dict);
+    for (const auto& tensor : tensors_) add(std::get<0>(tensor));
+  }
 
   bool hold() const {
+    prefetch();
     for (const auto& [object, kind] : kinds_) {
       if (reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) != kind.ptr()) return false;
     }
@@ -381,6 +411,27 @@ class Unchanged {
   }
 
  private:
+  void add(py::handle object) {
+    if (!read_.empty() && read_.back().first == object.ptr()) return;
+    const size_t words = Py_TYPE(object.ptr())->tp_basicsize / sizeof(void*);
+    read_.emplace_back(object.ptr(), std::min(kWords, words));
+  }
+
+  // After a model's weights have gone through the caches all of this lies in memory. It is asked for
+  // at once, then what it points to (a dict's entries, a tensor's numbers), or else each step of
+  // the comparison would wait for the one before. A word that is no address does no harm.
+  void prefetch() const {
+    for (const auto& [object, count] : read_) __builtin_prefetch(object);
+    for (const auto& [object, count] : read_) {
+      uintptr_t words[kWords] = {};
+      std::memcpy(words, object, count * sizeof(*words));
+      for (size_t i = sizeof(PyObject) / sizeof(*words); i < count; ++i) {
+        __builtin_prefetch(pointer(words[i]));
+        __builtin_prefetch(pointer(words[i] + 64));
+      }
+    }
+  }
+
   static Address number(PyObject* found) {
     if (!found) throw py::error_already_set();
     const py::object number = py::reinterpret_steal<py::object>(found);
@@ -393,6 +444,8 @@ class Unchanged {
   Values values_;
   Contents contents_;
   Tensors tensors_;
+  static constexpr size_t kWords = 6;  // of an object that may be addresses: a dict has as many
+  std::vector<std::pair<const PyObject*, size_t>> read_;
   py::str data_ptr_ = "data_ptr", version_ = "_version";
 };
 

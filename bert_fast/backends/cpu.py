@@ -362,9 +362,6 @@ class Encoder:
         self.intermediate, self.hidden = layers[0][3].weight.shape
         self.products = [part for layer in layers for part in layer if not hasattr(part, "eps")]
         self.codes = sorted({part.packed.code for part in self.products})
-        # Scratch is for one product at a time: for the widest input of each precision.
-        inputs = {(part.packed.code, part.weight.shape[1]): part.packed for part in self.products}
-        self.scratches = list(inputs.values())
         self.bound = self._bind()
 
     def _bind(self):
@@ -389,18 +386,10 @@ class Encoder:
         if not bound[0].holds():
             bound = self.bound = self._bind()
         rows, threads = x.shape[0], num_threads()
-        size = max(packed.scratch(rows, threads) for packed in self.scratches)
-        buffers = [
-            workspace.take("qkv", rows, 3 * self.hidden, x),
-            workspace.take("hidden", rows, self.hidden, x),
-            workspace.take("projected", rows, self.hidden, x),
-            workspace.take("intermediate", rows, self.intermediate, x),
-            workspace.take("lse", rows, self.num_heads, x),
-            _scratch(size, x, workspace),
-        ]
+        memory = workspace.take("layers", 1, bound[0].workspace(rows, threads), x)
         cu_seqlens = cu_seqlens.contiguous()
         bound[0].forward(
-            rows, cu_seqlens.numel() - 1, *map(address, (cu_seqlens, x, *buffers)), threads
+            rows, cu_seqlens.numel() - 1, *map(address, (cu_seqlens, x, memory)), threads
         )
         return x
 
