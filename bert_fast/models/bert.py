@@ -122,12 +122,13 @@ class Embeddings(nn.Module):
 
     def forward(self, input_ids, position_ids, token_type_ids):
         """Packed ids (total_tokens,); token_type_ids None means all 0."""
-        word, position, token_type = self.word, self.position, self.token_type
+        parts = self._modules
+        word, norm = parts["word"], parts["norm"]
         x = ops.embedding_layer_norm(
-            input_ids, position_ids, token_type_ids, word.weight, position.weight,
-            token_type.weight, *two(self.norm), eps=self.norm.eps, padding_idx=word.padding_idx,
+            input_ids, position_ids, token_type_ids, word.weight, parts["position"].weight,
+            parts["token_type"].weight, *two(norm), eps=norm.eps, padding_idx=word.padding_idx,
         )  # fmt: skip
-        return self.dropout(x)
+        return parts["dropout"](x)
 
 
 class BertModel(nn.Module):
@@ -391,6 +392,7 @@ class BertModel(nn.Module):
             )
 
     def _pool(self, x, packing):
-        if self.pooler is None:
+        pooler = self.pooler
+        if pooler is None:
             return None
-        return packing.of_first(x, lambda first: torch.tanh(self.pooler(first)))
+        return packing.of_first(x, lambda first: torch.tanh(pooler(first)))
