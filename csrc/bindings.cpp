@@ -6,7 +6,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
+#include <cstring>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -15,6 +18,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/threads.h"
+#include "cpu/tokens.h"
 #if defined(BERT_FAST_WITH_CUDA) || defined(BERT_FAST_HOST)
 #include "cuda/kernels.h"
 #endif
@@ -217,7 +221,8 @@ bool embedding_forward(int tables, int dtype, int64_t rows, int64_t hidden, cons
 // Layers whose memory the caller keeps alive, and where it is.
 class Encoder {
  public:
-  using Linear = std::tuple<Address, Address, int>;        // packed weight, bias, precision
+  // Packed weight, bias, precision, samples of the weight; None where that is gone.
+  using Linear = std::tuple<Address, Address, int, const Samples*>;
   using LayerNorm = std::tuple<Address, Address, double>;  // weight, bias, eps
   using Layer = std::tuple<Linear, Linear, LayerNorm, Linear, Linear, LayerNorm>;
 
@@ -232,26 +237,65 @@ class Encoder {
     }
   }
 
-  void forward(int64_t rows, int64_t batch, Address cu_seqlens, Address x, Address qkv,
-               Address context, Address projected, Address wide, Address lse, Address scratch,
+  // Whether the packed weights are still those of the weights, and of the instructions asked for.
+  // The weights must be where they were.
+  bool holds() const {
+    for (const Samples& samples : samples_) samples.prefetch();
+    for (const Samples& samples : samples_) {
+      if (!samples.hold()) return false;
+    }
+    for (const auto& [precision, kernels] : kernels_) {
+      if (&linear_kernels(precision) != kernels) return false;
+    }
+    return true;
+  }
+
+  // Floats that forward needs to work in.
+  int64_t workspace(int64_t rows, int num_threads) const {
+    return parts(rows, num_threads).back();
+  }
+
+  void forward(int64_t rows, int64_t batch, Address cu_seqlens, Address x, Address workspace,
                int num_threads) const {
+    const auto at = parts(rows, num_threads);
+    float* memory = pointer<float>(workspace);
     encoder_forward({layers_.data(), static_cast<int64_t>(layers_.size()), rows, batch, hidden_,
                      intermediate_, num_heads_, pointer<int32_t>(cu_seqlens),
-                     static_cast<float>(scale_), activation_, pointer<float>(x),
-                     pointer<float>(qkv), pointer<float>(context), pointer<float>(projected),
-                     pointer<float>(wide), pointer<float>(lse), pointer(scratch), num_threads});
+                     static_cast<float>(scale_), activation_, pointer<float>(x), memory + at[0],
+                     memory + at[1], memory + at[2], memory + at[3], memory + at[4],
+                     memory + at[5], num_threads});
   }
 
  private:
-  static PackedLinear linear(const Linear& l) {
-    return {pointer(std::get<0>(l)), pointer<float>(std::get<1>(l)),
-            static_cast<Precision>(std::get<2>(l))};
+  // Where each part of the workspace begins, on a cache line of it; and the end.
+  std::array<int64_t, 7> parts(int64_t rows, int num_threads) const {
+    int64_t scratch = 0;
+    for (const auto& [precision, kernels] : kernels_) {
+      for (int64_t width : {hidden_, intermediate_}) {
+        scratch = std::max(scratch, kernels->scratch_size(rows, width, num_threads));
+      }
+    }
+    const int64_t floats[] = {3 * rows * hidden_,    rows * hidden_,    rows * hidden_,
+                              rows * intermediate_, rows * num_heads_, ceil_div(scratch, 4)};
+    std::array<int64_t, 7> begins = {};
+    for (int i = 0; i < 6; ++i) begins[i + 1] = begins[i] + ceil_div(floats[i], 16) * 16;
+    return begins;
+  }
+
+  PackedLinear linear(const Linear& l) {
+    const auto& [packed, bias, code, samples] = l;
+    const auto precision = static_cast<Precision>(code);
+    kernels_[precision] = &linear_kernels(precision);
+    if (samples) samples_.push_back(*samples);
+    return {pointer(packed), pointer<float>(bias), precision};
   }
   static Norm norm(const LayerNorm& n) {
     return {pointer<float>(std::get<0>(n)), pointer<float>(std::get<1>(n)), std::get<2>(n)};
   }
 
   std::vector<EncoderLayer> layers_;
+  std::vector<Samples> samples_;
+  std::map<Precision, const LinearKernels*> kernels_;
   int64_t hidden_, intermediate_, num_heads_;
   double scale_;
   Activation activation_;
@@ -274,11 +318,12 @@ void bind_linear(py::module_& m) {
         [](int precision, int64_t rows, int64_t in_features, int num_threads) {
           return linear_kernels_of(precision).scratch_size(rows, in_features, num_threads);
         });
-  m.def("linear_matches", [](int precision, int64_t out_features, int64_t in_features,
-                             Address elements, Address packed) {
-    return linear_kernels_of(precision).matches(
-        {out_features, in_features, pointer(elements), nullptr, nullptr}, pointer(packed));
-  });
+  py::class_<Samples>(m, "Samples", py::module_local())
+      .def(py::init([](Address weight, int64_t rows, int64_t columns, int64_t row_stride,
+                       int64_t column_stride) {
+        return Samples(pointer<float>(weight), rows, columns, row_stride, column_stride);
+      }))
+      .def("hold", &Samples::hold);
   m.def("linear_pack",
         [](int precision, int64_t out_features, int64_t in_features, Address elements,
            Address scale, Address x_factor, Address packed, int num_threads) {
@@ -314,7 +359,130 @@ void bind_linear(py::module_& m) {
 void bind_encoder(py::module_& m) {
   py::class_<Encoder>(m, "Encoder", py::module_local())
       .def(py::init<const std::vector<Encoder::Layer>&, int64_t, int64_t, int64_t, double, int>())
+      .def("holds", &Encoder::holds)
+      .def("workspace", &Encoder::workspace)
       .def("forward", &Encoder::forward, release_gil());
+}
+
+// Whether Python's objects are what they were: asked in every call, where Python would take as long
+// for it as for a layer. The caller keeps them alive, who shows them to the garbage collector.
+class Unchanged {
+ public:
+  using Kinds = std::vector<std::pair<py::handle, py::handle>>;               // object, type
+  using Values = std::vector<std::tuple<py::handle, py::handle, py::handle>>;  // dict, key, value
+  using Contents = std::vector<std::pair<py::handle, std::vector<py::handle>>>;  // dict, values
+  using Tensors = std::vector<std::tuple<py::handle, Address, int64_t>>;  // address, version or -1
+
+  Unchanged(Kinds kinds, Values values, Contents contents, Tensors tensors)
+      : kinds_(std::move(kinds)), values_(std::move(values)), contents_(std::move(contents)),
+        tensors_(std::move(tensors)) {
+    for (const auto& [object, kind] : kinds_) add(object);
+    for (const auto& value : values_) add(std::get<0>(value));
+    for (const auto& [dict, values] : contents_) add(dict);
+    for (const auto& tensor : tensors_) add(std::get<0>(tensor));
+  }
+
+  bool hold() const {
+    prefetch();
+    for (const auto& [object, kind] : kinds_) {
+      if (reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) != kind.ptr()) return false;
+    }
+    for (const auto& [dict, key, value] : values_) {
+      PyObject* now = PyDict_GetItemWithError(dict.ptr(), key.ptr());
+      if (!now && PyErr_Occurred()) throw py::error_already_set();
+      if ((now ? now : Py_None) != value.ptr()) return false;
+    }
+    for (const auto& [dict, values] : contents_) {
+      Py_ssize_t at = 0;
+      PyObject* now;
+      for (py::handle value : values) {
+        if (!PyDict_Next(dict.ptr(), &at, nullptr, &now) || now != value.ptr()) return false;
+      }
+      if (PyDict_Next(dict.ptr(), &at, nullptr, &now)) return false;
+    }
+    for (const auto& [tensor, address, version] : tensors_) {
+      if (number(PyObject_CallMethodNoArgs(tensor.ptr(), data_ptr_.ptr())) != address) return false;
+      if (version >= 0 &&
+          number(PyObject_GetAttr(tensor.ptr(), version_.ptr())) != static_cast<Address>(version)) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+ private:
+  void add(py::handle object) {
+    if (!read_.empty() && read_.back().first == object.ptr()) return;
+    const size_t words = Py_TYPE(object.ptr())->tp_basicsize / sizeof(void*);
+    read_.emplace_back(object.ptr(), std::min(kWords, words));
+  }
+
+  // After a model's weights have gone through the caches all of this lies in memory. It is asked for
+  // at once, then what it points to (a dict's entries, a tensor's numbers), or else each step of
+  // the comparison would wait for the one before. A word that is no address does no harm.
+  void prefetch() const {
+    for (const auto& [object, count] : read_) __builtin_prefetch(object);
+    for (const auto& [object, count] : read_) {
+      uintptr_t words[kWords] = {};
+      std::memcpy(words, object, count * sizeof(*words));
+      for (size_t i = sizeof(PyObject) / sizeof(*words); i < count; ++i) {
+        __builtin_prefetch(pointer(words[i]));
+        __builtin_prefetch(pointer(words[i] + 64));
+      }
+    }
+  }
+
+  static Address number(PyObject* found) {
+    if (!found) throw py::error_already_set();
+    const py::object number = py::reinterpret_steal<py::object>(found);
+    const Address value = PyLong_AsUnsignedLongLongMask(found);
+    if (PyErr_Occurred()) throw py::error_already_set();
+    return value;
+  }
+
+  Kinds kinds_;
+  Values values_;
+  Contents contents_;
+  Tensors tensors_;
+  static constexpr size_t kWords = 6;  // of an object that may be addresses: a dict has as many
+  std::vector<std::pair<const PyObject*, size_t>> read_;
+  py::str data_ptr_ = "data_ptr", version_ = "_version";
+};
+
+// f(values as they are), of an integer, bool or float type that is called as Python's array module
+// calls it.
+template <class F>
+auto with_type(char code, Address address, F f) {
+  switch (code) {
+    case 'B': return f(pointer<const uint8_t>(address));
+    case 'b': return f(pointer<const int8_t>(address));
+    case 'h': return f(pointer<const int16_t>(address));
+    case 'i': return f(pointer<const int32_t>(address));
+    case 'q': return f(pointer<const int64_t>(address));
+    case 'f': return f(pointer<const float>(address));
+    case 'd': return f(pointer<const double>(address));
+  }
+  throw py::value_error("no type is called that");
+}
+
+void bind_tokens(py::module_& m) {
+  m.def("range_of", [](char code, Address ids, int64_t count) {
+    return with_type(code, ids, [=](auto* values) { return range_of(values, count); });
+  });
+  m.def("real_tokens", [](char code, Address mask, int64_t batch, int64_t seqlen,
+                          Address cu_seqlens, Address index) {
+    const RealTokens found = with_type(code, mask, [=](auto* values) {
+      return real_tokens(values, batch, seqlen, pointer<int32_t>(cu_seqlens),
+                         pointer<int64_t>(index));
+    });
+    return std::make_tuple(found.count, found.longest, found.valid);
+  });
+}
+
+void bind_unchanged(py::module_& m) {
+  py::class_<Unchanged>(m, "Unchanged", py::module_local())
+      .def(py::init<Unchanged::Kinds, Unchanged::Values, Unchanged::Contents, Unchanged::Tensors>())
+      .def("hold", &Unchanged::hold);
 }
 
 }  // namespace
@@ -343,6 +511,8 @@ PYBIND11_MODULE(_C, m) {
 
   bind_linear(m);
   bind_encoder(m);
+  bind_unchanged(m);
+  bind_tokens(m);
 
 #ifdef BERT_FAST_WITH_CUDA
   m.attr("cuda_archs") = BERT_FAST_CUDA_ARCHS;

@@ -1,15 +1,14 @@
 """The ``cpu`` backend: csrc/cpu through pybind11, for tensors that ops.py has validated."""
 
-import contextlib
 import ctypes
-import mmap
 import os
 import threading
 
 import torch
 
 from bert_fast import _C
-from bert_fast.backends import processes
+from bert_fast.backends import processes, tokens  # noqa: F401, tokens for ops
+from bert_fast.backends.memory import packed_memory
 
 if processes.forked:  # before the extension was loaded: it could not notice
     _C.forked()
@@ -72,7 +71,9 @@ def strided(tensor):
 
 def as_float32(parameter):
     """Biases and layer-norm weights reach the kernels as fp32, whatever the activations are."""
-    return None if parameter is None else parameter.float().contiguous()
+    if parameter is None or (parameter.dtype == torch.float32 and parameter.is_contiguous()):
+        return parameter  # without two calls that give it back
+    return parameter.float().contiguous()
 
 
 def _seed(seed):
@@ -240,7 +241,8 @@ class PackedWeight:
     def __init__(self, weight, precision="float32", x_factor=None):
         self.shape, self.precision, self.x_factor = weight.shape, precision, x_factor
         self.code = PRECISIONS[precision]
-        self.state = self._pack(weight)  # (packed, of what): replaced as one, for other threads
+        # (packed, of what, its samples): replaced as one, for other threads
+        self.state = self._pack(weight)
 
     @classmethod
     def of_elements(cls, elements, scale=None, x_factor=None):
@@ -249,9 +251,14 @@ class PackedWeight:
         names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.int8: "int8"}
         self.shape, self.precision, self.x_factor = elements.shape, names[elements.dtype], x_factor
         self.code, self.released = PRECISIONS[self.precision], True
-        self.state = self._laid_out(elements, scale), (None, None, _C.linear_kind(self.code))
+        of = None, None, _C.linear_kind(self.code)
+        self.state = self._laid_out(elements, scale), of, None
         self.scale = scale
         return self
+
+    def __getstate__(self):  # a copy's weight lies elsewhere: it is packed anew
+        packed, of, _ = self.state
+        return {**self.__dict__, "state": (packed, of if self.released else None, None)}
 
     @staticmethod
     def possible(weight):
@@ -282,11 +289,12 @@ class PackedWeight:
         elif self.precision == "int8":
             factor = 1.0 if self.x_factor is None else self.x_factor
             dense, self.scale = quantise(dense / factor)
-        source = *self._identity(weight), self._sample(weight)
-        return self._laid_out(dense.contiguous(), self.scale), source
+        of = self._identity(weight)
+        samples = _C.Samples(weight.data_ptr(), *weight.shape, *weight.stride())
+        return self._laid_out(dense.contiguous(), self.scale), of, samples
 
     def _laid_out(self, elements, scale):
-        packed = _memory(_C.linear_packed_size(self.code, *self.shape))
+        packed = packed_memory(_C.linear_packed_size(self.code, *self.shape))
         _C.linear_pack(
             self.code, *self.shape, *map(address, (elements, scale, self.x_factor, packed)),
             num_threads(),
@@ -296,16 +304,9 @@ class PackedWeight:
     def _identity(self, weight):
         return weight.data_ptr(), weight._version, _C.linear_kind(self.code)
 
-    def _sample(self, weight):
-        """A few of the weight's own numbers, where the packed ones are others."""
-        if self.precision == "float32":
-            return None
-        flat = weight.detach().reshape(-1)
-        return flat[:: max(1, flat.numel() // 16)].tolist()
-
     def current(self, weight):
-        """The packed weight; packed anew where it, or the instruction set asked for, has changed.
-        Others may do so meanwhile: keep what is returned for as long as its memory is used."""
+        """The packed weight's state; packed anew where it, or the instruction set asked for, has
+        changed. Others may do so meanwhile: keep it for as long as its memory is used."""
         if not self.holds(weight):
             if self.released:
                 raise RuntimeError(
@@ -315,19 +316,15 @@ class PackedWeight:
             with _packing:
                 if not self.holds(weight):
                     self.state = self._pack(weight)
-        return self.state[0]
+        return self.state
 
     def holds(self, weight):
         """Whether the weight is what was packed, by its version and by some of its numbers: who
         writes through ``.data``, as peft's merging does, changes them all and tells nobody."""
-        packed, source = self.state
+        _, of, samples = self.state
         if self.released:
-            return source[2] == _C.linear_kind(self.code)
-        if source[:3] != self._identity(weight):
-            return False
-        if self.precision != "float32":
-            return source[3] == self._sample(weight)
-        return _C.linear_matches(self.code, *self.shape, weight.data_ptr(), packed.data_ptr())
+            return of[2] == _C.linear_kind(self.code)
+        return of == self._identity(weight) and samples.hold()
 
     def scratch(self, rows, threads):
         """Bytes that a product of so many rows needs."""
@@ -336,7 +333,7 @@ class PackedWeight:
     def forward(self, x, weight, bias, approximate, out, workspace):
         """out = GELU(x Wᵀ + bias); ``approximate`` None means no GELU, ``bias`` None no bias. A
         weight that was changed since it was packed is packed anew."""
-        packed = self.current(weight)
+        packed, *_ = self.current(weight)
         (rows, width), bias = x.shape, as_float32(bias)
         threads = num_threads()
         scratch = _scratch(self.scratch(rows, threads), x, workspace)
@@ -351,34 +348,13 @@ def _scratch(size, x, workspace):
     return workspace.take("scratch", 1, (size + 3) // 4, x) if size else None
 
 
-HUGE_PAGE = 2 << 20
-
-
-def _memory(size):
-    """``size`` bytes for a packed weight, from a cache line on: a vector then never crosses two. A
-    large one lies in huge pages where the system gives them when asked: with pages of 4 KB a query
-    of 16 tokens, which reads each weight once, waits a sixth of its time for where they are."""
-    tail = size % HUGE_PAGE
-    whole = size - tail + HUGE_PAGE if tail > HUGE_PAGE * 3 // 4 else size
-    if whole < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        memory = torch.empty(size + 64, dtype=torch.uint8)
-        return memory[-memory.data_ptr() % 64 :][:size]
-    try:  # what is not touched, before and after, takes addresses alone
-        region = mmap.mmap(-1, whole + HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:  # as torch says it
-        raise RuntimeError(f"can't allocate memory: {size} bytes for a packed weight") from error
-    start = -torch.frombuffer(region, dtype=torch.uint8).data_ptr() % HUGE_PAGE
-    with contextlib.suppress(OSError):  # a system built without them
-        region.madvise(mmap.MADV_HUGEPAGE, start, whole)
-    return torch.frombuffer(region, dtype=torch.uint8, offset=start, count=size)
-
-
 class Encoder:
     """Post-norm encoder layers bound to csrc/cpu/encoder.cpp: inference in one call.
 
     ``layers``: for each the products qkv, out, up, down (``weight``, ``bias``, ``packed``) and the
     norms after out and down (``weight``, ``bias``, ``eps``); fp32, contiguous. Products may
-    change their numbers; who uses this sees to it that nothing else of them is replaced.
+    change their numbers; who uses this sees to it that nothing of them is replaced or lies
+    elsewhere, and that no write was seen by PyTorch.
     """
 
     def __init__(self, layers, num_heads, approximate):
@@ -386,13 +362,10 @@ class Encoder:
         self.intermediate, self.hidden = layers[0][3].weight.shape
         self.products = [part for layer in layers for part in layer if not hasattr(part, "eps")]
         self.codes = sorted({part.packed.code for part in self.products})
-        # Scratch is for one product at a time: for the widest input of each precision.
-        inputs = {(part.packed.code, part.weight.shape[1]): part.packed for part in self.products}
-        self.scratches = list(inputs.values())
         self.bound = self._bind()
 
     def _bind(self):
-        """The plan, the memory whose addresses it holds, and the layout of packed weights."""
+        """The plan, and the memory whose addresses it holds."""
         with _packing:
             kept = []
             layers = [[_bound(part, kept) for part in layer] for layer in self.layers]
@@ -400,37 +373,23 @@ class Encoder:
                 layers, self.hidden, self.intermediate, self.num_heads,
                 (self.hidden // self.num_heads) ** -0.5, ACTIVATIONS[self.approximate],
             )  # fmt: skip
-            return plan, kept, self._kinds(), [part.packed.state[0] for part in self.products]
+            return plan, kept
 
     def min_rows(self):
         """Fewer are better left to torch's products."""
         return max(map(_C.linear_min_rows, self.codes))
 
-    def _kinds(self):
-        return [_C.linear_kind(code) for code in self.codes]
-
     def forward(self, x, cu_seqlens, workspace):
         """x (total_tokens, hidden), of at least :meth:`min_rows` rows, becomes the last layer's
         output, in its own memory."""
         bound = self.bound  # kept here: another thread may bind anew meanwhile
-        if bound[2] != self._kinds() or not all(
-            p.packed.holds(p.weight) and p.packed.state[0] is packed
-            for p, packed in zip(self.products, bound[3], strict=True)
-        ):
+        if not bound[0].holds():
             bound = self.bound = self._bind()
         rows, threads = x.shape[0], num_threads()
-        size = max(packed.scratch(rows, threads) for packed in self.scratches)
-        buffers = [
-            workspace.take("qkv", rows, 3 * self.hidden, x),
-            workspace.take("hidden", rows, self.hidden, x),
-            workspace.take("projected", rows, self.hidden, x),
-            workspace.take("intermediate", rows, self.intermediate, x),
-            workspace.take("lse", rows, self.num_heads, x),
-            _scratch(size, x, workspace),
-        ]
+        memory = workspace.take("layers", 1, bound[0].workspace(rows, threads), x)
         cu_seqlens = cu_seqlens.contiguous()
         bound[0].forward(
-            rows, cu_seqlens.numel() - 1, *map(address, (cu_seqlens, x, *buffers)), threads
+            rows, cu_seqlens.numel() - 1, *map(address, (cu_seqlens, x, memory)), threads
         )
         return x
 
@@ -440,5 +399,19 @@ def _bound(part, kept):
     kept += part.weight, part.bias
     if hasattr(part, "eps"):
         return address(part.weight), address(part.bias), part.eps
-    kept.append(part.packed.current(part.weight))
-    return address(kept[-1]), address(part.bias), part.packed.code
+    packed, _, samples = part.packed.current(part.weight)
+    kept.append(packed)
+    return address(packed), address(part.bias), part.packed.code, samples
+
+
+class Unchanged:
+    """Whether Python's objects are what they were, by far fewer steps than Python takes for it.
+
+    ``kinds``: (object, its type); ``values``: (dict, key, what it has there or None);
+    ``contents``: (dict, all its values in order); ``tensors``: (tensor, its address, its version,
+    or -1 where any is right). All by identity.
+    """
+
+    def __init__(self, kinds, values, contents, tensors):
+        self.kept = kinds, values, contents, tensors  # for _C has but their addresses
+        self.hold = _C.Unchanged(*self.kept).hold

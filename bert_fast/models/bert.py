@@ -23,6 +23,7 @@ from bert_fast.models.blocks import (
     feed_forward,
     initialiser,
     project_add_norm,
+    two,
 )
 from bert_fast.models.checkpoint import load, save
 from bert_fast.models.config import BertConfig
@@ -121,12 +122,11 @@ class Embeddings(nn.Module):
 
     def forward(self, input_ids, position_ids, token_type_ids):
         """Packed ids (total_tokens,); token_type_ids None means all 0."""
-        parts = self._modules  # as attributes they take the host ten times as long
+        parts = self._modules
         word, norm = parts["word"], parts["norm"]
         x = ops.embedding_layer_norm(
             input_ids, position_ids, token_type_ids, word.weight, parts["position"].weight,
-            parts["token_type"].weight, norm.weight, norm.bias, eps=norm.eps,
-            padding_idx=word.padding_idx,
+            parts["token_type"].weight, *two(norm), eps=norm.eps, padding_idx=word.padding_idx,
         )  # fmt: skip
         return parts["dropout"](x)
 
@@ -194,7 +194,7 @@ class BertModel(nn.Module):
         by three bf16 parts, at no loss of accuracy. It takes as much memory again as the linear
         weights do; 1.5 times as much with AMX. A weight that PyTorch sees changing (an optimizer,
         load_state_dict) is packed anew by the next call; what is written through ``.data`` it sees
-        by sixteen numbers of each weight, with AMX not at all: prepack again.
+        by sixteen numbers of each weight.
         """
         for module in self.modules():
             if isinstance(module, Linear):
@@ -392,8 +392,7 @@ class BertModel(nn.Module):
             )
 
     def _pool(self, x, packing):
-        if self.pooler is None:
+        pooler = self.pooler
+        if pooler is None:
             return None
-        first, empty = packing.first(x)
-        pooled = torch.tanh(self.pooler(first))
-        return pooled if empty is None else pooled.masked_fill(empty, 0)
+        return packing.of_first(x, lambda first: torch.tanh(pooler(first)))

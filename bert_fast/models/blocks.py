@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bert_fast import ops
-from bert_fast.models.workspace import Workspace, can_reuse_memory
+from bert_fast.models.workspace import Fresh, can_reuse_memory
 
 # transformers' activations that are GELU, and which of the two; the others are refused by name.
 GELU_APPROXIMATE = {
@@ -121,10 +121,8 @@ class Linear(Product, nn.Linear):
     def forward(self, x):
         """x Wᵀ + bias, for those that do not read the product next by a kernel of ours."""
         if x.ndim == 2 and can_reuse_memory(x) and self._use_packed(x):
-            out = x.new_empty(x.shape[0], self.out_features)
-            return self.packed.forward(
-                x.contiguous(), self.weight, self.bias, None, out, Workspace()
-            )
+            x, out = x.contiguous(), x.new_empty(x.shape[0], self.out_features)
+            return self.packed.forward(x, *self.parts(), None, out, Fresh())
         self._check_weight()
         return super().forward(x)
 
@@ -209,7 +207,7 @@ def check_ids(name, ids, limit, input_ids=None):
         if shape != wanted and not (name == "position_ids" and shape == (1, *wanted[1:])):
             raise ValueError(f"{name} must have input_ids' shape {wanted}, not {shape}")
     if ops.is_concrete(ids) and ids.numel():
-        low, high = (int(bound) for bound in torch.aminmax(ids))
+        low, high = ops.range_of(ids)
         if low < 0 or high >= limit:
             worst = low if low < 0 else high
             raise ValueError(f"{name} holds {worst}; the model has 0 to {limit - 1}")

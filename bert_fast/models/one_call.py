@@ -19,7 +19,8 @@ class OneCall:
 
     def __init__(self, *kinds):
         self.kinds = kinds  # the classes of a layer, its attention and its feed-forward
-        self.bound = None, None  # (state, encoder): replaced as one, for other threads
+        # (what says that it still is, encoder, layers): replaced as one, for other threads
+        self.bound = None, None, None
 
     def __reduce__(self):  # copies and pickles have other weights: they bind their own
         return OneCall, self.kinds
@@ -27,13 +28,14 @@ class OneCall:
     def __call__(self, layers, x, packing, workspace):
         """The last layer's output, in x's memory; or None where the layers must run one by one:
         they are hooked, not prepacked, in training with dropout, or asked for another backend."""
-        if not ops.runs_in_one_call(x) or _hooked(layers):
+        _, attention, _ = self.kinds
+        if are_all_watched() or attention.causal or not ops.runs_in_one_call(x):
             return None
-        if (state := _state(layers)) is None:
-            return None
-        bound, encoder = self.bound
-        if bound != state:
-            _, encoder = self.bound = state, self._bind(layers)
+        watch, encoder, of = self.bound
+        if of is not layers or not watch.hold():
+            if _hooked(layers) or (watch := _watch(layers)) is None:
+                return None
+            _, encoder, _ = self.bound = watch, self._bind(layers), layers
         if encoder is None or x.shape[0] < encoder.min_rows():
             return None
         return encoder.forward(x, packing.cu_seqlens, workspace)
@@ -65,7 +67,7 @@ class OneCall:
         return (
             all(type(part) is kind for part, kind in parts)
             and not attention.causal
-            and not (layer.training and any(dropout))
+            and not (any(module.training for module in (layer, *children)) and any(dropout))
             and attention.num_heads == first.attention.num_heads
             and feed_forward.approximate == first.feed_forward.approximate
         )
@@ -83,35 +85,47 @@ def _products_and_norms(layer):
 
 
 def _hooked(layers):
-    return are_all_watched() or any(
+    return any(
         is_watched(module)
         for layer in layers._modules.values()
         for module in (layer, *layer._modules.values())
     )
 
 
-# Runs in every call, so by the dictionaries: a module's attributes take five times as long.
-def _state(layers):
-    """Changes whenever what was bound does: another module or parameter, other memory, a write
-    that PyTorch has seen; training, dropout. None where writes are not seen: inference tensors."""
-    state = []
+_HOOKS = "_forward_hooks", "_forward_pre_hooks"
+_OF_A_MODULE = *_HOOKS, "forward", "_compiled_call_impl", "training", "_modules"
+_OF_A_BLOCK = "dropout_p", "hidden_dropout_p", "approximate", "num_heads", "causal"
+_OF_A_PART = "_parameters", "packed", "eps"
+
+
+def _watch(layers):
+    """What says whether all that is to be bound is as it is now: no other module, parameter or
+    memory, no write that PyTorch has seen, no hook, no training. None where writes are not seen
+    (inference tensors), or modules are not kept in dictionaries (TorchScript's)."""
+    kinds, values, contents, tensors = [], [], [], []
+
+    def look_at(module, names, *parts):
+        own = module.__dict__
+        kinds.append((module, type(module)))
+        values.extend((own, name, own.get(name)) for name in names)
+        contents.extend((own[part], list(own[part].values())) for part in parts)
+
+    look_at(layers, ("_modules",), "_modules")
     for layer in layers._modules.values():
-        state += type(layer), layer.training
+        look_at(layer, _OF_A_MODULE, "_modules", *_HOOKS)
         for block in layer._modules.values():
-            own = block.__dict__
-            state += (
-                type(block),
-                own.get("dropout_p"),
-                own.get("hidden_dropout_p"),
-                own.get("approximate"),
-                own.get("num_heads"),
-                getattr(block, "causal", None),
-            )
+            look_at(block, (*_OF_A_MODULE, *_OF_A_BLOCK), "_modules", *_HOOKS)
             for part in block._modules.values():
-                state += part, type(part), part.__dict__.get("packed"), part.__dict__.get("eps")
-                for parameter in part._parameters.values():
-                    if parameter is not None:
-                        if parameter.is_inference():
-                            return None
-                        state += parameter.data_ptr(), parameter._version
-    return state
+                look_at(part, _OF_A_PART, "_parameters")
+                for name, parameter in part._parameters.items():
+                    if parameter is None:
+                        continue
+                    if parameter.is_inference():
+                        return None
+                    # What is not packed is read where it lies, whatever was written there.
+                    is_packed = name == "weight" and part.__dict__.get("packed")
+                    version = parameter._version if is_packed else -1
+                    tensors.append((parameter, parameter.data_ptr(), version))
+    if not all(isinstance(kept, dict) for kept, _ in contents):
+        return None
+    return ops.unchanged(kinds, values, contents, tensors)

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bert_fast import ops
+
 INTEGERS = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 # Bytes of a mask on a device up to which it is read whole: counting it there takes ten launches or
 # more. Not measured on a GPU.
@@ -138,6 +140,8 @@ class Packing:
         """(total_tokens,): each token's column in the padded batch, Hugging Face's position."""
         if self.index is None:
             columns = torch.arange(self.seqlen, device=self.cu_seqlens.device)
+            if self.batch == 1:
+                return columns
             return columns.expand(self.batch, -1).reshape(-1)
         return self.index % max(self.seqlen, 1)
 
@@ -149,6 +153,12 @@ class Packing:
         # One row more than the batch: the tail's rows all land there.
         flat = packed.new_zeros(self.batch * self.seqlen + 1, *packed.shape[1:])
         return flat.index_copy_(0, self.index, packed)[:-1].view(shape)
+
+    def of_first(self, packed, function):
+        """function((batch, ...), each sequence's first token); zeros for a sequence without any."""
+        first, empty = self.first(packed)
+        found = function(first)
+        return found if empty is None else found.masked_fill(empty, 0)
 
 
 def check_mask(mask):
@@ -219,6 +229,10 @@ def _by_one_read(mask):
 
 
 def _counted(mask):
+    if (found := ops.real_tokens(mask)) is not None:
+        offsets, longest, index = found
+        none_empty = bool(np.diff(offsets.numpy()).all())
+        return Packing(offsets, longest, index, *mask.shape, none_empty=none_empty)
     return _packing(mask, *_look_here(mask))
 
 

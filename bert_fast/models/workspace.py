@@ -34,6 +34,13 @@ class Workspace:
         return tensor
 
 
+class Fresh:
+    """Memory that is new each time."""
+
+    def take(self, name, rows, width, like):
+        return like.new_empty(rows, width)
+
+
 class NoWorkspace:
     """Training, tracing, devices: every result is a new tensor."""
 

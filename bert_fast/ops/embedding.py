@@ -25,6 +25,8 @@ from bert_fast.ops.library import (
     register_autograd,
 )
 
+_IDS = "input_ids", "position_ids", "token_type_ids"
+
 
 def embedding_layer_norm(
     input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None, word: Tensor,
@@ -52,13 +54,12 @@ def embedding_layer_norm(
         ("word", word), position=position, token_type=token_type, weight=weight, bias=bias
     )
     check_same_dtype(("word", word), position=position, token_type=token_type)
-    for name, table in (("word", word), ("position", position), ("token_type", token_type)):
+    tables = word, position, token_type
+    for name, table in zip(("word", "position", "token_type"), tables, strict=True):
         if not (table.ndim == 2 and table.shape[1] == word.shape[1] >= 1):
             raise ValueError(f"{name} must be (number, {word.shape[-1]}), not {shape_of(table)}")
-    ids = {
-        "input_ids": input_ids, "position_ids": position_ids, "token_type_ids": token_type_ids
-    }  # fmt: skip
-    for name, tensor in ids.items():
+    ids = input_ids, position_ids, token_type_ids
+    for name, tensor in zip(_IDS, ids, strict=True):
         if tensor is not None or name != "token_type_ids":
             _check_packed_ids(name, tensor, input_ids, word.device)
     check_vector("weight", weight, word.shape[1])
@@ -69,7 +70,7 @@ def embedding_layer_norm(
     name = backends.choose("embedding_layer_norm", device, word.dtype, needs_grad, backend, width)
     if name != "eager":
         if name != "cpu":  # whose kernel looks, and refuses
-            _check_in_tables(ids.values(), (word, position, token_type))
+            _check_in_tables(ids, tables)
         on = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if on else word.dtype
         return call(
@@ -100,8 +101,7 @@ def _check_packed_ids(name, ids, like, device):
 
 def _check_in_tables(ids, tables):
     """What torch's embedding checks, where the values can be seen; on a device the kernel does."""
-    names = ("input_ids", "position_ids", "token_type_ids")
-    for name, tensor, table in zip(names, ids, tables, strict=True):
+    for name, tensor, table in zip(_IDS, ids, tables, strict=True):
         if tensor is not None and is_concrete(tensor) and tensor.numel():
             low, high = (int(bound) for bound in torch.aminmax(tensor))
             check(
@@ -120,14 +120,18 @@ def _check_in_tables(ids, tables):
 )
 def _embedding_layer_norm(input_ids, position_ids, token_type_ids, *rest):
     *tables, weight, bias, eps, _, dtype, training, backend = rest
-    ids = [None if i is None else i.contiguous() for i in (input_ids, position_ids, token_type_ids)]
+    ids = [_contiguous(i) for i in (input_ids, position_ids, token_type_ids)]
     found = backends.module(backend).embedding_forward(
-        *ids, *(t.contiguous() for t in tables), weight, bias, eps, dtype, training
+        *ids, *map(_contiguous, tables), weight, bias, eps, dtype, training
     )
     if found is None:
         _check_in_tables(ids, tables)
         raise IndexError("token_type has no rows")
     return found
+
+
+def _contiguous(tensor):
+    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
 
 
 @fake("embedding_layer_norm")

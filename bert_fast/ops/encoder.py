@@ -32,6 +32,11 @@ def runs_in_one_call(x):
     return all(name == "cpu" for name in chosen)
 
 
+def unchanged(*args):
+    """A :class:`bert_fast.backends.cpu.Unchanged`."""
+    return backends.module("cpu").Unchanged(*args)
+
+
 def without_openmp():
     """A context in which torch's ops run in the calling thread alone, the ``cpu`` backend's as
     always."""

@@ -21,13 +21,14 @@ _PLAIN = frozenset({
 def define(schema, absent=()):
     """Registers a function as the kernel-running implementation of ``bert_fast::<schema>``. Where
     it returns None, for a schema has no optional results, the op returns an empty tensor: of the
-    dtype that ``absent`` has for this output, or of its first argument's."""
+    dtype that ``absent`` has for this output, or of its first floating-point argument's."""
     name = schema[: schema.index("(")]
 
     def register(function):
         def registered(*args):
+            like = next(a for a in args if isinstance(a, Tensor) and a.is_floating_point())
             return tuple(
-                args[0].new_empty(0, dtype=dtype) if found is None else found
+                like.new_empty(0, dtype=dtype) if found is None else found
                 for found, dtype in zip(function(*args), absent, strict=True)
             )
 

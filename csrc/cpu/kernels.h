@@ -2,6 +2,7 @@
 // Callers have validated everything; kernels check nothing.
 #pragma once
 #include <cstdint>
+#include <cstring>
 
 namespace bert_fast {
 
@@ -140,6 +141,35 @@ struct LinearWeight {
   const float* x_factor;        // int8: (in_features), what x is multiplied by first; or null
 };
 
+// Sixteen numbers of a float weight, of as many rows where it has them, as they were when it was
+// packed. Who writes where PyTorch does not see it changes them all.
+class Samples {
+ public:
+  Samples(const float* weight, int64_t rows, int64_t columns, int64_t row_stride,
+          int64_t column_stride) {
+    for (int64_t i = 0; i < kCount; ++i) {
+      at_[i] = weight + i * (rows - 1) / (kCount - 1) * row_stride + i * 7919 % columns * column_stride;
+      std::memcpy(&was_[i], at_[i], sizeof(was_[i]));
+    }
+  }
+  // Each lies in a page of its own: who asks for those of several weights first, waits once.
+  void prefetch() const {
+    for (const float* at : at_) __builtin_prefetch(at);
+  }
+  bool hold() const {
+    bool same = true;
+    for (int64_t i = 0; i < kCount; ++i) {
+      same &= std::memcmp(&was_[i], at_[i], sizeof(was_[i])) == 0;
+    }
+    return same;
+  }
+
+ private:
+  static constexpr int64_t kCount = 16;
+  const float* at_[kCount];
+  uint32_t was_[kCount];  // bits: NaN, too, is what it was
+};
+
 // A layout of packed weights and the product that reads it.
 struct LinearKernels {
   const char* name;             // the instruction set that its products are of
@@ -150,8 +180,6 @@ struct LinearKernels {
   void (*pack)(const LinearWeight&, void* packed, int num_threads);
   void (*unpack)(const void* packed, const LinearWeight& to);  // elements back; null where lost
   void (*forward)(const LinearForward&);
-  // Whether a few elements of the weight are what was packed; true where that cannot be told.
-  bool (*matches)(const LinearWeight&, const void* packed);
 };
 
 const LinearKernels& linear_kernels(Precision);  // the best here of the chosen instruction set

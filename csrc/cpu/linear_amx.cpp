@@ -298,15 +298,11 @@ void forward(const LinearForward& a) {
 }  // namespace
 }  // namespace BERT_FAST_ISA
 
-namespace {
-bool cannot_tell(const LinearWeight&, const void*) { return true; }
-}  // namespace
-
 const LinearKernels* amx_linear_kernels() {
   // Below 16 rows sgemm's own order of summation has half the error.
   static const LinearKernels kernels = {"amx", true, 16, BERT_FAST_ISA::packed_size,
                                         BERT_FAST_ISA::scratch_bytes, BERT_FAST_ISA::pack, nullptr,
-                                        BERT_FAST_ISA::forward, cannot_tell};
+                                        BERT_FAST_ISA::forward};
   return BERT_FAST_ISA::available() ? &kernels : nullptr;
 }
 

@@ -229,13 +229,13 @@ def test_prepacked_model_still_trains():
 def test_memory_of_packed_weights():
     """Cache lines begin it; where the system has huge pages, one begins what is as large. It is as
     large as what it holds, and takes what is written."""
-    from bert_fast.backends import cpu
+    from bert_fast.backends.memory import HUGE_PAGE, packed_memory
 
-    for size in (4, 1000, cpu.HUGE_PAGE - 1, cpu.HUGE_PAGE, 3 * cpu.HUGE_PAGE + 5000):
-        memory = cpu._memory(size).fill_(7)
+    for size in (4, 1000, HUGE_PAGE - 1, HUGE_PAGE, 3 * HUGE_PAGE + 5000):
+        memory = packed_memory(size).fill_(7)
         assert memory.numel() == size
         assert memory.untyped_storage().nbytes() <= size + 64
         assert memory.data_ptr() % 64 == 0
-        if size > cpu.HUGE_PAGE * 3 // 4 and hasattr(mmap, "MADV_HUGEPAGE"):
-            assert memory.data_ptr() % cpu.HUGE_PAGE == 0
+        if size > HUGE_PAGE * 3 // 4 and hasattr(mmap, "MADV_HUGEPAGE"):
+            assert memory.data_ptr() % HUGE_PAGE == 0
         assert bool((copy.deepcopy(memory) == 7).all())

@@ -186,3 +186,17 @@ def test_sizes():
     whole = 4 * 1536 * 384
     assert size["bfloat16"] == whole // 2
     assert whole / 4 < size["int8"] < whole / 4 * 1.03
+
+
+@pytest.mark.parametrize("precision", ["float32", *LOWER])
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_of_a_row_has_the_same_bits_in_any_group(precision, approximate):
+    """Rows go through GELU some at a time, the last ones one by one."""
+    if _C.linear_kind(cpu.PRECISIONS[precision]) == "amx":
+        pytest.skip("docs say that with AMX it is not so")
+    x, weight, bias = torch.randn(13, 90), torch.randn(45, 90) / 5, torch.randn(45)
+    packed = ops.pack_weight(weight, precision)
+    together = product(packed, x, weight, bias, approximate)
+    for first, count in ((0, 1), (3, 2), (5, 3), (1, 4), (6, 5), (2, 7), (4, 9)):
+        some = product(packed, x[first : first + count].clone(), weight, bias, approximate)
+        assert torch.equal(some, together[first : first + count])

@@ -1,0 +1,94 @@
+"""Ids and masks read in one step: what torch's ops say of them, and refusals by name."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bert_fast import ops
+from bert_fast.models.packing import Packing
+
+DTYPES = [
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float32,
+    torch.float64, torch.float16, torch.bfloat16,
+]  # fmt: skip
+
+
+class Seen(TorchDispatchMode):
+    """Somebody looks on: torch's own ops are asked."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    batch=st.integers(0, 5),
+    seqlen=st.integers(0, 9),
+    share=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+    dtype=st.sampled_from(DTYPES),
+    transposed=st.booleans(),
+)
+def test_a_mask_is_packed_as_torch_counts_it(batch, seqlen, share, dtype, transposed):
+    mask = (torch.rand(batch, seqlen) < share).to(dtype)
+    if transposed:  # the same numbers, not side by side
+        mask = mask.t().contiguous().t()
+    found = Packing.of_mask(mask)
+    with Seen():
+        wanted = Packing.of_mask(mask)
+    assert found.cu_seqlens.dtype == wanted.cu_seqlens.dtype == torch.int32
+    assert torch.equal(found.cu_seqlens, wanted.cu_seqlens)
+    assert (found.index is None) == (wanted.index is None)
+    if found.index is not None:
+        assert found.index.dtype == wanted.index.dtype == torch.int64
+        assert torch.equal(found.index, wanted.index)
+    assert (found.max_seqlen, found.batch, found.seqlen) == (
+        wanted.max_seqlen, wanted.batch, wanted.seqlen,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("wrong", [2, 0.5, -1, float("nan")])
+def test_a_mask_of_other_values_is_refused(dtype, wrong):
+    mask = torch.ones(3, 4, dtype=dtype)
+    mask[1, 2] = wrong if dtype.is_floating_point else 2
+    with pytest.raises(ValueError, match="attention_mask must hold ones and zeros alone"):
+        Packing.of_mask(mask)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    ids=st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=40),
+    dtype=st.sampled_from([torch.int32, torch.int64]),
+    step=st.integers(1, 3),
+)
+def test_the_range_of_ids(ids, dtype, step):
+    ids = torch.tensor(ids, dtype=dtype)[::step]
+    low, high = ops.range_of(ids)
+    assert (low, high) == (ids.min().item(), ids.max().item())
+    with Seen():
+        assert ops.range_of(ids) == (low, high)
+
+
+def test_the_range_of_wide_ids():
+    far = 2**40
+    assert ops.range_of(torch.tensor([[3, far], [-far, 0]])) == (-far, far)
+
+
+def test_first_tokens():
+    """Of full batches a view, of others by their offsets; zeros for those without any."""
+    hidden = torch.randn(3, 4, 5)
+    full = Packing.of_mask(torch.ones(3, 4))
+    assert torch.equal(full.of_first(full.pack(hidden), torch.exp), hidden[:, 0].exp())
+    mask = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 1]])
+    some = Packing.of_mask(mask)
+    wanted = torch.stack([hidden[0, 1].exp(), torch.zeros(5), hidden[2, 0].exp()])
+    assert torch.equal(some.of_first(some.pack(hidden), torch.exp), wanted)
+    none = Packing.of_mask(torch.zeros(3, 4))
+    assert torch.equal(none.of_first(none.pack(hidden), torch.exp), torch.zeros(3, 5))
+    offsets = torch.tensor([0, 3, 3, 12], dtype=torch.int32)
+    packed = Packing(offsets, 9, None, 1, 12)
+    flat = hidden.view(12, 5)
+    wanted = torch.stack([flat[0].exp(), torch.zeros(5), flat[3].exp()])
+    assert torch.equal(packed.of_first(flat, torch.exp), wanted)
