@@ -136,6 +136,8 @@ def describe(layer, run):
     products = parts.products(settings)
     norms = parts.attention_norm, parts.norm
     dropouts = parts.attention_dropout, parts.out_dropout, parts.down_dropout
+    if layer.training and getattr(layer, "gradient_checkpointing", False):
+        return None  # transformers' own call keeps the layer's input alone
     if (
         is_watched(layer)
         or any(type(norm) is not nn.LayerNorm for norm in norms)

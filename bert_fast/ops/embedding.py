@@ -140,7 +140,7 @@ def _(input_ids, position_ids, token_type_ids, word, *rest):
     rows, width = input_ids.numel(), word.shape[1]
     out = word.new_empty((rows, width), dtype=dtype)
     if not training:
-        return out, *(input_ids.new_empty(0) for _ in range(3))
+        return out, *(word.new_empty(0) for _ in range(3))
     return out, torch.empty_like(out), *(word.new_empty(rows, dtype=torch.float32) for _ in "12")
 
 

@@ -47,10 +47,13 @@ def training_layer(x, cu_seqlens, max_seqlen, numbers, qkv, rest):
     tensors = [tensor for pair in pairs for tensor in pair]
     if not needs_grad_of(x, *tensors) or not is_unseen((x, *tensors)):
         return None
-    if not x.is_contiguous():
-        return None
     dtype, device = x.dtype, x.device.type
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+    cast = torch.is_autocast_enabled(device)
+    if cast and any(t.dtype == torch.float64 for t in tensors):
+        return None
+    if not _fits(x, numbers, qkv, rest):
+        return None
+    if cast and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     else:
         multiplied = [*itertools.chain.from_iterable(qkv), rest[0][0], rest[2][0], rest[3][0]]
@@ -73,6 +76,23 @@ def training_layer(x, cu_seqlens, max_seqlen, numbers, qkv, rest):
     return _Layer.apply(x, (dtype, cu_seqlens, max_seqlen, numbers, names, seeds), *tensors)
 
 
+def _fits(x, numbers, qkv, rest):
+    """Whether all is as the kernels take it; where it is not, the ops say what."""
+    if not x.is_contiguous() or not all(0 <= p < 1 for p in numbers.dropout):
+        return False
+    (_, hidden), inner, device = x.shape, rest[2][0].shape[0], x.device
+    rows = 3 * hidden // len(qkv)
+    shapes = [
+        *[(rows, hidden), (rows,)] * len(qkv), (hidden, hidden), *[(hidden,)] * 3, (inner, hidden),
+        (inner,), (hidden, inner), *[(hidden,)] * 3,
+    ]  # fmt: skip
+    tensors = itertools.chain.from_iterable((*qkv, *rest))
+    return numbers.num_heads * numbers.head_dim == hidden and all(
+        t.shape == shape and t.device == device and t.dtype.is_floating_point
+        for t, shape in zip(tensors, shapes, strict=True)
+    )
+
+
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, settings, *tensors):
@@ -93,7 +113,7 @@ class _Layer(torch.autograd.Function):
         heads = projected.view(tokens, 3, numbers.num_heads, numbers.head_dim).unbind(1)
         context, lse = attention.attention_forward(*heads, *options)
         y, *of_norm = norm.layer_norm_forward(
-            F.linear(context.view(tokens, -1), out_weight), *first, x, out[1], numbers.eps, p_out,
+            F.linear(context.flatten(1), out_weight), *first, x, out[1], numbers.eps, p_out,
             seeds[1],
         )  # fmt: skip
         hidden = F.linear(y, up_weight)
@@ -114,10 +134,10 @@ class _Layer(torch.autograd.Function):
     def backward(ctx, dout):
         if dout is None:
             return (None,) * len(ctx.needs_input_grad)
-        if torch.is_grad_enabled():  # a graph of this is wanted
-            with torch.no_grad():
-                return refused(_gradients(ctx, dout))
-        return _gradients(ctx, dout)
+        graphed = torch.is_grad_enabled()  # a graph of this is wanted
+        with torch.no_grad(), torch.autocast(dout.device.type, enabled=False):
+            found = _gradients(ctx, dout)
+        return refused(found) if graphed else found
 
 
 def _gradients(ctx, dout):
@@ -153,7 +173,7 @@ def _gradients(ctx, dout):
         dy, *of_norm, gain, True, p_out, seeds[1], dtype=dtype
     )
     dout = dx if dout is None else dout
-    dout_weight = dweight(dout, context.view(tokens, -1), -5)
+    dout_weight = dweight(dout, context.flatten(1), -5)
     dprojected = torch.empty_like(projected)
     heads = tokens, 3, numbers.num_heads, numbers.head_dim
     attention.attention_backward(
@@ -165,8 +185,11 @@ def _gradients(ctx, dout):
         dx.addmm_(dprojected, weight)
     rows = len(weight) // products
     dweights = dbiases = (None,) * products
-    if any(of_weights[:products]):
+    if all(of_weights[:products]):
         dweights = (dprojected.t() @ x).split(rows)
+    else:
+        of_each = enumerate(dprojected.split(rows, 1))
+        dweights = [d.t() @ x if of_weights[i] else None for i, d in of_each]
     if any(needed[1 : 2 * products : 2]):
         dbiases = attention.column_sums(dprojected).split(rows)
     found = [

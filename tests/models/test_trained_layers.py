@@ -217,15 +217,84 @@ def test_where_it_is_not(on, situation, trained):
 
 
 def test_backward_twice_and_no_further(on, trained):
+    """Of layers alone: the embeddings refuse a second derivative themselves."""
     model, inputs = drawn(on), batch(on)
     loss = model(*inputs)[0].square().sum()
-    parameters = list(model.parameters())
+    parameters = list(model.layers.parameters())
     first = torch.autograd.grad(loss, parameters, retain_graph=True)
     second = torch.autograd.grad(loss, parameters, create_graph=True)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     with pytest.raises(NotImplementedError, match="no second derivative"):
-        sum(g.square().sum() for g in second).backward()
+        (loss + second[0].square().sum()).backward()
     assert len(trained) == 2
+
+
+def test_backward_under_autocast(on, trained):
+    """After a forward outside of it: products are those of forward."""
+    model, inputs = drawn(on), batch(on)
+    parameters = list(model.layers.parameters())
+    loss = model(*inputs)[0].square().sum()
+    found = torch.autograd.grad(loss, parameters, retain_graph=True)
+    with torch.autocast(on, torch.bfloat16):
+        again = torch.autograd.grad(loss, parameters)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+def test_no_real_token(on, trained):
+    model, (ids, mask) = drawn(on), batch(on)
+    model(ids, mask * 0)[0].sum().backward()
+    assert all(p.grad.count_nonzero() == 0 for p in model.parameters())
+    assert all(out is not None for out in trained)
+
+
+def test_checkpointing_by_transformers(on, trained):
+    """It keeps each layer's input alone: no layer is one op."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=40,
+                 intermediate_size=48, max_position_embeddings=16)  # fmt: skip
+    theirs = transformers.BertModel(transformers.BertConfig(**sizes), add_pooling_layer=False)
+    ours, inputs, kept = bert_fast.accelerate(theirs.to(on).train()), batch(on), []
+    for enabled in (False, True):
+        if enabled:
+            ours.gradient_checkpointing_enable({"use_reentrant": False})
+        numbers = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda t, into=numbers: into.append(t.numel()) or t, lambda t: t
+        )
+        with hooks:
+            ours(*inputs)
+        kept.append(sum(numbers))
+    assert len(trained) == 2
+    assert kept[1] < kept[0] / 3
+
+
+def narrow_norm(model):
+    model.layers[1].attention.norm.weight = nn.Parameter(torch.ones(8, device=on_of(model)))
+
+
+def narrow_bias(model):
+    model.layers[1].feed_forward.up.bias = nn.Parameter(torch.ones(1, device=on_of(model)))
+
+
+def all_dropped(model):
+    model.layers[1].feed_forward.hidden_dropout_p = 1.0
+
+
+def norm_elsewhere(model):
+    model.layers[1].feed_forward.norm.to("meta")
+
+
+def on_of(model):
+    return model.embeddings.word.weight.device
+
+
+@pytest.mark.parametrize("change", [narrow_norm, narrow_bias, all_dropped, norm_elsewhere])
+def test_what_does_not_fit_is_the_ops_to_refuse(on, change, trained):
+    model, inputs = drawn(on), batch(on)
+    change(model)
+    with pytest.raises((ValueError, TypeError, RuntimeError, NotImplementedError)):
+        model(*inputs)
+    assert [out is not None for out in trained] == [True, False]
 
 
 def test_dropout_in_a_model(on, trained):
