@@ -3,6 +3,7 @@ was when its graphs were captured."""
 
 from __future__ import annotations
 
+import sys
 import types
 from operator import itemgetter
 
@@ -91,9 +92,20 @@ class Watch:
 def is_watched(module):
     """Whether somebody looks at what this module is given or gives, or computes in its place."""
     own = module.__dict__
-    looks = own["_forward_hooks"] or own["_forward_pre_hooks"]
-    looks = looks or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    looks = own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    after = own["_forward_hooks"]
+    looks = looks or (after and not all(map(_is_idle, after.values())))
     return bool(looks or "forward" in own or own.get("_compiled_call_impl"))
+
+
+def _is_idle(hook):
+    """One of those that transformers 5 leaves for good on what gives hidden states, once they were
+    asked for, while they are not."""
+    module = getattr(hook, "__module__", None)
+    if module != "transformers.utils.output_capturing":
+        return False
+    collector = getattr(sys.modules.get(module), "_active_collector", None)
+    return collector is not None and not collector.get()  # what is asked for, and found so far
 
 
 def are_all_watched():

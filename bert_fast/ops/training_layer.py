@@ -73,7 +73,7 @@ def training_layer(x, cu_seqlens, max_seqlen, numbers, qkv, rest):
         # Two words a seed, of which one is read: so each lies at a multiple of 16 bytes.
         drawn = torch.randint(2**62, (3, 2), dtype=torch.int64, device=x.device).unbind()
         seeds = tuple(s if p else None for s, p in zip(drawn, numbers.dropout, strict=True))
-    return _Layer.apply(x, (dtype, cu_seqlens, max_seqlen, numbers, names, seeds), *tensors)
+    return _Layer.apply(x, (dtype, cast, cu_seqlens, max_seqlen, numbers, names, seeds), *tensors)
 
 
 def _fits(x, numbers, qkv, rest):
@@ -96,14 +96,14 @@ def _fits(x, numbers, qkv, rest):
 class _Layer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, settings, *tensors):
-        dtype, cu_seqlens, longest, numbers, names, seeds = settings
+        dtype, cast, cu_seqlens, longest, numbers, names, seeds = settings
         attention, norm, gelu = map(backends.module, names)
         *qkv, out, first, up, down, last = zip(tensors[::2], tensors[1::2], strict=True)
-        pair = qkv[0] if len(qkv) == 1 else map(torch.cat, zip(*qkv, strict=True))
-        # Nothing but autocast makes these another dtype.
-        weight, bias = (t.to(dtype) for t in pair)
-        out_weight, up_weight, down_weight = (w.to(dtype) for w, _ in (out, up, down))
-        given, x = x, x.to(dtype)
+        weight, bias = qkv[0] if len(qkv) == 1 else map(torch.cat, zip(*qkv, strict=True))
+        given, multiplied = x.dtype, (x, weight, bias, out[0], up[0], down[0])
+        if cast:
+            multiplied = (t.to(dtype) for t in multiplied)
+        x, weight, bias, out_weight, up_weight, down_weight = multiplied
         tokens, (p_attention, p_out, p_down) = len(x), numbers.dropout
         options = (
             cu_seqlens, cu_seqlens, longest, longest, None, 1.0 / math.sqrt(numbers.head_dim),
@@ -126,7 +126,7 @@ class _Layer(torch.autograd.Function):
             weight, out_weight, up_weight, down_weight, first[0], up[1], last[0],
         )  # fmt: skip
         ctx.settings = longest, numbers, names
-        ctx.dtypes = given.dtype, [t.dtype for t in tensors]
+        ctx.dtypes = given, [t.dtype for t in tensors]
         ctx.set_materialize_grads(False)
         return result
 
@@ -135,6 +135,8 @@ class _Layer(torch.autograd.Function):
         if dout is None:
             return (None,) * len(ctx.needs_input_grad)
         graphed = torch.is_grad_enabled()  # a graph of this is wanted
+        if not graphed and not torch._C._is_any_autocast_enabled():
+            return _gradients(ctx, dout)
         with torch.no_grad(), torch.autocast(dout.device.type, enabled=False):
             found = _gradients(ctx, dout)
         return refused(found) if graphed else found
@@ -196,7 +198,9 @@ def _gradients(ctx, dout):
         *itertools.chain.from_iterable(zip(dweights, dbiases, strict=True)), dout_weight,
         dout_bias, *dfirst, dup_weight, dup_bias, ddown_weight, ddown_bias, *dlast,
     ]  # fmt: skip
-    found = [
-        d.to(dtype) if need else None for d, dtype, need in zip(found, dtypes, needed, strict=True)
-    ]
+    for i, (gradient, dtype, need) in enumerate(zip(found, dtypes, needed, strict=True)):
+        if not need:
+            found[i] = None
+        elif gradient.dtype != dtype:
+            found[i] = gradient.to(dtype)
     return dx.to(x_dtype) if needs_x else None, None, *found

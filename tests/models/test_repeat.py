@@ -2,6 +2,7 @@
 layer is of the first one's kind and nobody looks on."""
 
 import contextlib
+import copy
 import json
 import os
 import subprocess
@@ -94,6 +95,25 @@ def test_it_is_what_transformers_computes(on, repeated):
     found, expected = model(ids, mask)[0], theirs(ids, mask)[0]
     assert len(repeated) == 2
     torch.testing.assert_close(found[mask > 0], expected[mask > 0], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_hooks_that_transformers_leaves(on, repeated, monkeypatch):
+    """Those that record hidden states are looked past while none are asked for."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr("bert_fast.hugging_face.accelerated.can_reuse_memory", lambda x: False)
+    config = transformers.BertConfig(**vars_of(drawn("cpu").config))
+    theirs, inputs = transformers.BertModel(config).eval().to(on), batch(on)
+    ours = bert_fast.accelerate(copy.deepcopy(theirs))
+    ours(*inputs)
+    for _ in range(2):
+        repeated.clear()
+        assert ours(*inputs).hidden_states is None
+        assert len(repeated) == 2
+        found, expected = (m(*inputs, output_hidden_states=True) for m in (ours, theirs))
+        real = inputs[1] > 0
+        for a, b in zip(found.hidden_states, expected.hidden_states, strict=True):
+            torch.testing.assert_close(a[real], b[real], rtol=1e-4, atol=1e-4)
 
 
 def vars_of(config):
