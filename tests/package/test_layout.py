@@ -122,3 +122,9 @@ def test_csrc_knows_neither_torch_nor_python():
         if path.name != "bindings.cpp":
             assert not re.search(r"#include\s*[<\"](Python\.h|pybind11)", text), path
     assert "import torch" not in (ROOT / "setup.py").read_text(encoding="utf-8")
+
+
+def test_no_two_test_files_share_a_name():
+    """The folders of tests are no packages, so pytest would refuse the second of them."""
+    names = sorted(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name in set(names) if names.count(name) > 1] == []
