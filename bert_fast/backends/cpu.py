@@ -271,8 +271,8 @@ class PackedWeight:
         return _C.linear_min_rows(self.code)
 
     def release(self):
-        """The weight will not be there any more."""
-        self.released = True
+        """The weight will not be there any more, nor its samples' memory."""
+        self.released, self.state = True, (*self.state[:2], None)
 
     def elements(self):
         """(elements, scale, x_factor) as they were packed: of the precision's own dtype."""
@@ -395,8 +395,9 @@ class Encoder:
 
 
 def _bound(part, kept):
-    """What the plan takes of a part, whose memory is put into ``kept``."""
-    kept += part.weight, part.bias
+    """What the plan takes of a part, whose memory is put into ``kept``: that of now, whatever the
+    parameters will be given through ``.data``."""
+    kept += part.weight.detach(), part.bias.detach()
     if hasattr(part, "eps"):
         return address(part.weight), address(part.bias), part.eps
     packed, _, samples = part.packed.current(part.weight)

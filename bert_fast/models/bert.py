@@ -233,6 +233,7 @@ class BertModel(nn.Module):
                     f"for_inference() has packed this model for the CPU: it cannot become "
                     f"{changed.dtype} on {changed.device}; load it anew"
                 )
+        self.one_call.forget()  # of weights that may go
         return super()._apply(fn, *args, **kwargs)
 
     def _load_from_state_dict(self, *args):

@@ -111,6 +111,7 @@ def for_inference(model, precision, calibration):
         product.release()
     model.prepack()  # the pooler
     encoder.served_in = precision
+    encoder.one_call.forget()
     return model
 
 

@@ -40,6 +40,10 @@ class OneCall:
             return None
         return encoder.forward(x, packing.cu_seqlens, workspace)
 
+    def forget(self):
+        """Keeps nothing alive of the layers that were bound."""
+        self.bound = None, None, None
+
     def around(self, numbers):
         """A context for what a model does before and after its layers with so many numbers. Where
         the layers run in one call, small steps are done without OpenMP's loops."""

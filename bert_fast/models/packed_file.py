@@ -112,6 +112,7 @@ def fill_packed(model, state, about, path):
     for module, weight in zip(packed.values(), weights, strict=True):
         module.packed = weight
         module.release()
+    encoder.one_call.forget()
     encoder.served_in = about["dtype"]
     model.eval().requires_grad_(False)
     for module in model.modules():

@@ -29,10 +29,14 @@ def real_tokens(mask):
     if not tokens.can_count(mask):
         return None
     offsets, number, longest, places, valid = tokens.real_tokens(mask.contiguous())
+    if not valid and mask.dtype == torch.bool:  # another byte's view
+        return None
     if not valid:
         raise ValueError("attention_mask must hold ones and zeros alone")
     return offsets, longest, None if number == mask.numel() else places[:number]
 
 
 def _is_read_directly(tensor):
-    return is_unseen((tensor,)) and backends.why_unavailable("cpu") is None
+    # Neither a view by which numbers are negated, nor zeros that have no memory.
+    plain = is_unseen((tensor,)) and not tensor.is_neg() and not tensor._is_zerotensor()
+    return plain and backends.why_unavailable("cpu") is None

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -46,6 +47,37 @@ def distance(found, wanted):
 @pytest.fixture(params=PRECISIONS)
 def precision(request):
     return request.param
+
+
+def test_nothing_of_the_weights_is_read_or_kept(precision, monkeypatch):
+    """They are gone, however large, and also where the model has run before; it is bound once."""
+    from bert_fast.backends.cpu import Encoder
+
+    sizes = dict(hidden_size=384, intermediate_size=768, initializer_range=0.05)
+    model, inputs, bound, bind = drawn(**sizes), batch(), [], []
+    with torch.no_grad():
+        wanted = last(model, *inputs)
+    weights = [weakref.ref(w) for n, w in model.layers.named_parameters() if n.endswith("weight")]
+    weights = [w for w in weights if w().ndim == 2]
+    model.for_inference(precision)
+    packed = [m.packed for m in model.layers.modules() if getattr(m, "packed", None)]
+    released = [of for of in packed if of.released]
+    assert all(of.state[2] is None for of in released)
+    assert sum(w() is None for w in weights) == len(released)
+    call = Encoder._bind
+    monkeypatch.setattr(Encoder, "_bind", lambda self: bound.append(1) or call(self))
+    bind += [last(model, *inputs) for _ in range(3)]
+    assert len(bound) <= 1
+    assert torch.equal(bind[0], bind[2])
+    assert distance(bind[0], wanted) < ALLOWED[precision]
+
+
+def test_traced_by_torchscript():
+    """A trace writes nothing over what it has read."""
+    model, inputs = drawn().requires_grad_(False), batch((11, 4, 7))
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda *given: last(model, *given), inputs, check_trace=False)
+        torch.testing.assert_close(traced(*inputs), last(model, *inputs), rtol=1e-5, atol=1e-5)
 
 
 def test_near_float32_and_without_the_weights(precision):

@@ -52,9 +52,20 @@ def test_a_mask_is_packed_as_torch_counts_it(batch, seqlen, share, dtype, transp
 @pytest.mark.parametrize("wrong", [2, 0.5, -1, float("nan")])
 def test_a_mask_of_other_values_is_refused(dtype, wrong):
     mask = torch.ones(3, 4, dtype=dtype)
-    mask[1, 2] = wrong if dtype.is_floating_point else 2
+    whole = wrong in (2, -1) and (wrong > 0 or dtype != torch.uint8)
+    mask[1, 2] = wrong if whole or dtype.is_floating_point else 2
     with pytest.raises(ValueError, match="attention_mask must hold ones and zeros alone"):
         Packing.of_mask(mask)
+
+
+def test_masks_in_memory_of_another_kind():
+    """True by another byte than 1; a view by which numbers are negated; zeros without memory."""
+    ones = torch.ones(2, 3)
+    for mask in (torch.full((2, 3), 2, dtype=torch.uint8).view(torch.bool),
+                 torch._neg_view(-ones), torch._efficientzerotensor((2, 3))):  # fmt: skip
+        lengths = mask.clone().bool().sum(1).tolist()
+        found = Packing.of_mask(mask)
+        assert found.cu_seqlens.diff().tolist() == lengths
 
 
 @settings(deadline=None, max_examples=30)
