@@ -24,6 +24,7 @@ from bert_fast.ops.library import (
     register_autocast,
     register_autograd,
 )
+from bert_fast.ops.tokens import range_of
 
 _IDS = "input_ids", "position_ids", "token_type_ids"
 
@@ -103,7 +104,7 @@ def _check_in_tables(ids, tables):
     """What torch's embedding checks, where the values can be seen; on a device the kernel does."""
     for name, tensor, table in zip(_IDS, ids, tables, strict=True):
         if tensor is not None and is_concrete(tensor) and tensor.numel():
-            low, high = (int(bound) for bound in torch.aminmax(tensor))
+            low, high = range_of(tensor)
             check(
                 low >= 0 and high < len(table),
                 f"{name} out of range: {low} to {high}, the table has 0 to {len(table) - 1}",

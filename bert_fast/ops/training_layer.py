@@ -49,11 +49,11 @@ def training_layer(x, cu_seqlens, max_seqlen, numbers, qkv, rest):
         return None
     dtype, device = x.dtype, x.device.type
     cast = torch.is_autocast_enabled(device)
-    if cast and any(t.dtype == torch.float64 for t in tensors):
+    if cast and any(t.dtype == torch.float64 for t in (x, *tensors)):
         return None
     if not _fits(x, numbers, qkv, rest):
         return None
-    if cast and dtype != torch.float64:
+    if cast:
         dtype = torch.get_autocast_dtype(device)
     else:
         multiplied = [*itertools.chain.from_iterable(qkv), rest[0][0], rest[2][0], rest[3][0]]
