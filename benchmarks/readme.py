@@ -18,6 +18,7 @@ LEGEND = (
 )
 ACCELERATED = "bert_fast.accelerate"
 PEERS = ["HF eager", "HF sdpa", "torch.compile default", "ONNX Runtime", "OpenVINO", "CTranslate2"]
+PEERS += ["torch dynamic int8", "torchao int8, compiled", "bert_fast, float32"]
 PEERS += ["GEMMs alone", "bert_fast, not prepacked"]
 KINDS = {"model": "models, with the host's time", "train": "training steps", "op": "attention",
          "rows": "layer-norm, GELU and linear + GELU", "layer": "layers"}  # fmt: skip
@@ -151,33 +152,38 @@ def _machine(facts):
 
 
 def _device(path):
-    """Whole models, a row each for bert_fast's own and for the accelerated one; then the rest."""
+    """Whole models, a table each dtype, a row each for bert_fast's own and for the accelerated one;
+    then the rest."""
     result, facts = _read(path)
-    measured = {name for row in result["rows"] for name, r in row["results"].items() if "ms" in r}
-    peers = [name for name in PEERS if name in measured]
-    table = [
-        f"{_machine(facts)}:",
-        "",
-        "| workload | bert_fast, ms | faster than " + " | faster than ".join(peers) + " |",
-        "| --- " * (2 + len(peers)) + "|",
-    ]
-    others = []
+    models, others = {}, []
     for row in result["rows"]:
+        work, _, dtype = row["work"].rpartition(", ")
         times = {name: r["ms"] for name, r in row["results"].items() if "ms" in r}
-        work = row["work"].rpartition(",")[0]
-        if row["kind"] != "model":
-            (peer,) = row["bars"]
-            ours = times["bert_fast"]
-            others.append(f"| {work} | {ours:.2f} | `{peer}` | {times[peer] / ours:.2f} |")
+        if row["kind"] == "model":
+            models.setdefault(dtype, []).append((work, times))
             continue
-        for name, label in (("bert_fast", ""), (ACCELERATED, ", `bert_fast.accelerate`")):
-            if (ours := times.get(name)) is not None:
-                ratios = [f"{times[p] / ours:.2f}" if p in times else "-" for p in peers]
-                table.append(f"| {work}{label} | {ours:.0f} | " + " | ".join(ratios) + " |")
+        (peer,) = row["bars"]
+        ours = times["bert_fast"]
+        others.append(f"| {work} | {ours:.2f} | `{peer}` | {times[peer] / ours:.2f} |")
+    table = [f"{_machine(facts)}:", ""]
+    for dtype, rows in models.items():
+        peers = [name for name in PEERS if any(name in times for _, times in rows)]
+        what = "workload" if dtype == "float32" else f"workload, in {dtype}"
+        table += [
+            f"| {what} | bert_fast, ms | faster than " + " | faster than ".join(peers) + " |",
+            "| --- " * (2 + len(peers)) + "|",
+        ]
+        for work, times in rows:
+            for name, label in (("bert_fast", ""), (ACCELERATED, ", `bert_fast.accelerate`")):
+                if (ours := times.get(name)) is not None:
+                    ratios = [f"{times[p] / ours:.2f}" if p in times else "-" for p in peers]
+                    shown = f"{ours:.0f}" if ours >= 100 else f"{ours:.3g}"
+                    table.append(f"| {work}{label} | {shown} | " + " | ".join(ratios) + " |")
+        table.append("")
     if others:
-        table += ["", "| workload | bert_fast, ms | peer | times faster than it |"]
+        table += ["| workload | bert_fast, ms | peer | times faster than it |"]
         table += ["| --- | --- | --- | --- |", *others]
-    return "\n".join(table)
+    return "\n".join(table).rstrip("\n")
 
 
 def rewritten(readme):

@@ -429,13 +429,13 @@ def noisy(layer):
     norm.eps = 0.5
 
 
-def moved(layer):
+def written_unseen(layer):
     """Written where nobody sees it."""
     for parameter in layer.parameters():
         parameter.data = parameter.data.flip(0).contiguous()
 
 
-@pytest.mark.parametrize(("change", "number"), [(called, 0), (noisy, 0), (moved, 1)])
+@pytest.mark.parametrize(("change", "number"), [(called, 0), (noisy, 0), (written_unseen, 1)])
 @torch.no_grad()
 def test_a_changed_layer_is_another(seen, repeated, change, number):
     theirs = bert()

@@ -128,3 +128,21 @@ def test_no_two_test_files_share_a_name():
     """The folders of tests are no packages, so pytest would refuse the second of them."""
     names = sorted(path.name for path in (ROOT / "tests").rglob("test_*.py"))
     assert [name for name in set(names) if names.count(name) > 1] == []
+
+
+def test_no_name_is_given_twice_in_a_test_file():
+    """The second would take the first one's place, and where the first is looked for it would be
+    found: a test that never runs, or runs with another's helper. Linters see it where the first is
+    unused alone."""
+    twice = []
+    for path in (ROOT / "tests").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        scopes = [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]
+        for scope in scopes:
+            defined = [
+                node.name
+                for node in scope.body
+                if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+            ]
+            twice += [(path.name, n) for n in set(defined) - {"_"} if defined.count(n) > 1]
+    assert twice == []
