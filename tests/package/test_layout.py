@@ -146,3 +146,15 @@ def test_no_name_is_given_twice_in_a_test_file():
             ]
             twice += [(path.name, n) for n in set(defined) - {"_"} if defined.count(n) > 1]
     assert twice == []
+
+
+def test_one_commit_draws_the_same_everywhere(monkeypatch, request):
+    from conftest import seed_of
+
+    monkeypatch.delenv("BERT_FAST_TEST_SEED", raising=False)
+    assert seed_of("a", "1234") == seed_of("a", "1234")
+    assert len({seed_of("a", "1234"), seed_of("b", "1234"), seed_of("a", "1235")}) == 3
+    assert seed_of("a", None) != seed_of("a", None)  # 31 bits: with changes each run has its own
+    monkeypatch.setenv("BERT_FAST_TEST_SEED", "7")
+    assert seed_of("a", "1234") == seed_of("a", None) == 7
+    assert request.config.option.hypothesis_seed is not None
