@@ -1,7 +1,10 @@
 // C = A B (or C += A B) on small fp32 matrices that are already in cache: the products inside
 // attention. A tile of C lives in registers while k runs; B's rows are read as vectors, A one
 // broadcast element at a time, which is why A may have any strides (a transpose costs nothing).
+// Runs of k are summed on their own: short sums round less, as in linear.h.
 #pragma once
+#include <algorithm>
+
 #include "simd.h"
 
 namespace bert_fast {
@@ -17,10 +20,8 @@ template <int kRows, int kVectors>
 BERT_FAST_INLINE void gemm_tile(int64_t depth, MatrixA a, const float* b, int64_t ldb, float* c,
                                 int64_t ldc, bool accumulate) {
   vf acc[kRows][kVectors];
-  for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kVectors; ++j) {
-      acc[i][j] = accumulate ? load(c + i * ldc + j * kWidth) : vf{};
-    }
+  for (auto& row : acc) {
+    for (vf& sum : row) sum = vf{};
   }
   for (int64_t k = 0; k < depth; ++k) {
     vf row_b[kVectors];
@@ -31,7 +32,10 @@ BERT_FAST_INLINE void gemm_tile(int64_t depth, MatrixA a, const float* b, int64_
     }
   }
   for (int i = 0; i < kRows; ++i) {
-    for (int j = 0; j < kVectors; ++j) store(c + i * ldc + j * kWidth, acc[i][j]);
+    for (int j = 0; j < kVectors; ++j) {
+      float* to = c + i * ldc + j * kWidth;
+      store(to, accumulate ? load(to) + acc[i][j] : acc[i][j]);
+    }
   }
 }
 
@@ -51,9 +55,8 @@ void gemm_rows(int64_t rows, int64_t depth, MatrixA a, const float* b, int64_t l
   }
 }
 
-// `cols` is a multiple of kWidth: callers pad their buffers.
-inline void gemm(int64_t rows, int64_t cols, int64_t depth, MatrixA a, const float* b, int64_t ldb,
-                 float* c, int64_t ldc, bool accumulate) {
+inline void gemm_run(int64_t rows, int64_t cols, int64_t depth, MatrixA a, const float* b,
+                     int64_t ldb, float* c, int64_t ldc, bool accumulate) {
   // Tiles leave registers for B's vectors and the broadcast: 24 + 4 + 1 of 32, or 12 + 2 + 1 of 16.
   constexpr int kVectors = kVectorRegisters == 32 ? 4 : 2;
   int64_t j = 0;
@@ -66,6 +69,17 @@ inline void gemm(int64_t rows, int64_t cols, int64_t depth, MatrixA a, const flo
   for (; j < cols; j += kWidth) {
     gemm_rows<12, 1>(rows, depth, a, b + j, ldb, c + j, ldc, accumulate);
   }
+}
+
+// `cols` is a multiple of kWidth: callers pad their buffers.
+inline void gemm(int64_t rows, int64_t cols, int64_t depth, MatrixA a, const float* b, int64_t ldb,
+                 float* c, int64_t ldc, bool accumulate) {
+  constexpr int64_t kRun = 64;
+  int64_t k = 0;
+  do {
+    gemm_run(rows, cols, std::min(kRun, depth - k), {a.data + k * a.col, a.row, a.col}, b + k * ldb,
+             ldb, c, ldc, accumulate || k > 0);
+  } while ((k += kRun) < depth);
 }
 
 }  // namespace

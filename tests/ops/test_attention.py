@@ -61,6 +61,21 @@ def test_forward_and_backward(
     assert_within(ours, torchs, truth, name="out, dqkv, dbias")
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_long_sums_are_cut(backend, causal):
+    """On the CPU: of wide heads, summed number by number, they would err more than PyTorch's."""
+    if backend != "cpu":
+        pytest.skip("of the kernels that sum number by number")
+    qkv, cu = torch.randn(2 * 90, 3, 2, 256), cu_seqlens([90, 90])
+    truth = ops.attention_qkv(qkv.double(), cu, causal=causal, backend="eager")
+    torchs = ops.attention_qkv(qkv, cu, causal=causal, backend="eager")
+    ours, torchs = (
+        (t.double() - truth).square().mean().sqrt()
+        for t in (ops.attention_qkv(qkv, cu, causal=causal), torchs)
+    )
+    assert ours <= torchs
+
+
 def test_lse(backend):
     lengths = [9, 0, 140]
     qkv, bias, _ = draw(lengths, 2, 64)
