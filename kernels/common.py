@@ -1,12 +1,14 @@
 """What the kernels share: dropout's random numbers, sums in a fixed order, launch settings."""
 
 import functools
+import itertools
 import os
 
 import torch
 import triton
 import triton.language as tl
 
+from bert_fast.backends.memory import memory_of_sums
 from bert_fast.devices import on_own_device
 from bert_fast.kernels.launch import kernel
 
@@ -62,6 +64,17 @@ def keep_mask(seed, cut, rows, group, c2, c3, ROWS: tl.constexpr, GROUPS: tl.con
     return words.to(tl.int64) >= cut
 
 
+@triton.jit
+def _sum(partials, count, width, col, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """(BLOCK,): the sums of these columns of (count, width) numbers, always in the same order."""
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for begin in range(0, count, ROWS):
+        row = begin + tl.arange(0, ROWS)
+        inside = (row < count)[:, None] & (col < width)[None, :]
+        total += tl.load(partials + row.to(tl.int64)[:, None] * width + col[None, :], inside, 0.0)
+    return tl.sum(total, 0)
+
+
 @kernel(do_not_specialize=["count"])
 def sum_partials(
     partials,  # (sums, count, width) float32
@@ -70,17 +83,11 @@ def sum_partials(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[c] = sum over count of partials[count, c], always in the same order, for up to three sums
-    of a kind. Grid: (blocks of columns, sums)."""
+    """out[c] = sum over count of partials[count, c] for up to three sums of a kind. Grid: (blocks
+    of columns, sums)."""
     number = tl.program_id(1)
     col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    first = partials + number.to(tl.int64) * count * width
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for begin in range(0, count, ROWS):
-        row = begin + tl.arange(0, ROWS)
-        inside = (row < count)[:, None] & (col < width)[None, :]
-        total += tl.load(first + row.to(tl.int64)[:, None] * width + col[None, :], inside, 0.0)
-    found = tl.sum(total, 0)
+    found = _sum(partials + number.to(tl.int64) * count * width, count, width, col, ROWS, BLOCK)
     if number == 0:
         tl.store(out0 + col, found, col < width)
     elif number == 1:
@@ -89,12 +96,12 @@ def sum_partials(
         tl.store(out2 + col, found, col < width)
 
 
-def summed(partials, out=None, dtype=torch.float32):
+def summed(partials, out=None):
     """The column sums of a (count, width) float32 tensor, or those of each part of a (sums, count,
     width) one, as a list of up to three: by one kernel, in a fixed order."""
     *sums, count, width = partials.shape
     if out is None:
-        outs = [partials.new_empty(width, dtype=dtype) for _ in range(sums[0] if sums else 1)]
+        outs = [partials.new_empty(width) for _ in range(sums[0] if sums else 1)]
     else:
         outs = [out]
     if width:
@@ -121,17 +128,60 @@ def partial_sums(x, partials, rows, width, ROWS: tl.constexpr, BLOCK: tl.constex
     tl.store(partials + tl.program_id(1) * width + col, total, col < width)
 
 
+@kernel(do_not_specialize=["count0", "count1", "count2", "count3", "end0", "end1", "end2"])
+def sum_kinds(
+    kind0, kind1, kind2, kind3,  # partial sums, each (sums, count, width) float32
+    out,  # all sums, one after another, each in whole blocks of columns
+    count0, count1, count2, count3,
+    width0, width1, width2, width3,
+    end0, end1, end2,  # the number of a kind's last block of columns, plus one
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """:func:`sum_partials` of four kinds. Grid: blocks of columns of all sums."""
+    block = tl.program_id(0)
+    kind, count, width, begin = kind3, count3, width3, end2
+    if block < end2:
+        kind, count, width, begin = kind2, count2, width2, end1
+    if block < end1:
+        kind, count, width, begin = kind1, count1, width1, end0
+    if block < end0:
+        kind, count, width, begin = kind0, count0, width0, end0 * 0
+    columns, place = tl.cdiv(width, BLOCK), tl.arange(0, BLOCK)
+    number = (block - begin) // columns
+    col = (block - begin) % columns * BLOCK + place
+    found = _sum(kind + number.to(tl.int64) * count * width, count, width, col, ROWS, BLOCK)
+    tl.store(out + block * BLOCK + place, found, col < width)
+
+
 @on_own_device("triton")
-def column_sums(x):
-    """The sums over the rows of a contiguous (rows, width) tensor, in its dtype, always in the same
-    order."""
+def sums_of(*kinds, dtype):
+    """The sums of up to four (sums, count, width) float32 tensors, by one kernel, as :func:`summed`
+    has each: a list of (width,) tensors of ``dtype`` for each, which share their memory."""
+    ROWS, BLOCK = 256, 16
+    out, found = memory_of_sums(kinds, BLOCK, dtype)
+    given = kinds + kinds[:1] * (4 - len(kinds))
+    counts, widths = [k.shape[1] for k in given], [k.shape[2] for k in given]
+    ends = list(itertools.accumulate(len(k) * cdiv(k.shape[2], BLOCK) for k in kinds))
+    ends += ends[-1:] * (4 - len(ends))
+    sum_kinds[(ends[-1],)](
+        *given, out, *counts, *widths, *ends[:3], ROWS=ROWS, BLOCK=BLOCK, num_warps=8,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    return found
+
+
+@on_own_device("triton")
+def column_partials(x):
+    """(1, programs, width) float32: what programs sum over their rows of a contiguous (rows, width)
+    tensor."""
     rows, width = x.shape
     ROWS, BLOCK, columns, programs = summing_grid(x, 8192, 4)
     partials = x.new_empty(1, programs, width, dtype=torch.float32)
     partial_sums[(columns, programs)](
         x, partials, rows, width, ROWS=ROWS, BLOCK=BLOCK, enable_fp_fusion=True
     )
-    return summed(partials, dtype=x.dtype)[0]
+    return partials
 
 
 def tile_of_columns(x, num_bytes):

@@ -1,6 +1,7 @@
-"""Memory for packed weights on the CPU."""
+"""Memory that is laid out for kernels: packed weights on the CPU, sums of several kinds."""
 
 import contextlib
+import itertools
 import mmap
 
 import torch
@@ -25,3 +26,19 @@ def packed_memory(size):
     with contextlib.suppress(OSError):  # a system built without them
         region.madvise(mmap.MADV_HUGEPAGE, start, whole)
     return torch.frombuffer(region, dtype=torch.uint8, offset=start, count=size)
+
+
+def memory_of_sums(kinds, block, dtype):
+    """An empty tensor for the sums of some (sums, count, width) tensors, one after another, each
+    from a multiple of ``block`` numbers on; and the sums as parts of it: a list for each of
+    ``kinds``.
+
+    To autograd the parts are tensors of their own: what one's holder writes to it is no change of
+    the others.
+    """
+    sizes = []
+    for sums, _, width in (kind.shape for kind in kinds):
+        sizes += (width, -width % block) * sums
+    out = kinds[0].new_empty(sum(sizes), dtype=dtype)
+    parts = iter(torch.unsafe_split_with_sizes(out, sizes)[::2])
+    return out, [list(itertools.islice(parts, len(kind))) for kind in kinds]
