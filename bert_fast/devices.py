@@ -34,9 +34,13 @@ def on_own_device(backend):
                 if not _of_triton(error):
                     raise
                 given = inspect.signature(function).bind(*args, **options).arguments
+                named = (
+                    (name, t) for name, value in given.items()
+                    for t in (value if isinstance(value, tuple) else (value,))
+                )  # fmt: skip
                 shapes = ", ".join(
                     f"{name} {tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}"
-                    for name, t in given.items() if isinstance(t, Tensor)
+                    for name, t in named if isinstance(t, Tensor)
                 )  # fmt: skip
                 raise RuntimeError(
                     f"{backend}_{function.__name__} ({shapes}) on {device}: {error}"

@@ -18,6 +18,8 @@ MULTIPLIER_0, MULTIPLIER_1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
 WEYL_0, WEYL_1 = tl.constexpr(0x9E3779B9), tl.constexpr(0xBB67AE85)
 INTERPRETING = tl.constexpr(INTERPRETED)
 
+SUM_ROWS, SUM_BLOCK = 256, 16  # of a program's tile, where partial sums are added
+
 
 @triton.jit
 def dot(a, b, total, PRECISION: tl.constexpr):
@@ -106,7 +108,7 @@ def summed(partials, out=None):
         outs = [out]
     if width:
         # Narrow sums have few programs: many rows at once, or these would wait for each in turn.
-        ROWS, BLOCK, warps = (256, 16, 8) if width <= 65536 else (4, 512, 4)
+        ROWS, BLOCK, warps = (SUM_ROWS, SUM_BLOCK, 8) if width <= 65536 else (4, 512, 4)
         sum_partials[(cdiv(width, BLOCK), len(outs))](
             partials, outs[0], outs[min(1, len(outs) - 1)], outs[-1], count, width, ROWS=ROWS,
             BLOCK=BLOCK, num_warps=warps, enable_fp_fusion=True,
@@ -155,20 +157,25 @@ def sum_kinds(
 
 
 @on_own_device("triton")
-def sums_of(*kinds, dtype):
-    """The sums of up to four (sums, count, width) float32 tensors, by one kernel, as :func:`summed`
-    has each: a list of (width,) tensors of ``dtype`` for each, which share their memory."""
-    ROWS, BLOCK = 256, 16
-    out, found = memory_of_sums(kinds, BLOCK, dtype)
-    given = kinds + kinds[:1] * (4 - len(kinds))
-    counts, widths = [k.shape[1] for k in given], [k.shape[2] for k in given]
-    ends = list(itertools.accumulate(len(k) * cdiv(k.shape[2], BLOCK) for k in kinds))
-    ends += ends[-1:] * (4 - len(ends))
-    sum_kinds[(ends[-1],)](
-        *given, out, *counts, *widths, *ends[:3], ROWS=ROWS, BLOCK=BLOCK, num_warps=8,
-        enable_fp_fusion=True,
+def sums_of(*kinds, dtype=torch.float32):
+    """The sums of up to four (sums, count, width) float32 tensors over ``count``, by one kernel in
+    a fixed order: a list of (width,) tensors of ``dtype`` for each, which share their memory."""
+    out, found = memory_of_sums(kinds, SUM_BLOCK, dtype)
+    blocks, *numbers = _numbers_of(*[kind.shape for kind in kinds])
+    sum_kinds[(blocks,)](
+        *kinds, *kinds[:1] * (4 - len(kinds)), out, *numbers, ROWS=SUM_ROWS, BLOCK=SUM_BLOCK,
+        num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
     return found
+
+
+@functools.lru_cache(256)
+def _numbers_of(*shapes):
+    """Of these kinds: how many blocks there are, and the numbers that sum_kinds is given."""
+    ends = itertools.accumulate(sums * cdiv(width, SUM_BLOCK) for sums, _, width in shapes)
+    ends, given = list(ends), shapes + shapes[:1] * (4 - len(shapes))
+    _, counts, widths = zip(*given, strict=True)
+    return ends[-1], *counts, *widths, *(ends + ends[-1:] * 3)[:3]
 
 
 @on_own_device("triton")

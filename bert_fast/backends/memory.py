@@ -1,7 +1,7 @@
 """Memory that is laid out for kernels: packed weights on the CPU, sums of several kinds."""
 
 import contextlib
-import itertools
+import functools
 import mmap
 
 import torch
@@ -36,9 +36,19 @@ def memory_of_sums(kinds, block, dtype):
     To autograd the parts are tensors of their own: what one's holder writes to it is no change of
     the others.
     """
-    sizes = []
-    for sums, _, width in (kind.shape for kind in kinds):
-        sizes += (width, -width % block) * sums
+    sizes, places = _layout(block, *[kind.shape for kind in kinds])
     out = kinds[0].new_empty(sum(sizes), dtype=dtype)
-    parts = iter(torch.unsafe_split_with_sizes(out, sizes)[::2])
-    return out, [list(itertools.islice(parts, len(kind))) for kind in kinds]
+    parts = torch.unsafe_split_with_sizes(out, sizes)
+    return out, [[parts[i] for i in of_kind] for of_kind in places]
+
+
+@functools.lru_cache(256)
+def _layout(block, *shapes):
+    """Sizes of the parts, and of gaps between them; and the numbers of each shape's parts."""
+    sizes, places = [], []
+    for sums, _, width in shapes:
+        gap = -width % block
+        each = (width, gap) if gap else (width,)
+        places.append(range(len(sizes), len(sizes) + sums * len(each), len(each)))
+        sizes += each * sums
+    return sizes, places

@@ -28,7 +28,24 @@ class Numbers(NamedTuple):
     dropout: tuple  # probabilities: of attention's weights, after the output and the down product
 
 
-def training_layer(x, cu_seqlens, max_seqlen, numbers, qkv, rest):
+class Seeds:
+    """Dropout's seeds, those of so many layers drawn by one launch."""
+
+    def __init__(self, layers):
+        self.layers, self.left = layers, {}
+
+    def draw(self, device):
+        """Three, for a layer on that device: each (2,) int64, of which one is read, so that each
+        lies at a multiple of 16 bytes."""
+        left = self.left.get(device)
+        if not left:
+            left = torch.randint(2**62, (3 * self.layers, 2), dtype=torch.int64, device=device)
+            left = self.left[device] = list(left.unbind())
+        drawn, self.left[device] = left[:3], left[3:]
+        return drawn
+
+
+def training_layer(x, cu_seqlens, max_seqlen, numbers, qkv, rest, seeds=None):
     """LN(y + drop(GELU(y Wᵤᵀ + bᵤ) W_dᵀ + b_d)), where y = LN(x + drop(attention(x) W_oᵀ + b_o)).
 
     Args:
@@ -37,6 +54,7 @@ def training_layer(x, cu_seqlens, max_seqlen, numbers, qkv, rest):
         numbers: the layer's :class:`Numbers`.
         qkv: (weight, bias) of the product that makes q, k and v, or of one for each.
         rest: of the output product, norm, up, down and last norm.
+        seeds: a :class:`Seeds` that several layers have, or None: a layer's own are drawn.
 
     Returns:
         (total_tokens, hidden), under autocast in its dtype; None where the layer has to be run op
@@ -68,12 +86,11 @@ def training_layer(x, cu_seqlens, max_seqlen, numbers, qkv, rest):
     ]  # fmt: skip
     if names.pop() != "eager" or not set(names) <= {"triton", "cuda"}:
         return None
-    seeds = (None,) * 3
+    drawn = (None,) * 3
     if any(numbers.dropout):
-        # Two words a seed, of which one is read: so each lies at a multiple of 16 bytes.
-        drawn = torch.randint(2**62, (3, 2), dtype=torch.int64, device=x.device).unbind()
-        seeds = tuple(s if p else None for s, p in zip(drawn, numbers.dropout, strict=True))
-    return _Layer.apply(x, (dtype, cast, cu_seqlens, max_seqlen, numbers, names, seeds), *tensors)
+        drawn = (Seeds(1) if seeds is None else seeds).draw(x.device)
+        drawn = tuple(s if p else None for s, p in zip(drawn, numbers.dropout, strict=True))
+    return _Layer.apply(x, (dtype, cast, cu_seqlens, max_seqlen, numbers, names, drawn), *tensors)
 
 
 def _fits(x, numbers, qkv, rest):

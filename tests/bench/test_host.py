@@ -110,7 +110,10 @@ launches = []
 host._stand_in()
 stand_in(90, launches.append)
 # What torch does beside our kernels that would be a kernel, or several, on a GPU.
-KERNELS = {"mm", "addmm", "sum", "add", "add_", "mul", "copy_", "fill_", "zero_", "random_", "cat"}
+KERNELS = {
+    "mm", "addmm", "addmm_", "sum", "add", "add_", "mul", "copy_", "fill_", "zero_", "random_",
+    "cat", "clone",
+}
 
 def has_parent(event, name):
     while event := event.cpu_parent:
@@ -142,8 +145,12 @@ print(json.dumps(found))
 @needs_both
 @pytest.mark.full
 def test_launches_a_layer(tmp_path):
-    """Ours, and torch's: in inference one for each part and each product. On a GPU a training step
-    of BERT-base had 62 a layer before, in both."""
+    """Ours, and torch's: in inference one for each part and each product; in training the
+    products of both directions, 12, and beside them one for each part of forward (4) and of
+    backward (attention's are 2), one that sums q's, k's and v's gradients over the programs' rows,
+    and one that adds all programs' sums (it was one for each part, and with seeds drawn by each
+    layer 14 and 13). On a GPU a training step of BERT-base had 62 a layer before all that, in both.
+    """
     answer = subprocess.run(
         [sys.executable, "-c", COUNT], cwd=ROOT, capture_output=True, text=True, check=False,
         env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
@@ -151,4 +158,4 @@ def test_launches_a_layer(tmp_path):
     assert answer.returncode == 0, answer.stderr[-3000:]
     found = json.loads(answer.stdout)
     assert found["inference"] == [4, 4]
-    assert sum(found["training"]) <= 62 * 0.6, found
+    assert found["training"] == [11, 12]
