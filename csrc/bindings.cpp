@@ -154,7 +154,8 @@ std::string shape_of(const cuda::Sums& a) {
   std::string shapes;
   for (const cuda::Partials& kind : a.kinds) {
     if (!kind.sums) continue;
-    shapes += (shapes.empty() ? "" : ", ") + std::to_string(kind.sums) + " x " + by(kind.programs, kind.width);
+    shapes += (shapes.empty() ? "" : ", ") + std::to_string(kind.sums) + " x " +
+              by(kind.programs, kind.width);
   }
   return shapes;
 }

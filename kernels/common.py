@@ -8,8 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bert_fast.backends.memory import memory_of_sums
-from bert_fast.devices import on_own_device
+from bert_fast.devices import memory_of_sums, on_own_device
 from bert_fast.kernels.launch import kernel
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, for tests

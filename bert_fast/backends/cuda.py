@@ -19,8 +19,7 @@ from bert_fast.backends.cpu import (
     attention_shape,
     strided,
 )
-from bert_fast.backends.memory import memory_of_sums
-from bert_fast.devices import on_own_device
+from bert_fast.devices import memory_of_sums, on_own_device
 
 
 def _module():

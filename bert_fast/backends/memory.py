@@ -1,7 +1,6 @@
-"""Memory that is laid out for kernels: packed weights on the CPU, sums of several kinds."""
+"""Memory for packed weights on the CPU."""
 
 import contextlib
-import functools
 import mmap
 
 import torch
@@ -26,29 +25,3 @@ def packed_memory(size):
     with contextlib.suppress(OSError):  # a system built without them
         region.madvise(mmap.MADV_HUGEPAGE, start, whole)
     return torch.frombuffer(region, dtype=torch.uint8, offset=start, count=size)
-
-
-def memory_of_sums(kinds, block, dtype):
-    """An empty tensor for the sums of some (sums, count, width) tensors, one after another, each
-    from a multiple of ``block`` numbers on; and the sums as parts of it: a list for each of
-    ``kinds``.
-
-    To autograd the parts are tensors of their own: what one's holder writes to it is no change of
-    the others.
-    """
-    sizes, places = _layout(block, *[kind.shape for kind in kinds])
-    out = kinds[0].new_empty(sum(sizes), dtype=dtype)
-    parts = torch.unsafe_split_with_sizes(out, sizes)
-    return out, [[parts[i] for i in of_kind] for of_kind in places]
-
-
-@functools.lru_cache(256)
-def _layout(block, *shapes):
-    """Sizes of the parts, and of gaps between them; and the numbers of each shape's parts."""
-    sizes, places = [], []
-    for sums, _, width in shapes:
-        gap = -width % block
-        each = (width, gap) if gap else (width,)
-        places.append(range(len(sizes), len(sizes) + sums * len(each), len(each)))
-        sizes += each * sums
-    return sizes, places

@@ -151,7 +151,8 @@ class Packing:
         if self.index is None:
             return packed.view(shape)
         # With a tail one row more than the batch, where all the tail's rows land.
-        flat = packed.new_zeros(self.batch * self.seqlen + self.padded_tail, *packed.shape[1:])
+        rows = self.batch * self.seqlen + int(self.padded_tail)
+        flat = packed.new_zeros(rows, *packed.shape[1:])
         flat.index_copy_(0, self.index, packed)
         return (flat[:-1] if self.padded_tail else flat).view(shape)
 

@@ -161,7 +161,8 @@ template <class T, int kCount, Gelu kind>
 void launch_kernel(const GeluBackward& a, const Call& call) {
   launch(backward<T, kCount, kind>, dim3(columns_of<T, kCount>(a.width), call.programs), kThreads, 0,
          call.stream, static_cast<const T*>(a.dout), static_cast<const T*>(a.x),
-         Vector{a.bias, (call.low & kBias) != 0}, static_cast<T*>(a.dx), call.scratch, a.rows, a.width);
+         Vector{a.bias, (call.low & kBias) != 0}, static_cast<T*>(a.dx), call.scratch, a.rows,
+         a.width);
 }
 
 template <class Args>

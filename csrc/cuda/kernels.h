@@ -26,7 +26,7 @@ struct Partials {
 // of kSumColumns elements on.
 constexpr int kSumColumns = 32, kSumKinds = 4;
 struct Sums {
-  DType dtype;            // of out
+  DType dtype;                // of out
   Partials kinds[kSumKinds];  // those without sums are left out
   void* out;
 };

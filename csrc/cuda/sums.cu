@@ -17,6 +17,7 @@ inline __host__ __device__ int64_t blocks_of(const Partials& kind) {
 template <class T>
 __global__ void __launch_bounds__(kSumColumns * kSumGroups) sum_kernel(Sums a) {
   int64_t block = blockIdx.x;
+  T* out = static_cast<T*>(a.out) + block * kSumColumns;
   Partials kind = a.kinds[0];
 #pragma unroll
   for (int k = 1; k < kSumKinds; ++k) {
@@ -25,13 +26,13 @@ __global__ void __launch_bounds__(kSumColumns * kSumGroups) sum_kernel(Sums a) {
     block -= before;
     kind = a.kinds[k];
   }
-  const int64_t blocks = blocks_of(kind), sum_number = block / blocks;
+  const int64_t blocks = blocks_of(kind), number = block / blocks;
   const int group = threadIdx.x / kSumColumns, place = threadIdx.x % kSumColumns;
   const int64_t column = block % blocks * kSumColumns + place;
   auto* sums = reinterpret_cast<float(*)[kSumColumns]>(shared_memory());  // one a group
   float sum = 0.0f;
   if (column < kind.width) {
-    const float* p = kind.data + sum_number * kind.programs * kind.width + column;
+    const float* p = kind.data + number * kind.programs * kind.width + column;
 #pragma unroll 4
     for (int i = group; i < kind.programs; i += kSumGroups) sum += p[i * kind.width];
   }
@@ -39,7 +40,7 @@ __global__ void __launch_bounds__(kSumColumns * kSumGroups) sum_kernel(Sums a) {
   barrier();
   if (group || column >= kind.width) return;
   for (int g = 1; g < kSumGroups; ++g) sum += sums[g][place];
-  static_cast<T*>(a.out)[static_cast<int64_t>(blockIdx.x) * kSumColumns + place] = from_float<T>(sum);
+  out[place] = from_float<T>(sum);
 }
 
 }  // namespace

@@ -248,7 +248,7 @@ FAULTS = [
     ("sums.cu", "g < kSumGroups; ++g", "g < kSumGroups - 1; ++g"),
     ("sums.cu", "    block -= before;\n", ""),
     ("sums.cu", "block % blocks * kSumColumns + place", "place"),
-    ("sums.cu", "sum_number * kind.programs * kind.width", "sum_number * kind.width"),
+    ("sums.cu", "number * kind.programs * kind.width", "number * kind.width"),
     ("gelu.cu", "0.0059254551f", "0.0058254551f"),
     ("gelu.cu", "kRoot = 0.75179152f", "kRoot = 0.7517f"),
 ]  # fmt: skip

@@ -3,6 +3,7 @@ only where a layer is what its class says and nobody looks on."""
 
 import contextlib
 import copy
+import importlib
 import re
 
 import pytest
@@ -14,7 +15,6 @@ from torch import nn
 import bert_fast
 from bert_fast import backends, ops
 from bert_fast.models import bert, blocks, repeat
-from bert_fast.ops import training_layer
 
 # Numbers that err by themselves: what stands before a layer-norm errs as its row's statistics do,
 # of which some are large.
@@ -314,7 +314,7 @@ def test_dropout_in_a_model(on, trained):
 def test_seeds_are_drawn_once(on, trained, monkeypatch):
     """For all layers, by one launch; no two are alike. Of more layers than were said, again."""
     randint, drawn_at, given = torch.randint, [], []
-    function = training_layer._Layer
+    function = importlib.import_module("bert_fast.ops.training_layer")._Layer
     apply = function.apply
 
     def noted(x, settings, *tensors):
