@@ -149,8 +149,8 @@ def test_launches_a_layer(tmp_path):
     """Ours, and torch's. In inference one for each part and each product. In training the products
     of both directions are 12; beside them are one for each part of forward (4) and of backward
     (attention's are 2), one that sums q's, k's and v's gradients over its programs' rows, and one
-    that adds what all programs have summed. (They were 27, when each part that sums had one more for
-    its programs' sums, and each layer one for its seeds.)
+    that adds what all programs have summed. (They were 27: each part that sums had one more for its
+    programs' sums, and each layer one for its seeds.)
     accelerate puts q's, k's and v's weights together, and their biases, in training.
     """
     answer = subprocess.run(
