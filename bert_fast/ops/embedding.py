@@ -157,7 +157,9 @@ def _save_embedding_layer_norm(ctx, inputs, output):
 def _to_sort(ids):
     """Ids as torch's embedding sorts them, on a GPU those of more than 3,072 tokens: eight bits a
     pass, so int32 takes half the passes of int64, for the same order."""
-    return ids.int() if ids.is_cuda and ids.numel() > 3072 else ids
+    count = ids.numel()
+    known = type(count) is int  # not a symbol of a traced shape
+    return ids.int() if ids.is_cuda and known and count > 3072 else ids
 
 
 def _embedding_layer_norm_autograd(ctx, dout, *_):
