@@ -1,4 +1,5 @@
-"""Where a kernel is launched, and what is said when that fails: for the backends that launch."""
+"""For the backends that launch: where a kernel is launched, what is said when that fails, and where
+what one kernel sums for many lies."""
 
 import functools
 import inspect
@@ -34,9 +35,13 @@ def on_own_device(backend):
                 if not _of_triton(error):
                     raise
                 given = inspect.signature(function).bind(*args, **options).arguments
+                named = (
+                    (name, t) for name, value in given.items()
+                    for t in (value if isinstance(value, tuple) else (value,))
+                )  # fmt: skip
                 shapes = ", ".join(
                     f"{name} {tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}"
-                    for name, t in given.items() if isinstance(t, Tensor)
+                    for name, t in named if isinstance(t, Tensor)
                 )  # fmt: skip
                 raise RuntimeError(
                     f"{backend}_{function.__name__} ({shapes}) on {device}: {error}"
@@ -64,3 +69,29 @@ def _of_triton(error):
     return type(error).__module__.startswith("triton.") or (
         type(error) is RuntimeError and str(error).startswith("Triton Error")
     )
+
+
+def memory_of_sums(kinds, block, dtype):
+    """An empty tensor for the sums of some (sums, count, width) tensors, one after another, each
+    from a multiple of ``block`` numbers on; and the sums as parts of it: a list for each of
+    ``kinds``.
+
+    To autograd the parts are tensors of their own: what one's holder writes to it is no change of
+    the others.
+    """
+    sizes, places = _layout(block, *[kind.shape for kind in kinds])
+    out = kinds[0].new_empty(sum(sizes), dtype=dtype)
+    parts = torch.unsafe_split_with_sizes(out, sizes)
+    return out, [[parts[i] for i in of_kind] for of_kind in places]
+
+
+@functools.lru_cache(256)
+def _layout(block, *shapes):
+    """Sizes of the parts, and of gaps between them; and the numbers of each shape's parts."""
+    sizes, places = [], []
+    for sums, _, width in shapes:
+        gap = -width % block
+        each = (width, gap) if gap else (width,)
+        places.append(range(len(sizes), len(sizes) + sums * len(each), len(each)))
+        sizes += each * sums
+    return sizes, places

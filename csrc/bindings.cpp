@@ -139,6 +139,27 @@ std::string shape_of(const LayerNormBackward& a) { return by(a.rows, a.hidden); 
 std::string shape_of(const GeluForward& a) { return by(a.rows, a.width); }
 std::string shape_of(const GeluBackward& a) { return by(a.rows, a.width); }
 
+using PartialsTuple = std::tuple<Address, int, int, int64_t>;  // as in cuda::Partials
+
+cuda::Sums sums(int dtype, const std::vector<PartialsTuple>& kinds, Address out) {
+  cuda::Sums found = {static_cast<DType>(dtype), {}, pointer(out)};
+  if (kinds.size() > cuda::kSumKinds) throw std::invalid_argument("too many kinds of sums");
+  for (size_t i = 0; i < kinds.size(); ++i) {
+    const auto& [data, sums, programs, width] = kinds[i];
+    found.kinds[i] = {pointer<float>(data), sums, programs, width};
+  }
+  return found;
+}
+std::string shape_of(const cuda::Sums& a) {
+  std::string shapes;
+  for (const cuda::Partials& kind : a.kinds) {
+    if (!kind.sums) continue;
+    shapes += (shapes.empty() ? "" : ", ") + std::to_string(kind.sums) + " x " +
+              by(kind.programs, kind.width);
+  }
+  return shapes;
+}
+
 cuda::Table table(const TableTuple& t) {
   return {pointer<float>(std::get<0>(t)), std::get<1>(t), std::get<2>(t)};
 }
@@ -174,6 +195,8 @@ void bind_cuda(py::module_& m) {
   bind_cuda(m, "cuda_layer_norm_backward", layer_norm_backward, cuda::layer_norm_backward);
   bind_cuda(m, "cuda_gelu_forward", gelu_forward, cuda::gelu_forward);
   bind_cuda(m, "cuda_gelu_backward", gelu_backward, cuda::gelu_backward);
+  bind_cuda(m, "cuda_sum_partials", sums, cuda::sum_partials);
+  m.attr("SUM_COLUMNS") = cuda::kSumColumns;
 }
 
 #endif

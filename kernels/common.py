@@ -1,13 +1,14 @@
 """What the kernels share: dropout's random numbers, sums in a fixed order, launch settings."""
 
 import functools
+import itertools
 import os
 
 import torch
 import triton
 import triton.language as tl
 
-from bert_fast.devices import on_own_device
+from bert_fast.devices import memory_of_sums, on_own_device
 from bert_fast.kernels.launch import kernel
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, for tests
@@ -15,6 +16,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CP
 MULTIPLIER_0, MULTIPLIER_1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
 WEYL_0, WEYL_1 = tl.constexpr(0x9E3779B9), tl.constexpr(0xBB67AE85)
 INTERPRETING = tl.constexpr(INTERPRETED)
+
+SUM_ROWS, SUM_BLOCK = 256, 16  # of a program's tile, where partial sums are added
 
 
 @triton.jit
@@ -62,6 +65,17 @@ def keep_mask(seed, cut, rows, group, c2, c3, ROWS: tl.constexpr, GROUPS: tl.con
     return words.to(tl.int64) >= cut
 
 
+@triton.jit
+def _sum(partials, count, width, col, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """(BLOCK,): the sums of these columns of (count, width) numbers, always in the same order."""
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    for begin in range(0, count, ROWS):
+        row = begin + tl.arange(0, ROWS)
+        inside = (row < count)[:, None] & (col < width)[None, :]
+        total += tl.load(partials + row.to(tl.int64)[:, None] * width + col[None, :], inside, 0.0)
+    return tl.sum(total, 0)
+
+
 @kernel(do_not_specialize=["count"])
 def sum_partials(
     partials,  # (sums, count, width) float32
@@ -70,17 +84,11 @@ def sum_partials(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[c] = sum over count of partials[count, c], always in the same order, for up to three sums
-    of a kind. Grid: (blocks of columns, sums)."""
+    """out[c] = sum over count of partials[count, c] for up to three sums of a kind. Grid: (blocks
+    of columns, sums)."""
     number = tl.program_id(1)
     col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    first = partials + number.to(tl.int64) * count * width
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for begin in range(0, count, ROWS):
-        row = begin + tl.arange(0, ROWS)
-        inside = (row < count)[:, None] & (col < width)[None, :]
-        total += tl.load(first + row.to(tl.int64)[:, None] * width + col[None, :], inside, 0.0)
-    found = tl.sum(total, 0)
+    found = _sum(partials + number.to(tl.int64) * count * width, count, width, col, ROWS, BLOCK)
     if number == 0:
         tl.store(out0 + col, found, col < width)
     elif number == 1:
@@ -89,17 +97,17 @@ def sum_partials(
         tl.store(out2 + col, found, col < width)
 
 
-def summed(partials, out=None, dtype=torch.float32):
+def summed(partials, out=None):
     """The column sums of a (count, width) float32 tensor, or those of each part of a (sums, count,
     width) one, as a list of up to three: by one kernel, in a fixed order."""
     *sums, count, width = partials.shape
     if out is None:
-        outs = [partials.new_empty(width, dtype=dtype) for _ in range(sums[0] if sums else 1)]
+        outs = [partials.new_empty(width) for _ in range(sums[0] if sums else 1)]
     else:
         outs = [out]
     if width:
         # Narrow sums have few programs: many rows at once, or these would wait for each in turn.
-        ROWS, BLOCK, warps = (256, 16, 8) if width <= 65536 else (4, 512, 4)
+        ROWS, BLOCK, warps = (SUM_ROWS, SUM_BLOCK, 8) if width <= 65536 else (4, 512, 4)
         sum_partials[(cdiv(width, BLOCK), len(outs))](
             partials, outs[0], outs[min(1, len(outs) - 1)], outs[-1], count, width, ROWS=ROWS,
             BLOCK=BLOCK, num_warps=warps, enable_fp_fusion=True,
@@ -121,17 +129,65 @@ def partial_sums(x, partials, rows, width, ROWS: tl.constexpr, BLOCK: tl.constex
     tl.store(partials + tl.program_id(1) * width + col, total, col < width)
 
 
+@kernel(do_not_specialize=["count0", "count1", "count2", "count3", "end0", "end1", "end2"])
+def sum_kinds(
+    kind0, kind1, kind2, kind3,  # partial sums, each (sums, count, width) float32
+    out,  # all sums, one after another, each in whole blocks of columns
+    count0, count1, count2, count3,
+    width0, width1, width2, width3,
+    end0, end1, end2,  # the number of a kind's last block of columns, plus one
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """:func:`sum_partials` of four kinds. Grid: blocks of columns of all sums."""
+    block = tl.program_id(0)
+    kind, count, width, begin = kind3, count3, width3, end2
+    if block < end2:
+        kind, count, width, begin = kind2, count2, width2, end1
+    if block < end1:
+        kind, count, width, begin = kind1, count1, width1, end0
+    if block < end0:
+        kind, count, width, begin = kind0, count0, width0, end0 * 0
+    columns, place = tl.cdiv(width, BLOCK), tl.arange(0, BLOCK)
+    number = (block - begin) // columns
+    col = (block - begin) % columns * BLOCK + place
+    found = _sum(kind + number.to(tl.int64) * count * width, count, width, col, ROWS, BLOCK)
+    tl.store(out + block * BLOCK + place, found, col < width)
+
+
 @on_own_device("triton")
-def column_sums(x):
-    """The sums over the rows of a contiguous (rows, width) tensor, in its dtype, always in the same
-    order."""
+def sums_of(*kinds, dtype=torch.float32):
+    """The sums of up to four (sums, count, width) float32 tensors over ``count``, by one kernel in
+    a fixed order: a list of (width,) tensors of ``dtype`` for each, which share their memory."""
+    out, found = memory_of_sums(kinds, SUM_BLOCK, dtype)
+    blocks, *numbers = _numbers_of(*[kind.shape for kind in kinds])
+    sum_kinds[(blocks,)](
+        *kinds, *kinds[:1] * (4 - len(kinds)), out, *numbers, ROWS=SUM_ROWS, BLOCK=SUM_BLOCK,
+        num_warps=8, enable_fp_fusion=True,
+    )  # fmt: skip
+    return found
+
+
+@functools.lru_cache(256)
+def _numbers_of(*shapes):
+    """Of these kinds: how many blocks there are, and the numbers that sum_kinds is given."""
+    ends = itertools.accumulate(sums * cdiv(width, SUM_BLOCK) for sums, _, width in shapes)
+    ends, given = list(ends), shapes + shapes[:1] * (4 - len(shapes))
+    _, counts, widths = zip(*given, strict=True)
+    return ends[-1], *counts, *widths, *(ends + ends[-1:] * 3)[:3]
+
+
+@on_own_device("triton")
+def column_partials(x):
+    """(1, programs, width) float32: what programs sum over their rows of a contiguous (rows, width)
+    tensor."""
     rows, width = x.shape
     ROWS, BLOCK, columns, programs = summing_grid(x, 8192, 4)
     partials = x.new_empty(1, programs, width, dtype=torch.float32)
     partial_sums[(columns, programs)](
         x, partials, rows, width, ROWS=ROWS, BLOCK=BLOCK, enable_fp_fusion=True
     )
-    return summed(partials, dtype=x.dtype)[0]
+    return partials
 
 
 def tile_of_columns(x, num_bytes):

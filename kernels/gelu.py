@@ -173,8 +173,9 @@ def gelu_forward(x, bias, approximate, out=None):
 
 
 @on_own_device("triton")
-def gelu_backward(dout, x, bias, approximate, dtype=torch.float32):
-    """Returns dx and, in ``dtype``, dbias (None without a bias)."""
+def gelu_backward(dout, x, bias, approximate, partial=False):
+    """Returns dx and dbias (None without a bias); with ``partial``, in place of dbias the programs'
+    own sums, (1, programs, width)."""
     dx, width = torch.empty_like(x), x.shape[-1]
     rows = x.numel() // width
     ROWS, BLOCK, columns, programs = summing_grid(x, BACKWARD_BYTES, PROGRAMS)
@@ -184,4 +185,4 @@ def gelu_backward(dout, x, bias, approximate, dtype=torch.float32):
         rows, width, HAS_BIAS=bias is not None, TANH=approximate == "tanh", ROWS=ROWS, BLOCK=BLOCK,
         enable_fp_fusion=True,
     )  # fmt: skip
-    return dx, None if bias is None else summed(partials, dtype=dtype)[0]
+    return dx, partials if partial or bias is None else summed(partials)[0]

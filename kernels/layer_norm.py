@@ -189,10 +189,11 @@ def layer_norm_forward(
 
 @on_own_device("triton")
 def layer_norm_backward(
-    dout, total, mean, rstd, weight, has_linear_bias, dropout_p, seed, dtype=torch.float32
+    dout, total, mean, rstd, weight, has_linear_bias, dropout_p, seed, partial=False
 ):
-    """Returns dx (None without dropout: it is dresidual), dresidual, and in ``dtype`` dweight,
-    dbias, and dlinear_bias (None without a linear bias)."""
+    """Returns dx (None without dropout: it is dresidual), dresidual, dweight, dbias, and
+    dlinear_bias (None without a linear bias); with ``partial``, in place of these sums one tensor,
+    (sums, programs, width), of the programs' own."""
     width = total.shape[-1]
     rows = total.numel() // width
     dresidual = torch.empty_like(total)
@@ -209,5 +210,7 @@ def layer_norm_backward(
         HAS_LINEAR_BIAS=has_linear_bias, DROPOUT=dropout_p > 0, ROWS=ROWS, BLOCK=BLOCK,
         num_warps=warps, enable_fp_fusion=True,
     )  # fmt: skip
-    dweight, dbias, *rest = summed(partials, dtype=dtype)
+    if partial:
+        return dx, dresidual, partials
+    dweight, dbias, *rest = summed(partials)
     return dx, dresidual, dweight, dbias, rest[0] if rest else None

@@ -19,7 +19,7 @@ from bert_fast.backends.cpu import (
     attention_shape,
     strided,
 )
-from bert_fast.devices import on_own_device
+from bert_fast.devices import memory_of_sums, on_own_device
 
 
 def _module():
@@ -36,19 +36,25 @@ _kernels = _module()
 
 
 @functools.cache
-def _programs(device):
+def _most_programs(device):
     """CTAs that share a sum over rows: two a multiprocessor. It alone sets the order of the sum."""
     if device.type != "cuda":
         return 3
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _call(like, seed=None, scratch=None, longest_k=0, table=None, dtable=None):
+def _programs(x, at_a_time):
+    """Those for the rows of a (..., width) tensor: any without rows would add zeros."""
+    groups = -(-x.numel() // (at_a_time * x.shape[-1]))
+    return max(1, min(groups, _most_programs(x.device)))
+
+
+def _call(like, seed=None, scratch=None, longest_k=0, programs=0, table=None, dtable=None):
     """The kernels' Call: device, stream, seed, scratch, longest_k, programs, table, dtable."""
     device = like.device
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     return (
-        device.index or 0, stream, address(seed), address(scratch), longest_k, _programs(device),
+        device.index or 0, stream, address(seed), address(scratch), longest_k, programs,
         (address(table), *((0, 0) if table is None else table.shape[1:])), address(dtable),
     )  # fmt: skip
 
@@ -98,7 +104,7 @@ def attention_backward(
     _kernels.cuda_attention_backward(
         attention_shape(q, k, cu_q, cu_k, scale, causal, dropout_p, module=_kernels),
         *map(strided, (q, k, v, out, dout, dq, dk, dv)), address(bias), address(lse),
-        _call(q, seed, rows, max_k, table, dposition_bias),
+        _call(q, seed, rows, max_k, table=table, dtable=dposition_bias),
     )  # fmt: skip
 
 
@@ -126,25 +132,26 @@ def layer_norm_forward(
 
 @on_own_device("cuda")
 def layer_norm_backward(
-    dout, total, mean, rstd, weight, has_linear_bias, dropout_p, seed, dtype=torch.float32
+    dout, total, mean, rstd, weight, has_linear_bias, dropout_p, seed, partial=False
 ):
-    """Returns dx (None without dropout: it is dresidual), dresidual, and in ``dtype`` dweight,
-    dbias, and dlinear_bias (None without a linear bias)."""
+    """Returns dx (None without dropout: it is dresidual), dresidual, dweight, dbias, and
+    dlinear_bias (None without a linear bias); with ``partial``, in place of these sums one tensor,
+    (sums, programs, width), of the programs' own."""
     hidden = total.shape[-1]
     dresidual = torch.empty_like(total)
     dx = torch.empty_like(total) if dropout_p > 0 else None
-    sums = _scratch(total, 3 if has_linear_bias else 2, hidden)
-    dweight, dbias, *rest = sums
-    dlinear_bias = rest[0] if rest else None
     weight, low = _parameters(total, (WEIGHT, weight))
-    scratch = _scratch(total, 3, _programs(total.device), hidden)
+    programs = _programs(total, 1)
+    partials = _scratch(total, 3, programs, hidden)
     _kernels.cuda_layer_norm_backward(
         DTYPES[total.dtype], total.numel() // hidden, hidden,
-        *map(address, (dout, total, mean, rstd, weight)),
-        *map(address, (dresidual, dx, dweight, dbias, dlinear_bias)), dropout_p, 0, 0,
-        _call(total, seed, scratch), low=low,
+        *map(address, (dout, total, mean, rstd, weight, dresidual, dx)), 0, 0, 0, dropout_p, 0, 0,
+        _call(total, seed, partials, programs=programs), low=low,
     )  # fmt: skip
-    dweight, dbias, *rest = sums.to(dtype)
+    partials = partials if has_linear_bias else partials[:2]
+    if partial:
+        return dx, dresidual, partials
+    dweight, dbias, *rest = sums_of(partials)[0]
     return dx, dresidual, dweight, dbias, rest[0] if rest else None
 
 
@@ -160,19 +167,31 @@ def gelu_forward(x, bias, approximate, out=None):
 
 
 @on_own_device("cuda")
-def gelu_backward(dout, x, bias, approximate, dtype=torch.float32):
-    """Returns dx and, in ``dtype``, dbias (None without a bias)."""
+def gelu_backward(dout, x, bias, approximate, partial=False):
+    """Returns dx and dbias (None without a bias); with ``partial``, in place of dbias the programs'
+    own sums, (1, programs, width)."""
     dx, width = torch.empty_like(x), x.shape[-1]
     bias, low = _parameters(x, (BIAS, bias))
-    dbias = None if bias is None else _scratch(x, width)
-    scratch = _scratch(x, _programs(x.device), width)
+    programs = _programs(x, 4)
+    partials = None if bias is None else _scratch(x, 1, programs, width)
     _kernels.cuda_gelu_backward(
-        DTYPES[x.dtype], x.numel() // width, width, *map(address, (dout, x, bias, dx, dbias)),
-        APPROXIMATE[approximate], 0, _call(x, scratch=scratch), low=low,
+        DTYPES[x.dtype], x.numel() // width, width, *map(address, (dout, x, bias, dx)), 0,
+        APPROXIMATE[approximate], 0, _call(x, scratch=partials, programs=programs), low=low,
     )  # fmt: skip
-    return dx, None if dbias is None else dbias.to(dtype)
+    return dx, partials if partial or bias is None else sums_of(partials)[0][0]
 
 
-def column_sums(x):
-    """The sums over the rows of a (rows, width) tensor, in its dtype: PyTorch's."""
-    return x.sum(0)
+@on_own_device("cuda")
+def sums_of(*kinds, dtype=torch.float32):
+    """The sums of up to four (sums, count, width) float32 tensors over ``count``, by one kernel in
+    a fixed order: a list of (width,) tensors of ``dtype`` for each, which share their memory."""
+    out, found = memory_of_sums(kinds, _kernels.SUM_COLUMNS, dtype)
+    _kernels.cuda_sum_partials(
+        DTYPES[dtype], [(address(k), *k.shape) for k in kinds], address(out), _call(out)
+    )
+    return found
+
+
+def column_partials(x):
+    """(1, 1, width) float32: PyTorch's sums over the rows of a (rows, width) tensor."""
+    return x.sum(0, dtype=torch.float32)[None, None]

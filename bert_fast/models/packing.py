@@ -150,9 +150,11 @@ class Packing:
         shape = (self.batch, self.seqlen, *packed.shape[1:])
         if self.index is None:
             return packed.view(shape)
-        # One row more than the batch: the tail's rows all land there.
-        flat = packed.new_zeros(self.batch * self.seqlen + 1, *packed.shape[1:])
-        return flat.index_copy_(0, self.index, packed)[:-1].view(shape)
+        # With a tail one row more than the batch, where all the tail's rows land.
+        rows = self.batch * self.seqlen + int(self.padded_tail)
+        flat = packed.new_zeros(rows, *packed.shape[1:])
+        flat.index_copy_(0, self.index, packed)
+        return (flat[:-1] if self.padded_tail else flat).view(shape)
 
     def of_first(self, packed, function):
         """function((batch, ...), each sequence's first token); zeros for a sequence without any."""

@@ -33,13 +33,13 @@ class Plain(NamedTuple):
             return None  # also where there is none
         return self.numbers, list(map(_of_tensor, tensors)), list(map(Tensor.stride, tensors))
 
-    def train(self, x):
-        """The layer as one op; None where it cannot be."""
+    def train(self, x, seeds):
+        """The layer as one op; None where it cannot be. ``seeds``: an :class:`ops.Seeds`."""
         tensors = itertools.chain.from_iterable((*self.qkv, *self.rest))
         if self.packing is None or not _PLAIN.issuperset(map(type, tensors)):
             return None
         cu_seqlens, longest = self.packing.cu_seqlens, self.packing.max_seqlen
-        return ops.training_layer(x, cu_seqlens, longest, self.numbers, self.qkv, self.rest)
+        return ops.training_layer(x, cu_seqlens, longest, self.numbers, self.qkv, self.rest, seeds)
 
 
 class Layers:
@@ -51,6 +51,7 @@ class Layers:
         fast = product_adds_bias(x) and not torch.compiler.is_compiling()
         self.trains = fast and torch.is_grad_enabled()
         self.repeats = fast and count > 1 and ops.can_repeat(x)
+        self.seeds = ops.Seeds(count)
         self.kind = self.first = None
 
     def __call__(self, layer, x, *args):
@@ -60,7 +61,7 @@ class Layers:
         if (plain := self.describe(layer, *args)) is None:
             return layer(x, *args)
         if self.trains:
-            return layer(x, *args) if (out := plain.train(x)) is None else out
+            return layer(x, *args) if (out := plain.train(x, self.seeds)) is None else out
         if (kind := plain.kind()) is None:
             return layer(x, *args)
         if self.kind is None:

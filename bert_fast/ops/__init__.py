@@ -17,11 +17,12 @@ from bert_fast.ops.linear import (
 )
 from bert_fast.ops.repeat import Repeat, can_repeat, launches
 from bert_fast.ops.tokens import range_of, real_tokens
-from bert_fast.ops.training_layer import Numbers, training_layer
+from bert_fast.ops.training_layer import Numbers, Seeds, training_layer
 
 __all__ = [
     "Numbers",
     "Repeat",
+    "Seeds",
     "attention",
     "attention_qkv",
     "bind_encoder",

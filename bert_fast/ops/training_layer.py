@@ -28,7 +28,24 @@ class Numbers(NamedTuple):
     dropout: tuple  # probabilities: of attention's weights, after the output and the down product
 
 
-def training_layer(x, cu_seqlens, max_seqlen, numbers, qkv, rest):
+class Seeds:
+    """Dropout's seeds, those of so many layers drawn by one launch."""
+
+    def __init__(self, layers):
+        self.layers, self.left = layers, {}
+
+    def draw(self, device):
+        """Three, for a layer on that device: each (2,) int64, of which one is read, so that each
+        lies at a multiple of 16 bytes."""
+        left = self.left.get(device)
+        if not left:
+            left = torch.randint(2**62, (3 * self.layers, 2), dtype=torch.int64, device=device)
+            left = self.left[device] = list(left.unbind())
+        drawn, self.left[device] = left[:3], left[3:]
+        return drawn
+
+
+def training_layer(x, cu_seqlens, max_seqlen, numbers, qkv, rest, seeds=None):
     """LN(y + drop(GELU(y Wᵤᵀ + bᵤ) W_dᵀ + b_d)), where y = LN(x + drop(attention(x) W_oᵀ + b_o)).
 
     Args:
@@ -37,6 +54,7 @@ def training_layer(x, cu_seqlens, max_seqlen, numbers, qkv, rest):
         numbers: the layer's :class:`Numbers`.
         qkv: (weight, bias) of the product that makes q, k and v, or of one for each.
         rest: of the output product, norm, up, down and last norm.
+        seeds: a :class:`Seeds` that several layers have, or None: a layer's own are drawn.
 
     Returns:
         (total_tokens, hidden), under autocast in its dtype; None where the layer has to be run op
@@ -68,12 +86,11 @@ def training_layer(x, cu_seqlens, max_seqlen, numbers, qkv, rest):
     ]  # fmt: skip
     if names.pop() != "eager" or not set(names) <= {"triton", "cuda"}:
         return None
-    seeds = (None,) * 3
+    drawn = (None,) * 3
     if any(numbers.dropout):
-        # Two words a seed, of which one is read: so each lies at a multiple of 16 bytes.
-        drawn = torch.randint(2**62, (3, 2), dtype=torch.int64, device=x.device).unbind()
-        seeds = tuple(s if p else None for s, p in zip(drawn, numbers.dropout, strict=True))
-    return _Layer.apply(x, (dtype, cast, cu_seqlens, max_seqlen, numbers, names, seeds), *tensors)
+        drawn = (Seeds(1) if seeds is None else seeds).draw(x.device)
+        drawn = tuple(s if p else None for s, p in zip(drawn, numbers.dropout, strict=True))
+    return _Layer.apply(x, (dtype, cast, cu_seqlens, max_seqlen, numbers, names, drawn), *tensors)
 
 
 def _fits(x, numbers, qkv, rest):
@@ -154,25 +171,27 @@ def _gradients(ctx, dout):
     needs_x, _, *needed = ctx.needs_input_grad
     x_dtype, dtypes = ctx.dtypes
     products = len(dtypes) // 2 - 5  # that make q, k and v
-    of_weights, of_vectors = needed[::2], dtypes[2 * products + 1 :: 2]
-    # In one dtype all sums over rows are written in it.
-    dtype = of_vectors[0] if len({*of_vectors, dtypes[-2], dtypes[-8]}) == 1 else torch.float32
+    of_weights, of_vectors = needed[::2], needed[1::2]
+    rows = len(weight) // products
 
     def dweight(dout, x, place):
         return dout.t() @ x if of_weights[place] else None
 
-    ddown, dy, *dlast, ddown_bias = norm.layer_norm_backward(
-        dout.contiguous(), *of_last, last_gain, True, p_down, seeds[2], dtype=dtype
+    def of_each(tensor):  # of q, k and v: to autograd a tensor of its own
+        return (tensor,) if products == 1 else torch.unsafe_split(tensor, rows)
+
+    ddown, dy, of_last_sums = norm.layer_norm_backward(
+        dout.contiguous(), *of_last, last_gain, True, p_down, seeds[2], partial=True
     )
     ddown = dy if ddown is None else ddown
     ddown_weight = dweight(ddown, active, -2)
-    dhidden, dup_bias = gelu.gelu_backward(
-        ddown @ down_weight, hidden, up_bias, numbers.approximate, dtype=dtype
+    dhidden, of_up_bias = gelu.gelu_backward(
+        ddown @ down_weight, hidden, up_bias, numbers.approximate, partial=True
     )
     dup_weight = dweight(dhidden, y, -3)
     dy.addmm_(dhidden, up_weight)
-    dout, dx, *dfirst, dout_bias = norm.layer_norm_backward(
-        dy, *of_norm, gain, True, p_out, seeds[1], dtype=dtype
+    dout, dx, of_first_sums = norm.layer_norm_backward(
+        dy, *of_norm, gain, True, p_out, seeds[1], partial=True
     )
     dout = dx if dout is None else dout
     dout_weight = dweight(dout, context.flatten(1), -5)
@@ -185,15 +204,21 @@ def _gradients(ctx, dout):
     )  # fmt: skip
     if needs_x:
         dx.addmm_(dprojected, weight)
-    rows = len(weight) // products
-    dweights = dbiases = (None,) * products
     if all(of_weights[:products]):
-        dweights = (dprojected.t() @ x).split(rows)
+        dweights = of_each(dprojected.t() @ x)
     else:
-        of_each = enumerate(dprojected.split(rows, 1))
-        dweights = [d.t() @ x if of_weights[i] else None for i, d in of_each]
-    if any(needed[1 : 2 * products : 2]):
-        dbiases = attention.column_sums(dprojected).split(rows)
+        parts = enumerate(dprojected.split(rows, 1))
+        dweights = [d.t() @ x if of_weights[i] else None for i, d in parts]
+    # All sums over rows by one kernel: where all gradients have one dtype, in it.
+    kinds = [of_last_sums, of_up_bias, of_first_sums]
+    if any(of_vectors[:products]):
+        kinds.append(attention.column_partials(dprojected))
+    of_sums = {*dtypes[1::2], dtypes[-2], dtypes[-8]}
+    dtype = dtypes[-1] if len(of_sums) == 1 else torch.float32
+    (*dlast, ddown_bias), (dup_bias,), (*dfirst, dout_bias), *of_qkv = norm.sums_of(
+        *kinds, dtype=dtype
+    )
+    dbiases = of_each(*of_qkv[0]) if of_qkv else (None,) * products
     found = [
         *itertools.chain.from_iterable(zip(dweights, dbiases, strict=True)), dout_weight,
         dout_bias, *dfirst, dup_weight, dup_bias, ddown_weight, ddown_bias, *dlast,

@@ -418,17 +418,5 @@ auto by_dtype(DType dtype, F f) {
 
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// ---- sums over rows ----
-
-// How many programs sum over so many rows, several at a time: those without rows would add zeros.
-inline int programs_for(int64_t rows, int at_a_time, int most) {
-  const int64_t groups = (rows + at_a_time - 1) / at_a_time;
-  return static_cast<int>(groups < 1 ? 1 : groups < most ? groups : most);
-}
-
-// out[sum][column] = sum over programs of partials[sum][program][column], in a fixed order.
-void sum_partials(const float* partials, int sums, int programs, int64_t width,
-                  float* const (&out)[3], void* stream);
-
 }  // namespace cuda
 }  // namespace bert_fast

@@ -159,11 +159,10 @@ void launch_kernel(const GeluForward& a, const Call& call) {
 
 template <class T, int kCount, Gelu kind>
 void launch_kernel(const GeluBackward& a, const Call& call) {
-  const unsigned programs = programs_for(a.rows, kBackwardRows, call.programs);
-  launch(backward<T, kCount, kind>, dim3(columns_of<T, kCount>(a.width), programs), kThreads, 0,
+  launch(backward<T, kCount, kind>, dim3(columns_of<T, kCount>(a.width), call.programs), kThreads, 0,
          call.stream, static_cast<const T*>(a.dout), static_cast<const T*>(a.x),
-         Vector{a.bias, (call.low & kBias) != 0}, static_cast<T*>(a.dx),
-         a.dbias ? call.scratch : nullptr, a.rows, a.width);
+         Vector{a.bias, (call.low & kBias) != 0}, static_cast<T*>(a.dx), call.scratch, a.rows,
+         a.width);
 }
 
 template <class Args>
@@ -180,37 +179,7 @@ void by_kind(const Args& a, const Call& call, bool packs) {
   });
 }
 
-// kSumColumns columns a block; its groups of threads take every kSumGroups-th program.
-constexpr int kSumColumns = 32, kSumGroups = 16;
-
-__global__ void __launch_bounds__(kSumColumns * kSumGroups)
-    sum_kernel(const float* partials, int programs, int64_t width, float* out0, float* out1,
-               float* out2) {
-  const int group = threadIdx.x / kSumColumns, place = threadIdx.x % kSumColumns;
-  const int64_t column = static_cast<int64_t>(blockIdx.x) * kSumColumns + place;
-  auto* sums = reinterpret_cast<float(*)[kSumColumns]>(shared_memory());  // one a group
-  float sum = 0.0f;
-  if (column < width) {
-    const float* p = partials + blockIdx.y * programs * width + column;
-#pragma unroll 4
-    for (int i = group; i < programs; i += kSumGroups) sum += p[i * width];
-  }
-  sums[group][place] = sum;
-  barrier();
-  if (group || column >= width) return;
-  for (int g = 1; g < kSumGroups; ++g) sum += sums[g][place];
-  float* out = blockIdx.y == 0 ? out0 : blockIdx.y == 1 ? out1 : out2;
-  out[column] = sum;
-}
-
 }  // namespace
-
-void sum_partials(const float* partials, int sums, int programs, int64_t width,
-                  float* const (&out)[3], void* stream) {
-  launch(sum_kernel, dim3(static_cast<unsigned>((width + kSumColumns - 1) / kSumColumns), sums),
-         kSumColumns * kSumGroups, kSumColumns * kSumGroups * sizeof(float), stream, partials, programs,
-         width, out[0], out[1], out[2]);
-}
 
 const char* gelu_forward(const GeluForward& a, const Call& call) {
   OnDevice on(call.device);
@@ -224,10 +193,6 @@ const char* gelu_backward(const GeluBackward& a, const Call& call) {
   OnDevice on(call.device);
   if (on.error == cudaSuccess && a.width) {
     by_kind(a, call, aligned(a.dout) && aligned(a.x) && aligned(a.bias) && aligned(a.dx));
-    if (a.dbias) {
-      const int programs = programs_for(a.rows, kBackwardRows, call.programs);
-      sum_partials(call.scratch, 1, programs, a.width, {a.dbias, nullptr, nullptr}, call.stream);
-    }
   }
   return on.message();
 }

@@ -272,8 +272,6 @@ const char* layer_norm_backward(const LayerNormBackward& a, const Call& call) {
     by_width(a, call,
              aligned(a.dout) && aligned(a.sum) && aligned(a.weight) && aligned(a.dsum) &&
                  aligned(a.dx));
-    sum_partials(call.scratch, a.dlinear_bias ? 3 : 2, call.programs, a.hidden,
-                 {a.dweight, a.dbias, a.dlinear_bias}, call.stream);
   }
   return on.message();
 }

@@ -85,9 +85,10 @@ def calls(backend):
     yield backend.layer_norm_backward, (x, x, row, row, vector, True, 0.1, seed)
     yield backend.gelu_forward, (x, vector, "none")
     yield backend.gelu_backward, (x, x, vector, "none")
+    yield backend.sums_of, (lse[None], lse[None])
     if hasattr(backend, "linear_gelu_forward"):
         yield backend.linear_gelu_forward, (x, gpu(64, 64), vector, "none", True)
-        yield backend.column_sums, (x,)
+        yield backend.column_partials, (x,)
         ids, table = gpu(9, dtype=torch.int64), gpu(9, 64)
         yield backend.embedding_forward, (
             ids, ids, ids, table, table, table, vector, vector, 1e-12, x.dtype, True)
@@ -173,16 +174,17 @@ def test_triton_launches_on_the_tensors_device():
     assert all(fused is True for *_, fused in launched)
     assert asked == [1]  # capability and processors, too
     assert again == len(launched) / 4  # after errors everything is launched as before
-    assert len(said) == 4 * 9
-    for function, kind, message in said[:18]:
+    assert len(said) == 4 * 10
+    for function, kind, message in said[:20]:
         assert kind == "RuntimeError"
         assert message.startswith(f"triton_{function} (")
-        assert "bfloat16" in message
+        given = "kinds (1, 2, 9) float32, kinds (1," if function == "sums_of" else "bfloat16"
+        assert given in message
         assert ") on cuda:1: " in message
         assert ("Hardware limit: 232448" in message) != ("invalid argument" in message)
     q = "q (9, 2, 32) bfloat16, k (9, 2, 32) bfloat16, v (9, 2, 32) bfloat16, cu_q (3,) int32"
     assert q in said[0][2]
-    assert {tuple(s[1:]) for s in said[18:]} == {
+    assert {tuple(s[1:]) for s in said[20:]} == {
         ("OutOfMemoryError", "no memory is left"), ("RuntimeError", "of an earlier kernel")
     }  # fmt: skip
 
@@ -191,7 +193,7 @@ CUDA = """
 from bert_fast.backends import cuda
 
 class Kernels:
-    AttentionShape = dict
+    AttentionShape, SUM_COLUMNS = dict, 32
     def __getattr__(self, name):
         return lambda *given, **_: launched.append((name, now.device, given[-1][:2]))
 cuda._kernels = Kernels()
@@ -203,7 +205,7 @@ print(json.dumps([launched, sorted(set(asked))]))
 
 def test_cuda_launches_on_the_tensors_device():
     launched, asked = stood_in(CUDA)
-    assert len(launched) == 2 * 6
+    assert len(launched) == 2 * 9  # a backward's sums are one more
     assert all(tuple(launch[1:]) == (1, [1, 1001]) for launch in launched)
     assert asked == [1]
 

@@ -49,7 +49,7 @@ def test_the_interpreter_is_refused(tmp_path):
 @pytest.mark.full
 def test_ratios(tmp_path):
     """Over Hugging Face's time a layer, in the same run. A machine under load moves both: the
-    bounds are well above what was measured, and below what it was before layers were repeated."""
+    bounds are well above what was measured, and below what it was op by op."""
     answer, found = bench_host(tmp_path, 15)
     assert answer.returncode == 0, answer.stderr[-3000:]
     assert "us a layer" in answer.stdout
@@ -64,7 +64,7 @@ def test_ratios(tmp_path):
 
 BOUNDS = {
     "inference": {"accelerate": 1.0, "BertModel": 0.7},
-    "training": {"accelerate": 1.8, "BertModel": 1.5},
+    "training": {"accelerate": 1.1, "BertModel": 1.0},
 }
 
 
@@ -110,7 +110,10 @@ launches = []
 host._stand_in()
 stand_in(90, launches.append)
 # What torch does beside our kernels that would be a kernel, or several, on a GPU.
-KERNELS = {"mm", "addmm", "sum", "add", "add_", "mul", "copy_", "fill_", "zero_", "random_", "cat"}
+KERNELS = {
+    "mm", "addmm", "addmm_", "sum", "add", "add_", "mul", "copy_", "fill_", "zero_", "random_",
+    "cat", "clone",
+}
 
 def has_parent(event, name):
     while event := event.cpu_parent:
@@ -118,8 +121,8 @@ def has_parent(event, name):
             return True
     return False
 
-def count(layers, direction):
-    call = host._call(host._makers()["BertModel"](layers), "cpu", direction)
+def count(name, layers, direction):
+    call = host._call(host._makers()[name](layers), "cpu", direction)
     call()
     launches.clear()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -132,9 +135,10 @@ def count(layers, direction):
     return len(launches), sum(name in KERNELS for name in names)
 
 found = {}
-for direction in host.DIRECTIONS:
-    one, three = count(1, direction), count(3, direction)
-    found[direction] = [(b - a) / 2 for a, b in zip(one, three, strict=True)]
+for name in ("BertModel", "accelerate"):
+    for direction in host.DIRECTIONS:
+        one, three = (count(name, layers, direction) for layers in (1, 3))
+        found[f"{name}, {direction}"] = [(b - a) / 2 for a, b in zip(one, three, strict=True)]
 print(json.dumps(found))
 """
 
@@ -142,13 +146,20 @@ print(json.dumps(found))
 @needs_both
 @pytest.mark.full
 def test_launches_a_layer(tmp_path):
-    """Ours, and torch's: in inference one for each part and each product. On a GPU a training step
-    of BERT-base had 62 a layer before, in both."""
+    """Ours, and torch's. In inference one for each part and each product. In training the products
+    of both directions are 12; beside them are one for each part of forward (4) and of backward
+    (attention's are 2), one that sums q's, k's and v's gradients over its programs' rows, and one
+    that adds what all programs have summed. (They were 27: each part that sums had one more for its
+    programs' sums, and each layer one for its seeds.)
+    accelerate puts q's, k's and v's weights together, and their biases, in training.
+    """
     answer = subprocess.run(
         [sys.executable, "-c", COUNT], cwd=ROOT, capture_output=True, text=True, check=False,
         env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert answer.returncode == 0, answer.stderr[-3000:]
     found = json.loads(answer.stdout)
-    assert found["inference"] == [4, 4]
-    assert sum(found["training"]) <= 62 * 0.6, found
+    assert found == {
+        "BertModel, inference": [4, 4], "BertModel, training": [11, 12],
+        "accelerate, inference": [4, 6], "accelerate, training": [11, 14],
+    }  # fmt: skip

@@ -3,12 +3,13 @@ only where a layer is what its class says and nobody looks on."""
 
 import contextlib
 import copy
+import importlib
 import re
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_within
+from conftest import NO_CUDA_HOST, assert_within
 from torch import nn
 
 import bert_fast
@@ -24,10 +25,11 @@ pytestmark = pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
 
 @pytest.fixture(params=["triton", "cuda"])
 def on(request, device, monkeypatch):
-    """The device; the CPU then takes its turns as a GPU does, with Triton's kernels interpreted."""
+    """The device; the CPU then takes its turns as a GPU does, with Triton's kernels interpreted and
+    CUDA's compiled for it."""
     if device == "cpu":
-        if request.param == "cuda":
-            pytest.skip("the cuda backend runs on a GPU alone")
+        if request.param == "cuda" and NO_CUDA_HOST:
+            pytest.skip(NO_CUDA_HOST)
         for module in (blocks, repeat):
             monkeypatch.setattr(module, "product_adds_bias", lambda x: True)
         monkeypatch.setattr(bert, "can_reuse_memory", lambda x: False)
@@ -309,11 +311,86 @@ def test_dropout_in_a_model(on, trained):
     assert all(out is not None for out in trained)
 
 
-def test_column_sums(on):
-    if backends.AUTO["cpu"][0] != "triton":
-        pytest.skip("torch's own")
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.randn(37, 75, device=on).to(dtype)
-        found = backends.module("triton").column_sums(x)
-        assert found.dtype == dtype
+def test_seeds_are_drawn_once(on, trained, monkeypatch):
+    """For all layers, by one launch; no two are alike. Of more layers than were said, again."""
+    randint, drawn_at, given = torch.randint, [], []
+    function = importlib.import_module("bert_fast.ops.training_layer")._Layer
+    apply = function.apply
+
+    def noted(x, settings, *tensors):
+        given.extend(settings[-1])
+        return apply(x, settings, *tensors)
+
+    model = drawn(on, 3, hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.2)
+    inputs = batch(on)
+    monkeypatch.setattr(function, "apply", noted)
+    monkeypatch.setattr(torch, "randint", lambda *a, **k: drawn_at.append(a) or randint(*a, **k))
+    model(*inputs)
+    assert len(drawn_at) == 1
+    assert len(trained) == 3
+    assert len({int(seed[0]) for seed in given}) == 9
+    assert all(seed.data_ptr() % 16 == 0 for seed in given)
+    seeds = ops.Seeds(2)
+    found = [seed for _ in range(4) for seed in seeds.draw(torch.device(on))]
+    assert len({int(seed[0]) for seed in found}) == 12
+    assert len(drawn_at) == 3
+
+
+def learned_once(on):
+    model, inputs = drawn(on), batch(on)
+    model(*inputs)[0].square().sum().backward()
+    return {n: p.grad for n, p in model.layers.named_parameters()}
+
+
+def test_each_gradient_is_a_tensor_of_its_own(on, trained):
+    """Those of a layer's vectors share memory: no one who holds one can tell."""
+    grads = learned_once(on)
+    assert all(out is not None for out in trained)
+    was = {name: grad.clone() for name, grad in grads.items()}
+    for name, grad in grads.items():
+        assert grad.is_contiguous()
+        assert grad._base is None
+        assert grad.data_ptr() % 16 == 0
+        versions = {n: g._version for n, g in grads.items() if n != name}
+        grad.fill_(float("nan"))
+        assert {n: g._version for n, g in grads.items() if n != name} == versions
+        assert all(torch.equal(g, was[n]) for n, g in grads.items() if n != name)
+        grad.copy_(was[name])
+    kept = {g.untyped_storage().data_ptr(): g.untyped_storage().nbytes() for g in grads.values()}
+    assert sum(kept.values()) < 1.5 * sum(g.nbytes for g in grads.values())
+
+
+def test_gradients_that_are_there_are_added_to(on):
+    model, inputs = drawn(on), batch(on)
+    for turn in (1, 2):
+        model(*inputs)[0].square().sum().backward()
+        if turn == 1:
+            was = [p.grad.clone() for p in model.layers.parameters()]
+    for one, p in zip(was, model.layers.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, 2 * one)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_sums_of_several_kinds(on, dtype):
+    """By one launch, each where an optimizer reads it 16 bytes at a time."""
+    module = backends.module(backends.AUTO["cpu"][0])
+    shapes = [(3, 37, 75), (1, 300, 48), (2, 1, 1), (1, 5, 130), (3, 16, 768)]
+    for number in range(1, 5):
+        chosen = [shapes[i] for i in torch.randperm(len(shapes))[:number]]
+        kinds = [torch.randn(shape, device=on) for shape in chosen]
+        found = module.sums_of(*kinds, dtype=dtype)
+        assert list(map(len, found)) == [shape[0] for shape in chosen]
+        for kind, sums in zip(kinds, found, strict=True):
+            assert all(s.data_ptr() % 16 == 0 and s.is_contiguous() for s in sums)
+            truth, eager = kind.double().sum(1), kind.sum(1).to(dtype)
+            assert_within(torch.stack(sums), eager, truth, name=str(chosen))
+
+
+def test_column_partials(on):
+    module = backends.module(backends.AUTO["cpu"][0])
+    for dtype, rows in ((torch.float32, 37), (torch.float32, 33), (torch.bfloat16, 33)):
+        x = torch.randn(rows, 75, device=on).to(dtype)  # 33: the last tile is one row
+        partials = module.column_partials(x)
+        assert (len(partials), partials.dtype, partials.shape[2]) == (1, torch.float32, 75)
+        ((found,),) = module.sums_of(partials, dtype=dtype)
         assert_within(found, x.sum(0), x.double().sum(0))
