@@ -29,11 +29,12 @@ def num_threads():
 
 
 def _of_torch(name):
-    """A C function that torch's own ops call, or are linked with; else one that does nothing."""
-    try:  # PyDLL: it is not worth letting go of the GIL
-        return getattr(ctypes.PyDLL("libtorch_cpu.so", mode=os.RTLD_NOLOAD), name)
+    """Where a C function is that torch's own ops call, or are linked with; 0: nowhere."""
+    try:
+        function = getattr(ctypes.CDLL("libtorch_cpu.so", mode=os.RTLD_NOLOAD), name)
     except (OSError, AttributeError):
-        return lambda number: 0
+        return 0
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
 _set_openmp_threads = _of_torch("omp_set_num_threads")  # of the calling thread
@@ -49,15 +50,12 @@ class WithoutOpenMP:
         self.inside_another = getattr(_local, "num_threads", 0) > 0
         if not self.inside_another:
             _local.num_threads = torch.get_num_threads()
-            _C.put_on_team(True)
-            _set_openmp_threads(1)
-            self.mkl_threads = _set_mkl_threads(1)
+            self.mkl_threads = _C.put_on_team(True, _set_openmp_threads, 1, _set_mkl_threads, 1)
 
     def __exit__(self, *_):
         if not self.inside_another:
-            _set_mkl_threads(self.mkl_threads)
-            _set_openmp_threads(_local.num_threads)
-            _C.put_on_team(False)
+            openmp = _set_openmp_threads, _local.num_threads
+            _C.put_on_team(False, *openmp, _set_mkl_threads, self.mkl_threads)
             _local.num_threads = 0
 
 
@@ -183,8 +181,11 @@ def embedding_forward(
 
 
 def _table(table, ids):
-    wide = ids is not None and ids.dtype == torch.int64
-    return address(table), table.shape[0], address(ids), wide
+    return address(table), table.shape[0], *_ids(ids)
+
+
+def _ids(tensor):
+    return address(tensor), tensor is not None and tensor.dtype == torch.int64
 
 
 def gelu_forward(x, bias, approximate, out=None):
@@ -344,8 +345,50 @@ class PackedWeight:
         return out
 
 
+    def of_first(self, x, cu_seqlens, weight, bias):
+        """first Wᵀ + bias, (batch, out_features), of each sequence's first row of ``x``; or None
+        where one has none. On the team."""
+        packed, *_ = self.current(weight)
+        batch, bias = cu_seqlens.numel() - 1, as_float32(bias)
+        out = x.new_empty(batch, self.shape[0])
+        every_one = _C.linear_of_first(
+            self.code, batch, self.shape[1], self.shape[0],
+            *map(address, (cu_seqlens, x, packed, bias, out)), num_threads(),
+        )  # fmt: skip
+        return out if every_one else None
+
+
 def _scratch(size, x, workspace):
     return workspace.take("scratch", 1, (size + 3) // 4, x) if size else None
+
+
+class Embeddings:
+    """Tables (word, position, token type) and a layer-norm bound to csrc/cpu/embedding.cpp, for
+    inference. fp32, contiguous; of who uses this see :class:`Encoder`."""
+
+    def __init__(self, tables, norm):
+        self.hidden = tables[0].shape[1]
+        self.kept = [t.detach() for t in (*tables, norm.weight, norm.bias)]
+        *tables, weight, bias = map(address, self.kept)
+        rows = map(len, self.kept)
+        norm = weight, bias, norm.eps
+        self.bound = _C.Embeddings(list(zip(tables, rows, strict=False)), self.hidden, norm)
+
+    @staticmethod
+    def are_inside(ids, limits, count):
+        """Whether the first ``count`` ids of each (int32, int64 or None) are in [0, limit)."""
+        return _C.Embeddings.inside(list(map(_ids, ids)), limits, count)
+
+    def forward(self, ids, rows, batch, seqlen, cu_seqlens, index):
+        """(rows, hidden) of ids, positions (None: as they stand) and token types (None: all 0):
+        (batch, seqlen), at the places of ``index`` (None: all); or packed, by ``cu_seqlens``, where
+        ``seqlen`` is 0. None where one is outside of its table."""
+        x = self.kept[0].new_empty(rows, self.hidden)
+        inside = self.bound.forward(
+            list(map(_ids, ids)), rows, batch, seqlen, *map(address, (cu_seqlens, index, x)),
+            num_threads(),
+        )  # fmt: skip
+        return x if inside else None
 
 
 class Encoder:

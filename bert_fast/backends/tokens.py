@@ -20,11 +20,11 @@ def can_count(mask):
 
 
 def real_tokens(mask):
-    """(offsets, number, longest, places, whether it holds ones and zeros alone)"""
+    """(offsets, number, longest, shortest, places, whether it holds ones and zeros alone)"""
     batch, seqlen = mask.shape
     offsets = mask.new_empty(batch + 1, dtype=torch.int32)
     places = mask.new_empty(batch * seqlen, dtype=torch.int64)
-    number, longest, valid = _C.real_tokens(
+    number, longest, shortest, valid = _C.real_tokens(
         _CODES[mask.dtype], mask.data_ptr(), batch, seqlen, offsets.data_ptr(), places.data_ptr()
     )
-    return offsets, number, longest, places, valid
+    return offsets, number, longest, shortest, places, valid
