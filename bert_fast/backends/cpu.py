@@ -1,7 +1,5 @@
 """The ``cpu`` backend: csrc/cpu through pybind11, for tensors that ops.py has validated."""
 
-import ctypes
-import os
 import threading
 
 import torch
@@ -9,6 +7,7 @@ import torch
 from bert_fast import _C
 from bert_fast.backends import processes, tokens  # noqa: F401, tokens for ops
 from bert_fast.backends.memory import packed_memory
+from bert_fast.backends.threads import WithoutOpenMP, num_threads  # noqa: F401, the one for ops
 
 if processes.forked:  # before the extension was loaded: it could not notice
     _C.forked()
@@ -18,45 +17,6 @@ APPROXIMATE = {"none": 0, "tanh": 1}
 
 
 ACTIVATIONS = {None: 0, "none": 1, "tanh": 2}  # GELU's approximate, or no GELU
-
-
-_local = threading.local()
-
-
-def num_threads():
-    """Of our kernels: torch's, also where torch's own ops have but one."""
-    return getattr(_local, "num_threads", 0) or torch.get_num_threads()
-
-
-def _of_torch(name):
-    """Where a C function is that torch's own ops call, or are linked with; 0: nowhere."""
-    try:
-        function = getattr(ctypes.CDLL("libtorch_cpu.so", mode=os.RTLD_NOLOAD), name)
-    except (OSError, AttributeError):
-        return 0
-    return ctypes.cast(function, ctypes.c_void_p).value or 0
-
-
-_set_openmp_threads = _of_torch("omp_set_num_threads")  # of the calling thread
-_set_mkl_threads = _of_torch("MKL_Set_Num_Threads_Local")  # of it, too; returns what was
-
-
-class WithoutOpenMP:
-    """Meanwhile torch's ops in this thread run in it alone, and our kernels on its team. For the
-    small steps around a model's layers in one call: each parallel loop of OpenMP would start
-    threads that the layers have to end, and beside busy processes wait a time slice for them."""
-
-    def __enter__(self):
-        self.inside_another = getattr(_local, "num_threads", 0) > 0
-        if not self.inside_another:
-            _local.num_threads = torch.get_num_threads()
-            self.mkl_threads = _C.put_on_team(True, _set_openmp_threads, 1, _set_mkl_threads, 1)
-
-    def __exit__(self, *_):
-        if not self.inside_another:
-            openmp = _set_openmp_threads, _local.num_threads
-            _C.put_on_team(False, *openmp, _set_mkl_threads, self.mkl_threads)
-            _local.num_threads = 0
 
 
 def address(tensor):
@@ -343,7 +303,6 @@ class PackedWeight:
             *map(address, (x, packed, bias, out, scratch)), ACTIVATIONS[approximate], threads,
         )  # fmt: skip
         return out
-
 
     def of_first(self, x, cu_seqlens, weight, bias):
         """first Wᵀ + bias, (batch, out_features), of each sequence's first row of ``x``; or None

@@ -273,11 +273,12 @@ class BertModel(nn.Module):
             input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen, capacity=capacity, output_hidden_states=output_hidden_states,
         )  # fmt: skip
-        weight, _ = two(self._modules["embeddings"]._modules["norm"])
         pooled = self._pool(states[-1], packing)
         with self.one_call.around(states[-1].numel(), copies=True):
             hidden_states = states if cu_seqlens is not None else list(map(packing.unpack, states))
-            hidden_states = [as_autocast_gives(h, weight) for h in hidden_states]
+            if torch.is_autocast_enabled(states[-1].device.type):
+                weight = self.embeddings.norm.weight
+                hidden_states = [as_autocast_gives(h, weight) for h in hidden_states]
         return BertOutput(
             hidden_states[-1], pooled, tuple(hidden_states) if output_hidden_states else None
         )
@@ -293,11 +294,8 @@ class BertModel(nn.Module):
         run = self._encode
         if self.served_in is not None:
             run = self._uncompiled() if torch.compiler.is_compiling() else self._encode_served
-        inputs = (
-            input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen,
-            capacity,
-        )  # fmt: skip
-        return run(inputs, output_hidden_states)
+        inputs = input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen
+        return run((*inputs, capacity), output_hidden_states)
 
     def _uncompiled(self):  # no decorator: that imports all of torch._dynamo
         return torch.compiler.disable(self._encode_served)
@@ -310,8 +308,7 @@ class BertModel(nn.Module):
 
     def _encode(self, inputs, output_hidden_states):
         if not output_hidden_states and (found := self.one_call.from_ids(self, *inputs)):
-            output, packing = found
-            return [output], packing
+            return found
         tokens = inputs[0].numel() if isinstance(inputs[0], Tensor) else 0
         with self.one_call.around(tokens * self.config.hidden_size):
             x, packing = self._embed(*inputs)
@@ -393,11 +390,10 @@ class BertModel(nn.Module):
             )
 
     def _pool(self, x, packing):
-        pooler = self._modules["pooler"]
+        pooler = self._modules.get("pooler")
         if pooler is None:
             return None
         with self.one_call.around(x.numel()):
-            product = self.one_call.of_first(pooler, x, packing)
-            if product is not None:
+            if (product := self.one_call.of_first(pooler, x, packing)) is not None:
                 return product.tanh_()
             return packing.of_first(x, lambda first: torch.tanh(pooler(first)))

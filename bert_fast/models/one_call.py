@@ -42,14 +42,16 @@ class OneCall:
         self, model, input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens,
         max_seqlen, capacity,
     ):  # fmt: skip
-        """What the last layer makes of a model's inputs, and their packing: without the calls by
-        which ``model._embed`` checks and packs each of them. Or None where that has to be asked:
-        also for an argument that it refuses."""
+        """What ``model.encode`` gives of its inputs, without the calls by which ``model._embed``
+        checks and packs each of them. Or None where that has to be asked: also for an argument
+        that it refuses."""
         ids = input_ids, position_ids, token_type_ids
-        given = *ids, attention_mask, cu_seqlens
-        if capacity is not None or not ops.all_run_in_one_call(given):
+        given, parts, config = (*ids, attention_mask, cu_seqlens), model._modules, model.config
+        _, encoder, of = self.bound
+        if (encoder is None and of is parts["layers"]) or capacity is not None:
             return None
-        parts, config = model._modules, model.config
+        if not ops.all_run_in_one_call(given):
+            return None
         embeddings, encoder = self._embeddings(parts["embeddings"]), self._encoder(parts["layers"])
         limits = config.vocab_size, config.max_position_embeddings, config.type_vocab_size
         if embeddings is None or encoder is None or not ops.are_inside(ids, limits):
@@ -65,7 +67,7 @@ class OneCall:
         x = embeddings.forward(
             ids, rows, offsets.shape[0] - 1, 0 if packed else packing.seqlen, offsets, index
         )
-        return None if x is None else (encoder.forward(x, offsets, model.workspace), packing)
+        return None if x is None else ([encoder.forward(x, offsets, model.workspace)], packing)
 
     def of_first(self, linear, x, packing):
         """``linear`` of each sequence's first token; or None where it has to be called."""
@@ -106,6 +108,9 @@ class OneCall:
     def _embeddings(self, embeddings):
         watch, bound, of = self.bound_embeddings
         if of is not embeddings or not watch.hold():
+            kinds = [(name, type(part)) for name, part in embeddings._modules.items()]
+            if type(embeddings) is not self.kinds[3] or kinds != _EMBEDDINGS:
+                return None
             if (watch := _watch_embeddings(embeddings)) is None:
                 return None
             bound = self._bind_embeddings(embeddings)
@@ -113,11 +118,7 @@ class OneCall:
         return bound
 
     def _bind_embeddings(self, embeddings):
-        kept = embeddings._modules
-        kinds = [(name, type(part)) for name, part in kept.items()]
-        if type(embeddings) is not self.kinds[3] or kinds != _EMBEDDINGS:
-            return None
-        *tables, norm, dropout = kept.values()
+        *tables, norm, dropout = embeddings._modules.values()
         if is_watched(embeddings) or is_watched(dropout) or (dropout.training and dropout.p):
             return None
         return ops.bind_embeddings(tables, norm)
@@ -174,6 +175,7 @@ _HOOKS = "_forward_hooks", "_forward_pre_hooks"
 _OF_A_MODULE = *_HOOKS, "forward", "_compiled_call_impl", "training", "_modules"
 _OF_A_BLOCK = "dropout_p", "hidden_dropout_p", "approximate", "num_heads", "causal", "p"
 _OF_A_PART = "_parameters", "packed", "eps"
+_TENSORS = torch.Tensor, nn.Parameter
 
 
 class _Looks:
@@ -182,7 +184,7 @@ class _Looks:
 
     def __init__(self):
         self.kinds, self.values, self.contents, self.tensors = [], [], [], []
-        self.sees_writes = True
+        self.are_plain = True  # tensors of memory in which PyTorch sees writes
 
     def at(self, module, names, *parts):
         own = module.__dict__
@@ -196,14 +198,16 @@ class _Looks:
             if parameter is not None:
                 # What is not packed is read where it lies, whatever was written there.
                 is_packed = name == "weight" and part.__dict__.get("packed")
-                self.sees_writes &= not parameter.is_inference()
+                if type(parameter) not in _TENSORS or parameter.is_inference():
+                    self.are_plain = False
+                    return
                 version = parameter._version if is_packed else -1
                 self.tensors.append((parameter, parameter.data_ptr(), version))
 
     def through(self):
-        """None where writes are not seen (inference tensors), or modules are not kept in
-        dictionaries (TorchScript's)."""
-        if not self.sees_writes or not all(isinstance(kept, dict) for kept, _ in self.contents):
+        """None where writes are not seen (inference tensors, tensors of other kinds), or modules
+        are not kept in dictionaries (TorchScript's)."""
+        if not self.are_plain or not all(isinstance(kept, dict) for kept, _ in self.contents):
             return None
         return ops.unchanged(self.kinds, self.values, self.contents, self.tensors)
 
