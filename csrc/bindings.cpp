@@ -550,6 +550,12 @@ auto with_type(char code, Address address, F f) {
 }
 
 void bind_tokens(py::module_& m) {
+  m.def("mean_rows",
+        [](Address x, int64_t rows, Address cu_seqlens, int64_t batch, int64_t width, Address out) {
+          return mean_rows(pointer<float>(x), rows, pointer<int32_t>(cu_seqlens), batch, width,
+                           pointer<float>(out));
+        },
+        release_gil());
   m.def("range_of", [](char code, Address ids, int64_t count) {
     return with_type(code, ids, [=](auto* values) { return range_of(values, count); });
   });

@@ -28,3 +28,13 @@ def real_tokens(mask):
         _CODES[mask.dtype], mask.data_ptr(), batch, seqlen, offsets.data_ptr(), places.data_ptr()
     )
     return offsets, number, longest, shortest, places, valid
+
+
+def means(x, cu_seqlens):
+    """(batch, width) of (rows, width); None where the offsets are of other rows."""
+    (rows, width), batch = x.shape, cu_seqlens.numel() - 1
+    out = x.new_empty(batch, width)
+    fit = _C.mean_rows(
+        x.data_ptr(), rows, cu_seqlens.data_ptr(), batch, width, out.data_ptr()
+    )  # fmt: skip
+    return out if fit else None

@@ -23,7 +23,7 @@ from bert_fast.ops.linear import (
     why_not_packed,
 )
 from bert_fast.ops.repeat import Repeat, can_repeat, launches
-from bert_fast.ops.tokens import are_inside, range_of, real_tokens
+from bert_fast.ops.tokens import are_inside, means, range_of, real_tokens
 from bert_fast.ops.training_layer import Numbers, training_layer
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "launches",
     "layer_norm",
     "linear_gelu",
+    "means",
     "pack_weight",
     "range_of",
     "real_tokens",

@@ -53,6 +53,19 @@ def real_tokens(mask):
     return offsets, longest, shortest > 0, None if number == mask.numel() else places[:number]
 
 
+def means(x, cu_seqlens):
+    """Of (total_tokens, width) the mean of each sequence, (batch, width), added up in order, zeros
+    of one without tokens. None where torch's ops have to be asked for it."""
+    if (
+        torch.is_grad_enabled() or x.dtype != torch.float32 or cu_seqlens.dtype != torch.int32
+        or not (x.is_cpu and cu_seqlens.is_cpu and x.ndim == 2 and cu_seqlens.ndim == 1)
+        or not (x.is_contiguous() and cu_seqlens.is_contiguous() and len(cu_seqlens))
+        or not (_is_read_directly(x) and _is_read_directly(cu_seqlens))
+    ):  # fmt: skip
+        return None
+    return backends.module("cpu").tokens.means(x, cu_seqlens)
+
+
 def _is_in_memory(tensor):
     """Neither a view by which numbers are negated, nor zeros that have no memory."""
     return not tensor.is_neg() and not tensor._is_zerotensor()

@@ -83,4 +83,21 @@ inline std::vector<int64_t> pack(Table& table, const Tokens& t, bool positions) 
   return packed;  // whose memory moves with it
 }
 
+// Of each sequence's rows of x (rows, width) the mean, added up in order; zeros where there is none.
+// False where the offsets are not those of so many rows.
+inline bool mean_rows(const float* x, int64_t rows, const int32_t* cu_seqlens, int64_t batch,
+                      int64_t width, float* out) {
+  if (cu_seqlens[0] != 0 || cu_seqlens[batch] != rows) return false;
+  if (!std::is_sorted(cu_seqlens, cu_seqlens + batch + 1)) return false;
+  for (int64_t i = 0; i < batch; ++i, out += width) {
+    std::fill(out, out + width, 0.0f);
+    for (int64_t row = cu_seqlens[i]; row < cu_seqlens[i + 1]; ++row) {
+      for (int64_t k = 0; k < width; ++k) out[k] += x[row * width + k];
+    }
+    const float count = static_cast<float>(std::max(1, cu_seqlens[i + 1] - cu_seqlens[i]));
+    for (int64_t k = 0; k < width; ++k) out[k] /= count;
+  }
+  return true;
+}
+
 }  // namespace bert_fast
