@@ -213,7 +213,7 @@ class TextModel(Pools):
 
 
 def is_any_in_training(model):
-    """Whether one of its modules is: an eighth of the time of saying eval() to all."""
+    """Whether one of its modules is: asking all takes less than saying eval() to all."""
     modules = [model]
     for module in modules:
         own = module.__dict__

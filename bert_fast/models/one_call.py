@@ -90,10 +90,10 @@ class OneCall:
         """A context for what a model does before and after its layers with so many numbers, or for
         copies of them alone. Where the layers run in one call, small steps are done without
         OpenMP's loops."""
-        small = (_MOST_IN_A_COPY if copies else 0) < numbers <= _MOST_IN_ONE_THREAD
-        if not small or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.bound[1] is None:
             return contextlib.nullcontext()
-        return ops.without_openmp() if self.bound[1] else contextlib.nullcontext()
+        small = (_MOST_IN_A_COPY if copies else 0) < numbers <= _MOST_IN_ONE_THREAD
+        return ops.without_openmp() if small else contextlib.nullcontext()
 
     def _encoder(self, layers):
         if are_all_watched() or self.kinds[1].causal:

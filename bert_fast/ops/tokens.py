@@ -59,7 +59,7 @@ def means(x, cu_seqlens):
     if (
         torch.is_grad_enabled() or x.dtype != torch.float32 or cu_seqlens.dtype != torch.int32
         or not (x.is_cpu and cu_seqlens.is_cpu and x.ndim == 2 and cu_seqlens.ndim == 1)
-        or not (x.is_contiguous() and cu_seqlens.is_contiguous() and len(cu_seqlens))
+        or not (x.is_contiguous() and cu_seqlens.is_contiguous() and cu_seqlens.shape[0] > 0)
         or not (_is_read_directly(x) and _is_read_directly(cu_seqlens))
     ):  # fmt: skip
         return None
