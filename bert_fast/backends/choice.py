@@ -217,9 +217,9 @@ def choose(op, device, dtype, needs_grad, backend=None, size=0):
 def all_choose(name, ops, device, dtype):
     """Whether each of these ops, in inference, chooses this backend."""
     key = name, ops, device, dtype, *_circumstances()
-    if key not in _alike:
-        _alike[key] = all(choose(op, device, dtype, needs_grad=False) == name for op in ops)
-    return _alike[key]
+    if (found := _alike.get(key)) is None:
+        found = _alike[key] = all(choose(op, device, dtype, needs_grad=False) == name for op in ops)
+    return found
 
 
 def _circumstances():

@@ -11,7 +11,6 @@ from torch import nn
 from bert_fast import ops
 from bert_fast.models.blocks import Linear
 from bert_fast.models.watch import are_all_watched, is_watched
-from bert_fast.models.workspace import can_reuse_memory
 
 # Copied by one thread in some 0.5 ms. Many more are worth OpenMP's start: their layers take long.
 _MOST_IN_ONE_THREAD = 1 << 20
@@ -71,14 +70,16 @@ class OneCall:
 
     def of_first(self, linear, x, packing):
         """``linear`` of each sequence's first token; or None where it has to be called."""
-        if type(linear) is not Linear or linear.packed is None or not can_reuse_memory(x):
+        packed = linear.__dict__.get("packed")
+        if packed is None or packed.released or type(linear) is not Linear or is_watched(linear):
             return None
-        if are_all_watched() or is_watched(linear) or not ops.runs_in_one_call(x):
+        plain = x.dtype == torch.float32 and x.is_cpu and x.is_contiguous()
+        if not plain or are_all_watched() or not ops.all_run_in_one_call((x,)):
             return None
-        packed, (weight, bias) = linear.packed, linear.parts()
-        if not ops.can_use_packed(packed, weight, packing.cu_seqlens.shape[0] - 1):
+        (weight, bias), offsets = linear.parts(), packing.cu_seqlens.contiguous()
+        if not packed.possible(weight) or offsets.shape[0] <= packed.min_rows():
             return None
-        return packed.of_first(x, packing.cu_seqlens.contiguous(), weight, bias)
+        return packed.of_first(x, offsets, weight, bias)
 
     def forget(self):
         """Keeps nothing alive of what was bound."""
