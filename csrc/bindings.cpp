@@ -241,6 +241,62 @@ bool embedding_forward(int tables, int dtype, int64_t rows, int64_t hidden, cons
   return !outside;
 }
 
+// Embeddings whose memory the caller keeps alive, and where it is: inference in fp32.
+class Embeddings {
+ public:
+  using Weights = std::pair<Address, int64_t>;  // a table, its rows
+  using Ids = std::pair<Address, bool>;         // 0: none; whether they are int64
+  using LayerNorm = std::tuple<Address, Address, double>;  // weight, bias, eps
+
+  Embeddings(const std::array<Weights, 3>& tables, int64_t hidden, const LayerNorm& norm)
+      : tables_(tables), hidden_(hidden), norm_(norm) {}
+
+  // Whether each id of the padded batch, or the packed tokens, is below its limit, and not below 0.
+  static bool inside(const std::array<Ids, 3>& ids, const std::array<int64_t, 3>& limits,
+                     int64_t count) {
+    for (int i = 0; i < 3; ++i) {
+      if (!ids[i].first) continue;
+      const auto [low, high] = ids[i].second
+                                   ? range_of(pointer<const int64_t>(ids[i].first), count)
+                                   : range_of(pointer<const int32_t>(ids[i].first), count);
+      if (low < 0 || high >= limits[i]) return false;
+    }
+    return true;
+  }
+
+  // x (rows, hidden), of word, position and token type; whether all ids were in their tables.
+  bool forward(const std::array<Ids, 3>& ids, int64_t rows, int64_t batch, int64_t seqlen,
+               Address cu_seqlens, Address index, Address x, int num_threads) const {
+    const OnTeam team;
+    const Tokens tokens = {rows, batch, seqlen, pointer<int32_t>(cu_seqlens),
+                           pointer<int64_t>(index)};
+    EmbeddingForward a = {};
+    Table* tables[] = {&a.word, &a.position, &a.token_type};
+    std::vector<int64_t> packed[3];
+    for (int i = 0; i < 3; ++i) {
+      *tables[i] = {pointer(tables_[i].first), tables_[i].second, pointer(ids[i].first),
+                    ids[i].second};
+      packed[i] = pack(*tables[i], tokens, i == 1);
+    }
+    bool outside = false;
+    a.rows = rows;
+    a.hidden = hidden_;
+    a.weight = pointer<float>(std::get<0>(norm_));
+    a.bias = pointer<float>(std::get<1>(norm_));
+    a.eps = std::get<2>(norm_);
+    a.out = pointer(x);
+    a.num_threads = num_threads;
+    a.outside = &outside;
+    cpu_kernels().embedding_forward(a);
+    return !outside;
+  }
+
+ private:
+  std::array<Weights, 3> tables_;
+  int64_t hidden_;
+  LayerNorm norm_;
+};
+
 // Layers whose memory the caller keeps alive, and where it is.
 class Encoder {
  public:
@@ -330,7 +386,30 @@ const LinearKernels& linear_kernels_of(int precision) {
   return linear_kernels(static_cast<Precision>(precision));
 }
 
+// out = the product of each sequence's first row, on a team; whether each sequence has one.
+bool linear_of_first(int precision, int64_t batch, int64_t in_features, int64_t out_features,
+                     Address cu_seqlens, Address x, Address packed, Address bias, Address out,
+                     int num_threads) {
+  const OnTeam team;
+  const LinearKernels& kernels = linear_kernels_of(precision);
+  const int32_t* begins = pointer<int32_t>(cu_seqlens);
+  const int64_t firsts = ceil_div(batch * in_features, 16) * 16;
+  const int64_t scratch = kernels.scratch_size(batch, in_features, num_threads);
+  std::vector<float> memory(firsts + ceil_div(scratch, 4) + 16);
+  float* first = memory.data();
+  while (reinterpret_cast<Address>(first) % 64) ++first;
+  for (int64_t i = 0; i < batch; ++i) {
+    if (begins[i] == begins[i + 1]) return false;
+    std::memcpy(first + i * in_features, pointer<float>(x) + begins[i] * in_features,
+                in_features * sizeof(float));
+  }
+  kernels.forward({batch, in_features, out_features, first, pointer(packed), pointer<float>(bias),
+                   pointer<float>(out), first + firsts, Activation::kNone, num_threads});
+  return true;
+}
+
 void bind_linear(py::module_& m) {
+  m.def("linear_of_first", &linear_of_first, release_gil());
   m.def("linear_kind", [](int precision) { return linear_kernels_of(precision).name; });
   m.def("linear_is_fast", [](int precision) { return linear_kernels_of(precision).fast; });
   m.def("linear_min_rows", [](int precision) { return linear_kernels_of(precision).min_rows; });
@@ -380,6 +459,11 @@ void bind_linear(py::module_& m) {
 }
 
 void bind_encoder(py::module_& m) {
+  py::class_<Embeddings>(m, "Embeddings", py::module_local())
+      .def(py::init<const std::array<Embeddings::Weights, 3>&, int64_t,
+                    const Embeddings::LayerNorm&>())
+      .def_static("inside", &Embeddings::inside)
+      .def("forward", &Embeddings::forward, release_gil());
   py::class_<Encoder>(m, "Encoder", py::module_local())
       .def(py::init<const std::vector<Encoder::Layer>&, int64_t, int64_t, int64_t, double, int>())
       .def("holds", &Encoder::holds)
@@ -489,6 +573,12 @@ auto with_type(char code, Address address, F f) {
 }
 
 void bind_tokens(py::module_& m) {
+  m.def("mean_rows",
+        [](Address x, int64_t rows, Address cu_seqlens, int64_t batch, int64_t width, Address out) {
+          return mean_rows(pointer<float>(x), rows, pointer<int32_t>(cu_seqlens), batch, width,
+                           pointer<float>(out));
+        },
+        release_gil());
   m.def("range_of", [](char code, Address ids, int64_t count) {
     return with_type(code, ids, [=](auto* values) { return range_of(values, count); });
   });
@@ -498,7 +588,7 @@ void bind_tokens(py::module_& m) {
       return real_tokens(values, batch, seqlen, pointer<int32_t>(cu_seqlens),
                          pointer<int64_t>(index));
     });
-    return std::make_tuple(found.count, found.longest, found.valid);
+    return std::make_tuple(found.count, found.longest, found.shortest, found.valid);
   });
 }
 
@@ -515,7 +605,12 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "bert_fast's compiled kernels. Private: bert_fast's ops validate, this does not.";
 
   m.def("forked", &forked);
-  m.def("put_on_team", &put_on_team);
+  // Also sets the threads of OpenMP and MKL, by their own functions; returns MKL's that were.
+  m.def("put_on_team", [](bool on, Address set_openmp, int openmp, Address set_mkl, int mkl) {
+    put_on_team(on);
+    if (set_openmp) reinterpret_cast<void (*)(int)>(set_openmp)(openmp);
+    return set_mkl ? reinterpret_cast<int (*)(int)>(set_mkl)(mkl) : 0;
+  });
   m.def("cpu_isa", &cpu_isa);
   m.def("set_cpu_isa", [](const std::string& name) {
     if (!set_cpu_isa(name.c_str())) {

@@ -40,6 +40,7 @@ class Support:
 
 
 _chosen: dict[tuple, str] = {}  # a call of choose -> what it returned
+_alike: dict[tuple, bool] = {}  # the same of all_choose
 
 
 class _Table(dict):
@@ -48,10 +49,12 @@ class _Table(dict):
     def __setitem__(self, key, value):
         super().__setitem__(key, value)
         _chosen.clear()
+        _alike.clear()
 
     def __delitem__(self, key):
         super().__delitem__(key)
         _chosen.clear()
+        _alike.clear()
 
 
 OPS = ("attention", "layer_norm", "gelu")
@@ -200,11 +203,7 @@ def choose(op, device, dtype, needs_grad, backend=None, size=0):
     Raises:
         BackendUnavailableError: a backend was asked for by name and cannot run this call.
     """
-    asked, interprets, host = _environment
-    key = (
-        op, device, dtype, needs_grad, backend, size, _override.get(), asked(), interprets(),
-        host(), why_not, torch.cuda.get_device_capability,
-    )  # fmt: skip
+    key = op, device, dtype, needs_grad, backend, size, *_circumstances()
     known = type(size) is int  # not a symbol of a traced shape
     if known and (name := _chosen.get(key)) is not None:
         return name
@@ -213,6 +212,20 @@ def choose(op, device, dtype, needs_grad, backend=None, size=0):
     if known and (device.type != "cuda" or device.index is not None):  # cuda: any may be current
         _chosen[key] = name
     return name
+
+
+def all_choose(name, ops, device, dtype):
+    """Whether each of these ops, in inference, chooses this backend."""
+    key = name, ops, device, dtype, *_circumstances()
+    if (found := _alike.get(key)) is None:
+        found = _alike[key] = all(choose(op, device, dtype, needs_grad=False) == name for op in ops)
+    return found
+
+
+def _circumstances():
+    asked, interprets, host = _environment
+    of_torch = torch.cuda.get_device_capability
+    return _override.get(), asked(), interprets(), host(), why_not, of_torch
 
 
 def _choose(op, device, dtype, needs_grad, backend, size):

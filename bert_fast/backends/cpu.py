@@ -1,7 +1,5 @@
 """The ``cpu`` backend: csrc/cpu through pybind11, for tensors that ops.py has validated."""
 
-import ctypes
-import os
 import threading
 
 import torch
@@ -9,6 +7,7 @@ import torch
 from bert_fast import _C
 from bert_fast.backends import processes, tokens  # noqa: F401, tokens for ops
 from bert_fast.backends.memory import packed_memory
+from bert_fast.backends.threads import WithoutOpenMP, num_threads  # noqa: F401, the one for ops
 
 if processes.forked:  # before the extension was loaded: it could not notice
     _C.forked()
@@ -18,47 +17,6 @@ APPROXIMATE = {"none": 0, "tanh": 1}
 
 
 ACTIVATIONS = {None: 0, "none": 1, "tanh": 2}  # GELU's approximate, or no GELU
-
-
-_local = threading.local()
-
-
-def num_threads():
-    """Of our kernels: torch's, also where torch's own ops have but one."""
-    return getattr(_local, "num_threads", 0) or torch.get_num_threads()
-
-
-def _of_torch(name):
-    """A C function that torch's own ops call, or are linked with; else one that does nothing."""
-    try:  # PyDLL: it is not worth letting go of the GIL
-        return getattr(ctypes.PyDLL("libtorch_cpu.so", mode=os.RTLD_NOLOAD), name)
-    except (OSError, AttributeError):
-        return lambda number: 0
-
-
-_set_openmp_threads = _of_torch("omp_set_num_threads")  # of the calling thread
-_set_mkl_threads = _of_torch("MKL_Set_Num_Threads_Local")  # of it, too; returns what was
-
-
-class WithoutOpenMP:
-    """Meanwhile torch's ops in this thread run in it alone, and our kernels on its team. For the
-    small steps around a model's layers in one call: each parallel loop of OpenMP would start
-    threads that the layers have to end, and beside busy processes wait a time slice for them."""
-
-    def __enter__(self):
-        self.inside_another = getattr(_local, "num_threads", 0) > 0
-        if not self.inside_another:
-            _local.num_threads = torch.get_num_threads()
-            _C.put_on_team(True)
-            _set_openmp_threads(1)
-            self.mkl_threads = _set_mkl_threads(1)
-
-    def __exit__(self, *_):
-        if not self.inside_another:
-            _set_mkl_threads(self.mkl_threads)
-            _set_openmp_threads(_local.num_threads)
-            _C.put_on_team(False)
-            _local.num_threads = 0
 
 
 def address(tensor):
@@ -183,8 +141,11 @@ def embedding_forward(
 
 
 def _table(table, ids):
-    wide = ids is not None and ids.dtype == torch.int64
-    return address(table), table.shape[0], address(ids), wide
+    return address(table), table.shape[0], *_ids(ids)
+
+
+def _ids(tensor):
+    return address(tensor), tensor is not None and tensor.dtype == torch.int64
 
 
 def gelu_forward(x, bias, approximate, out=None):
@@ -343,9 +304,50 @@ class PackedWeight:
         )  # fmt: skip
         return out
 
+    def of_first(self, x, cu_seqlens, weight, bias):
+        """first Wᵀ + bias, (batch, out_features), of each sequence's first row of ``x``; or None
+        where one has none. On the team."""
+        packed, *_ = self.current(weight)
+        batch, bias = cu_seqlens.numel() - 1, as_float32(bias)
+        out = x.new_empty(batch, self.shape[0])
+        every_one = _C.linear_of_first(
+            self.code, batch, self.shape[1], self.shape[0],
+            *map(address, (cu_seqlens, x, packed, bias, out)), num_threads(),
+        )  # fmt: skip
+        return out if every_one else None
+
 
 def _scratch(size, x, workspace):
     return workspace.take("scratch", 1, (size + 3) // 4, x) if size else None
+
+
+class Embeddings:
+    """Tables (word, position, token type) and a layer-norm bound to csrc/cpu/embedding.cpp, for
+    inference. fp32, contiguous; of who uses this see :class:`Encoder`."""
+
+    def __init__(self, tables, norm):
+        self.hidden = tables[0].shape[1]
+        self.kept = [t.detach() for t in (*tables, norm.weight, norm.bias)]
+        *tables, weight, bias = map(address, self.kept)
+        rows = map(len, self.kept)
+        norm = weight, bias, norm.eps
+        self.bound = _C.Embeddings(list(zip(tables, rows, strict=False)), self.hidden, norm)
+
+    @staticmethod
+    def are_inside(ids, limits, count):
+        """Whether the first ``count`` ids of each (int32, int64 or None) are in [0, limit)."""
+        return _C.Embeddings.inside(list(map(_ids, ids)), limits, count)
+
+    def forward(self, ids, rows, batch, seqlen, cu_seqlens, index):
+        """(rows, hidden) of ids, positions (None: as they stand) and token types (None: all 0):
+        (batch, seqlen), at the places of ``index`` (None: all); or packed, by ``cu_seqlens``, where
+        ``seqlen`` is 0. None where one is outside of its table."""
+        x = self.kept[0].new_empty(rows, self.hidden)
+        inside = self.bound.forward(
+            list(map(_ids, ids)), rows, batch, seqlen, *map(address, (cu_seqlens, index, x)),
+            num_threads(),
+        )  # fmt: skip
+        return x if inside else None
 
 
 class Encoder:

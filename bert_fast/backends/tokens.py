@@ -20,11 +20,21 @@ def can_count(mask):
 
 
 def real_tokens(mask):
-    """(offsets, number, longest, places, whether it holds ones and zeros alone)"""
+    """(offsets, number, longest, shortest, places, whether it holds ones and zeros alone)"""
     batch, seqlen = mask.shape
     offsets = mask.new_empty(batch + 1, dtype=torch.int32)
     places = mask.new_empty(batch * seqlen, dtype=torch.int64)
-    number, longest, valid = _C.real_tokens(
+    number, longest, shortest, valid = _C.real_tokens(
         _CODES[mask.dtype], mask.data_ptr(), batch, seqlen, offsets.data_ptr(), places.data_ptr()
     )
-    return offsets, number, longest, places, valid
+    return offsets, number, longest, shortest, places, valid
+
+
+def means(x, cu_seqlens):
+    """(batch, width) of (rows, width); None where the offsets are of other rows."""
+    (rows, width), batch = x.shape, cu_seqlens.numel() - 1
+    out = x.new_empty(batch, width)
+    fit = _C.mean_rows(
+        x.data_ptr(), rows, cu_seqlens.data_ptr(), batch, width, out.data_ptr()
+    )  # fmt: skip
+    return out if fit else None

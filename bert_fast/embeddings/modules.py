@@ -50,6 +50,8 @@ class Pooling(nn.Module):
     def pool(self, hidden, cu_seqlens, prompt_length=0):
         """(total_tokens, width) -> (batch, width of the result)."""
         skip = 0 if self.include_prompt else prompt_length
+        if len(self.modes) == 1:
+            return pool(hidden, cu_seqlens, self.modes[0], skip)
         return torch.cat([pool(hidden, cu_seqlens, mode, skip) for mode in self.modes], dim=1)
 
 

@@ -4,11 +4,11 @@ through the encoder, by CUDA graphs where they are small."""
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 import warnings
 from collections.abc import Iterable
 
-import numpy as np
 import torch
 
 from bert_fast.embeddings import settings
@@ -165,19 +165,18 @@ class TextModel(Pools):
     @torch.inference_mode()
     def _run(self, encodings, batch_size, batch_tokens, advance, finish):
         """``finish(backbone's result, cu_seqlens)`` gives a result a text; in the texts' order."""
-        self.model.eval()
+        if is_any_in_training(self.model):
+            self.model.eval()
         out = [None] * len(encodings)
         lengths = [len(e.ids) for e in encodings]
         for batch in batches_by_tokens(lengths, batch_tokens, batch_size):
-            long = np.concatenate([[0], np.cumsum([lengths[i] for i in batch])])
-            cu_seqlens = torch.from_numpy(long.astype(np.int32))
-            tokens, types = (
-                torch.tensor([t for i in batch for t in getattr(encodings[i], name)],
-                             dtype=torch.int64)
-                for name in ("ids", "type_ids")
-            )  # fmt: skip
-            if not self.takes_types:
-                types = torch.zeros_like(types)
+            offsets = itertools.accumulate((lengths[i] for i in batch), initial=0)
+            cu_seqlens = torch.tensor(list(offsets), dtype=torch.int32)
+            tokens = _joined(encodings[i].ids for i in batch)
+            if self.takes_types:
+                types = _joined(encodings[i].type_ids for i in batch)
+            else:
+                types = torch.zeros_like(tokens)
             longest = max(lengths[i] for i in batch)
             states, cu_seqlens = self._states(tokens, types, cu_seqlens, longest)
             with self.backbone.around(states.numel()):
@@ -189,7 +188,10 @@ class TextModel(Pools):
 
     def _states(self, tokens, types, cu_seqlens, longest):
         """The backbone's result for packed inputs on the CPU, and cu_seqlens, on the device."""
-        device, graphed, states = self.device, self._for_small_batches(), None
+        device, states = self.device, None
+        graphed = self._for_small_batches(device)
+        if graphed is None and device.type == "cpu":
+            return self.backbone(tokens, types, cu_seqlens, longest), cu_seqlens
         if graphed is not None:
             states = graphed(tokens, types, cu_seqlens, longest)
         moved = cu_seqlens.to(device)
@@ -198,16 +200,31 @@ class TextModel(Pools):
             states = self.backbone(tokens, types, moved, longest)
         return states, moved
 
-    def _for_small_batches(self):
+    def _for_small_batches(self, device):
         """The graphs of the backbone as it is, or None: on a CPU, or where they are not wanted."""
         graphed = self._graphed
-        if graphed is None or not graphed.is_of(self.backbone, self.device):
-            wanted = self.cuda_graphs and self.device.type == "cuda"
+        if graphed is None or not graphed.is_of(self.backbone, device):
+            wanted = self.cuda_graphs and device.type == "cuda"
             graphed = self._graphed = GraphedBackbone(self.backbone) if wanted else None
         return graphed
 
     def __getstate__(self):  # graphs are this process's
         return self.__dict__ | {"_graphed": None}
+
+
+def is_any_in_training(model):
+    """Whether one of its modules is: asking all takes less than saying eval() to all."""
+    modules = [model]
+    for module in modules:
+        own = module.__dict__
+        if own.get("training", True):
+            return True
+        modules += [child for child in own["_modules"].values() if child is not None]
+    return False
+
+
+def _joined(lists):
+    return torch.tensor([t for of in lists for t in of], dtype=torch.int64)
 
 
 def converted(result, single, convert_to_numpy, convert_to_tensor):

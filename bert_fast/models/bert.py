@@ -144,7 +144,7 @@ class BertModel(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.pooler = Linear(config.hidden_size, config.hidden_size) if add_pooling_layer else None
         self.workspace = Workspace()
-        self.one_call = OneCall(Layer, Attention, FeedForward)
+        self.one_call = OneCall(Layer, Attention, FeedForward, Embeddings)
         self.served_in: str | None = None  # the precision that for_inference gave it
         self.apply(initialiser(config))
 
@@ -273,11 +273,12 @@ class BertModel(nn.Module):
             input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen, capacity=capacity, output_hidden_states=output_hidden_states,
         )  # fmt: skip
-        weight = self.embeddings.norm.weight
-        with self.one_call.around(states[-1].numel()):
+        pooled = self._pool(states[-1], packing)
+        with self.one_call.around(states[-1].numel(), copies=True):
             hidden_states = states if cu_seqlens is not None else list(map(packing.unpack, states))
-            hidden_states = [as_autocast_gives(h, weight) for h in hidden_states]
-            pooled = self._pool(states[-1], packing)
+            if torch.is_autocast_enabled(states[-1].device.type):
+                weight = self.embeddings.norm.weight
+                hidden_states = [as_autocast_gives(h, weight) for h in hidden_states]
         return BertOutput(
             hidden_states[-1], pooled, tuple(hidden_states) if output_hidden_states else None
         )
@@ -293,28 +294,24 @@ class BertModel(nn.Module):
         run = self._encode
         if self.served_in is not None:
             run = self._uncompiled() if torch.compiler.is_compiling() else self._encode_served
-        return run(
-            input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen,
-            capacity, output_hidden_states,
-        )  # fmt: skip
+        inputs = input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen
+        return run((*inputs, capacity), output_hidden_states)
 
     def _uncompiled(self):  # no decorator: that imports all of torch._dynamo
         return torch.compiler.disable(self._encode_served)
 
     def _encode_served(self, *args):
+        if not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
+            return self._encode(*args)  # without contexts, each as long as an op
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             return self._encode(*args)
 
-    def _encode(
-        self, input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen,
-        capacity, output_hidden_states,
-    ):  # fmt: skip
-        tokens = input_ids.numel() if isinstance(input_ids, Tensor) else 0
+    def _encode(self, inputs, output_hidden_states):
+        if not output_hidden_states and (found := self.one_call.from_ids(self, *inputs)):
+            return found
+        tokens = inputs[0].numel() if isinstance(inputs[0], Tensor) else 0
         with self.one_call.around(tokens * self.config.hidden_size):
-            x, packing = self._embed(
-                input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen,
-                capacity,
-            )  # fmt: skip
+            x, packing = self._embed(*inputs)
         workspace = self.workspace if can_reuse_memory(x) else NoWorkspace()
         if workspace is self.workspace and not output_hidden_states:
             output = self.one_call(self.layers, x, packing, workspace)
@@ -338,23 +335,12 @@ class BertModel(nn.Module):
         check_ids("input_ids", input_ids, self.config.vocab_size)
         check_ids("token_type_ids", token_type_ids, self.config.type_vocab_size, input_ids)
         check_ids("position_ids", position_ids, self.config.max_position_embeddings, input_ids)
-        device = input_ids.device
+        packing = self._packing(input_ids, attention_mask, cu_seqlens, max_seqlen, capacity)
         if cu_seqlens is not None:
-            if input_ids.ndim != 1 or attention_mask is not None or capacity is not None:
-                raise ValueError(
-                    "cu_seqlens is for packed input: input_ids must be (total_tokens,), "
-                    "attention_mask and capacity None"
-                )
-            tokens = input_ids.shape[0]
-            max_seqlen = ops.check_cu_seqlens(
-                "cu_seqlens", cu_seqlens, tokens, device, max_seqlen, False
-            )
-            packing = Packing(cu_seqlens, max_seqlen, None, 1, tokens)
             if position_ids is None:
-                _, position_ids = ops.reference.sequence_of_token(cu_seqlens, tokens)
-                self.check_length(max_seqlen if ops.is_concrete(cu_seqlens) else 0)
+                _, position_ids = ops.reference.sequence_of_token(cu_seqlens, input_ids.shape[0])
+                self.check_length(packing.max_seqlen if ops.is_concrete(cu_seqlens) else 0)
         else:
-            packing = self._packing(input_ids, attention_mask, capacity)
             if position_ids is None:
                 self.check_length(input_ids.shape[1])
                 position_ids = packing.positions()
@@ -365,7 +351,18 @@ class BertModel(nn.Module):
                 token_type_ids = packing.pack(token_type_ids)
         return self.embeddings(input_ids, position_ids, token_type_ids), packing
 
-    def _packing(self, input_ids, attention_mask, capacity):
+    def _packing(self, input_ids, attention_mask, cu_seqlens, max_seqlen, capacity):
+        if cu_seqlens is not None:
+            if input_ids.ndim != 1 or attention_mask is not None or capacity is not None:
+                raise ValueError(
+                    "cu_seqlens is for packed input: input_ids must be (total_tokens,), "
+                    "attention_mask and capacity None"
+                )
+            tokens, device = input_ids.shape[0], input_ids.device
+            max_seqlen = ops.check_cu_seqlens(
+                "cu_seqlens", cu_seqlens, tokens, device, max_seqlen, False
+            )
+            return Packing(cu_seqlens, max_seqlen, None, 1, tokens)
         if input_ids.ndim != 2:
             raise ValueError(
                 f"input_ids must be (batch, seqlen), not {tuple(input_ids.shape)}; "
@@ -393,7 +390,10 @@ class BertModel(nn.Module):
             )
 
     def _pool(self, x, packing):
-        pooler = self.pooler
+        pooler = self._modules.get("pooler")
         if pooler is None:
             return None
-        return packing.of_first(x, lambda first: torch.tanh(pooler(first)))
+        with self.one_call.around(x.numel()):
+            if (product := self.one_call.of_first(pooler, x, packing)) is not None:
+                return product.tanh_()
+            return packing.of_first(x, lambda first: torch.tanh(pooler(first)))

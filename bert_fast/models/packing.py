@@ -232,8 +232,7 @@ def _by_one_read(mask):
 
 def _counted(mask):
     if (found := ops.real_tokens(mask)) is not None:
-        offsets, longest, index = found
-        none_empty = bool(np.diff(offsets.numpy()).all())
+        offsets, longest, none_empty, index = found
         return Packing(offsets, longest, index, *mask.shape, none_empty=none_empty)
     return _packing(mask, *_look_here(mask))
 

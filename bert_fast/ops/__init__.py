@@ -4,7 +4,14 @@ from bert_fast.ops import reference
 from bert_fast.ops.attention import attention, attention_qkv
 from bert_fast.ops.checks import check_cu_seqlens, is_concrete
 from bert_fast.ops.embedding import embedding_layer_norm
-from bert_fast.ops.encoder import bind_encoder, runs_in_one_call, unchanged, without_openmp
+from bert_fast.ops.encoder import (
+    all_run_in_one_call,
+    bind_embeddings,
+    bind_encoder,
+    runs_in_one_call,
+    unchanged,
+    without_openmp,
+)
 from bert_fast.ops.gelu import gelu
 from bert_fast.ops.layer_norm import layer_norm
 from bert_fast.ops.linear import (
@@ -16,15 +23,18 @@ from bert_fast.ops.linear import (
     why_not_packed,
 )
 from bert_fast.ops.repeat import Repeat, can_repeat, launches
-from bert_fast.ops.tokens import range_of, real_tokens
+from bert_fast.ops.tokens import are_inside, means, range_of, real_tokens
 from bert_fast.ops.training_layer import Numbers, Seeds, training_layer
 
 __all__ = [
     "Numbers",
     "Repeat",
     "Seeds",
+    "all_run_in_one_call",
+    "are_inside",
     "attention",
     "attention_qkv",
+    "bind_embeddings",
     "bind_encoder",
     "can_repeat",
     "can_use_packed",
@@ -36,6 +46,7 @@ __all__ = [
     "launches",
     "layer_norm",
     "linear_gelu",
+    "means",
     "pack_weight",
     "range_of",
     "real_tokens",

@@ -3,9 +3,11 @@
 import torch
 
 from bert_fast import backends
+from bert_fast.ops.library import is_unseen
 from bert_fast.ops.linear import can_use_packed
 
 OPS = ("attention", "layer_norm", "gelu")
+ALL_OPS = (*OPS, "embedding_layer_norm")
 
 
 def bind_encoder(layers, num_heads, approximate):
@@ -24,12 +26,36 @@ def bind_encoder(layers, num_heads, approximate):
     return backends.module("cpu").Encoder(layers, num_heads, approximate)
 
 
+def bind_embeddings(tables, norm):
+    """A :class:`bert_fast.backends.cpu.Embeddings` of the modules word, position and token type,
+    and of a layer-norm; or None where they have not the float32 parameters that it takes."""
+    weights = [table.weight for table in tables]
+    hidden = weights[0].shape[-1:]
+    fit = all(w.ndim == 2 and w.shape[1:] == hidden for w in weights)
+    for parameter in (norm.weight, norm.bias):
+        fit = fit and parameter is not None and parameter.shape == hidden
+    if not fit or not all(map(_is_plain, (*weights, norm.weight, norm.bias))):
+        return None
+    return backends.module("cpu").Embeddings(weights, norm)
+
+
 def runs_in_one_call(x):
     """Whether each op of a layer would choose the ``cpu`` backend for ``x``."""
     if x.device.type != "cpu" or x.dtype != torch.float32 or not x.is_contiguous():
         return False
-    chosen = (backends.choose(op, "cpu", x.dtype, needs_grad=False) for op in OPS)
-    return all(name == "cpu" for name in chosen)
+    return backends.all_choose("cpu", OPS, "cpu", torch.float32)
+
+
+def all_run_in_one_call(given):
+    """Whether the embeddings' and the layers' ops on these tensors (or None) may be one call, in
+    inference: nobody looks on, and each would choose the ``cpu`` backend."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and not torch._C._is_any_autocast_enabled()
+        and is_unseen(given)
+        and backends.all_choose("cpu", ALL_OPS, "cpu", torch.float32)
+    )
 
 
 def unchanged(*args):
@@ -52,3 +78,8 @@ def _can_be_bound(part):
     packed = part.packed
     plain = isinstance(packed, backends.module("cpu").PackedWeight)
     return plain and part.bias.device.type == "cpu" and can_use_packed(packed, part.weight)
+
+
+def _is_plain(parameter):
+    plain = parameter.dtype == torch.float32 and parameter.is_contiguous()
+    return plain and parameter.device.type == "cpu"

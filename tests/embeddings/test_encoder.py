@@ -116,3 +116,13 @@ def test_read_texts(tmp_path):
         path.write_text('{"text": "one"}\n' + bad)
         with pytest.raises(ValueError, match=r"texts\.jsonl:2"):
             read_texts(path)
+
+
+def test_a_part_in_training_is_no_more(encoder):
+    """Whatever was put into training, and by whom: encode drops nothing out."""
+    wanted = encoder.encode("one text")
+    parts = encoder.model, encoder.model.layers[1].attention, encoder.model.embeddings.dropout
+    for part in parts:
+        part.training = True
+        assert (encoder.encode("one text") == wanted).all()
+        assert not any(module.training for module in encoder.model.modules())

@@ -76,6 +76,9 @@ def test_no_threads_of_openmp_are_started():
     forward(model, *given)  # binds the layers
     assert not starts_threads(lambda: forward(model, *given))
     assert not starts_threads(lambda: forward(model, given[0], torch.ones_like(given[0])))
+    few, mask = given[0][:3], (torch.arange(40) < torch.tensor([[40], [9], [20]])).long()
+    for ids in (few, few[:1]):  # too few for a thread of torch's but by products and tanh
+        assert not starts_threads(lambda ids=ids: forward(model, ids, mask[: len(ids)]))
 
 
 class Threads(TorchDispatchMode):

@@ -103,3 +103,32 @@ def test_first_tokens():
     flat = hidden.view(12, 5)
     wanted = torch.stack([flat[0].exp(), torch.zeros(5), flat[3].exp()])
     assert torch.equal(packed.of_first(flat, torch.exp), wanted)
+
+
+@settings(deadline=None, max_examples=30)
+@given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=5), width=st.integers(1, 40))
+def test_means_of_sequences(lengths, width):
+    """The bits that torch's index_add_ gives."""
+    x = torch.randn(sum(lengths), width)
+    cu_seqlens = torch.nn.functional.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
+    sequence = torch.repeat_interleave(torch.tensor(lengths))
+    total = torch.zeros(len(lengths), width).index_add_(0, sequence, x)
+    wanted = total / torch.tensor(lengths).clamp(min=1)[:, None].float()
+    with torch.no_grad():
+        assert torch.equal(ops.means(x, cu_seqlens), wanted)
+
+
+@torch.no_grad()
+def test_means_left_to_torch():
+    """Offsets of other rows, other types, somebody who looks on."""
+    x, offsets = torch.randn(6, 4), torch.tensor([0, 2, 6], dtype=torch.int32)
+    assert ops.means(x, offsets) is not None
+    for wrong in ([0, 2, 7], [0, 2, 5], [1, 2, 6], [0, 8, 6]):
+        assert ops.means(x, torch.tensor(wrong, dtype=torch.int32)) is None
+    for other in (x.double(), x.t().contiguous().t(), x[:, ::2], x[0]):
+        assert ops.means(other, offsets) is None
+    assert ops.means(x, offsets.long()) is None
+    with Seen():
+        assert ops.means(x, offsets) is None
+    with torch.enable_grad():
+        assert ops.means(x.requires_grad_(), offsets) is None
