@@ -39,8 +39,10 @@ from bert_fast.models.blocks import (
     project_add_norm,
 )
 from bert_fast.models.inference import Precision
+from bert_fast.models.one_call import OneCall
 from bert_fast.models.packing import Packing, is_captured
 from bert_fast.models.repeat import Layers
+from bert_fast.models.watch import is_watched
 from bert_fast.models.workspace import NoWorkspace, Workspace, can_reuse_memory
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -98,7 +100,7 @@ def accelerate(
             _change_class(layer, _Layer)
             layer._bert_fast = _LayerSettings(base.config, family)
         _change_class(encoder, _Encoder)
-        encoder._bert_fast = family.output, Workspace(), family.position_bias
+        encoder._bert_fast = family.output, Workspace(), family.position_bias, OneCall()
         _change_class(base, _Model)
         base._bert_fast = family, classes  # type: ignore[assignment]
     layers: list[tuple[str, Any]]
@@ -136,6 +138,9 @@ class _Run:
         if (parts := self.parts.get(layer)) is None:
             parts = self.parts[layer] = Parts(layer, layer._bert_fast.family)
         return parts
+
+    def describe(self, layer):
+        return describe(layer, self)
 
 
 # From _Model to _Encoder. torch.compile cannot trace a ContextVar; what it traces uses the list,
@@ -284,6 +289,10 @@ class _Model(_Accelerated):
 class _Encoder(_Accelerated):
     """Loops over layers, on packed tokens."""
 
+    def _apply(self, *args, **kwargs):
+        self._bert_fast[-1].forget()  # of weights that may go
+        return super()._apply(*args, **kwargs)
+
     def forward(self, *args, **kwargs):
         handed = _handed_over()
         if handed is None:  # called by others than its model
@@ -291,14 +300,13 @@ class _Encoder(_Accelerated):
         from transformers import modeling_outputs
 
         packing, parts = handed
-        output, workspace, bias_of = self._bert_fast
+        output, workspace, bias_of, one_call = self._bert_fast
         arguments = _arguments(self, args, kwargs)
         hidden_states = arguments[self.parameters_by_place[0]]
         recorded = bool(arguments.get("output_hidden_states"))
         x = packing.pack(hidden_states)
         # A layer writes over what it has read, if nobody else may look at that.
-        seen = recorded or any(layer._forward_hooks or layer._forward_pre_hooks
-                               for layer in self.layer)  # fmt: skip
+        seen = recorded or any(map(is_watched, self.layer))
         reuse = can_reuse_memory(x) and not seen
         if reuse and packing.index is None:
             x = x.clone()
@@ -307,11 +315,16 @@ class _Encoder(_Accelerated):
             bias = getattr(self, bias_of)(x.new_empty(1, packing.max_seqlen, 1))[0]
         where = whereabouts(x, is_captured(x.device)) if product_adds_bias(x) else None
         run = _Run(packing, workspace if reuse else NoWorkspace(), bias, parts, where)
-        states, layers = [], Layers(describe, len(self.layer), x)
-        for layer in self.layer:
-            if recorded:
-                states.append(as_autocast_gives(packing.unpack(x), hidden_states))
-            x = layers(layer, x, run)
+        last, states = None, []
+        if reuse and bias is None:
+            state = [layer._bert_fast.state for layer in self.layer]
+            last = one_call(self.layer, x, packing, workspace, run.describe, state)
+        if last is None:
+            layers = Layers(describe, len(self.layer), x)
+            for layer in self.layer:
+                if recorded:
+                    states.append(as_autocast_gives(packing.unpack(x), hidden_states))
+                x = layers(layer, x, run)
         x = as_autocast_gives(packing.unpack(x), hidden_states)
         out = getattr(modeling_outputs, output)(
             last_hidden_state=x, hidden_states=(*states, x) if recorded else None

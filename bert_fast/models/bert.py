@@ -144,7 +144,7 @@ class BertModel(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.pooler = Linear(config.hidden_size, config.hidden_size) if add_pooling_layer else None
         self.workspace = Workspace()
-        self.one_call = OneCall(Layer, Attention, FeedForward)
+        self.one_call = OneCall()
         self.served_in: str | None = None  # the precision that for_inference gave it
         self.apply(initialiser(config))
 
@@ -316,8 +316,8 @@ class BertModel(nn.Module):
                 capacity,
             )  # fmt: skip
         workspace = self.workspace if can_reuse_memory(x) else NoWorkspace()
-        if workspace is self.workspace and not output_hidden_states:
-            output = self.one_call(self.layers, x, packing, workspace)
+        if workspace is self.workspace and not (output_hidden_states or Attention.causal):
+            output = self.one_call(self.layers, x, packing, workspace, self._describe)
             if output is not None:
                 return [output], packing
         states, run = [], Layers(self._describe, len(self.layers), x)

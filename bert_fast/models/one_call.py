@@ -4,10 +4,9 @@ same bits as the layers one by one, without Python between them."""
 import contextlib
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bert_fast import ops
-from bert_fast.models.blocks import Linear
 from bert_fast.models.watch import are_all_watched, is_watched
 
 # Copied by one thread in some 0.5 ms. Many more are worth OpenMP's start: their layers take long.
@@ -17,32 +16,34 @@ _MOST_IN_ONE_THREAD = 1 << 20
 class OneCall:
     """What binds a model's layers, and notices when they are no longer what was bound."""
 
-    def __init__(self, *kinds):
-        self.kinds = kinds  # the classes of a layer, its attention and its feed-forward
-        # (what says that it still is, encoder, layers): replaced as one, for other threads
-        self.bound = None, None, None
+    def __init__(self):
+        # (what says that it still is, encoder, (layers, state)): replaced as one, for other threads
+        self.bound = _NOTHING
 
     def __reduce__(self):  # copies and pickles have other weights: they bind their own
-        return OneCall, self.kinds
+        return OneCall, ()
 
-    def __call__(self, layers, x, packing, workspace):
+    def __call__(self, layers, x, packing, workspace, describe, state=None):
         """The last layer's output, in x's memory; or None where the layers must run one by one:
-        they are hooked, not prepacked, in training with dropout, or asked for another backend."""
-        _, attention, _ = self.kinds
-        if are_all_watched() or attention.causal or not ops.runs_in_one_call(x):
+        they are hooked, not prepacked, in training with dropout, or asked for another backend.
+        ``describe(layer)`` gives a layer's :class:`~bert_fast.models.repeat.Plain`, or None;
+        ``state`` is compared: what else the layers depend on."""
+        if are_all_watched() or not ops.runs_in_one_call(x):
             return None
         watch, encoder, of = self.bound
-        if of is not layers or not watch.hold():
-            if _hooked(layers) or (watch := _watch(layers)) is None:
+        if watch is None or of[0] is not layers or of[1] != state or not watch.hold():
+            if not _is_packed(layers, describe):
+                if watch is not None and not _hooked(layers):
+                    self.forget()
                 return None
-            _, encoder, _ = self.bound = watch, self._bind(layers), layers
+            watch, encoder, _ = self.bound = self._bind(layers, describe, state)
         if encoder is None or x.shape[0] < encoder.min_rows():
             return None
         return encoder.forward(x, packing.cu_seqlens, workspace)
 
     def forget(self):
         """Keeps nothing alive of the layers that were bound."""
-        self.bound = None, None, None
+        self.bound = _NOTHING
 
     def around(self, numbers):
         """A context for what a model does before and after its layers with so many numbers. Where
@@ -52,54 +53,44 @@ class OneCall:
             return contextlib.nullcontext()
         return ops.without_openmp() if self.bound[1] else contextlib.nullcontext()
 
-    def _bind(self, layers):
-        first = next(iter(layers), None)
-        if first is None or not all(self._is_plain(layer, first) for layer in layers):
-            return None
-        return ops.bind_encoder(
-            [_products_and_norms(layer) for layer in layers],
-            first.attention.num_heads, first.feed_forward.approximate,
-        )  # fmt: skip
-
-    def _is_plain(self, layer, first):
-        children = layer._modules.get("attention"), layer._modules.get("feed_forward")
-        if (type(layer), *map(type, children)) != self.kinds:
-            return False
-        attention, feed_forward = children
-        dropout = (attention.dropout_p, attention.hidden_dropout_p, feed_forward.hidden_dropout_p)
-        parts = zip(_products_and_norms(layer), _PARTS, strict=True)
-        return (
-            all(type(part) is kind for part, kind in parts)
-            and not attention.causal
-            and not (any(module.training for module in (layer, *children)) and any(dropout))
-            and attention.num_heads == first.attention.num_heads
-            and feed_forward.approximate == first.feed_forward.approximate
-        )
+    def _bind(self, layers, describe, state):
+        if (watch := _watch(layers)) is None:  # before they are looked at
+            return _NOTHING
+        plain, encoder = list(map(describe, layers)), None
+        if all(layer is not None and _is_like(layer.numbers, plain[0].numbers) for layer in plain):
+            numbers = plain[0].numbers
+            encoder = ops.bind_encoder(
+                [layer.parts for layer in plain], numbers.num_heads, numbers.approximate
+            )
+        return watch, encoder, (layers, state)
 
 
-_PARTS = (Linear, Linear, nn.LayerNorm, Linear, Linear, nn.LayerNorm)
+_NOTHING = None, None, (None, None)
 
 
-def _products_and_norms(layer):
-    attention, feed_forward = layer.attention, layer.feed_forward
-    return (
-        attention.qkv, attention.out, attention.norm,
-        feed_forward.up, feed_forward.down, feed_forward.norm,
-    )  # fmt: skip
+def _is_packed(layers, describe):
+    """Whether it is worth looking at all layers: by the first."""
+    first = next(iter(layers._modules.values()), None) if type(layers) is nn.ModuleList else None
+    plain = None if first is None else describe(first)
+    return plain is not None and plain.is_packed()
+
+
+def _is_like(numbers, first):
+    same = (numbers.num_heads, numbers.approximate) == (first.num_heads, first.approximate)
+    return same and not numbers.causal and not any(numbers.dropout)
 
 
 def _hooked(layers):
-    return any(
-        is_watched(module)
-        for layer in layers._modules.values()
-        for module in (layer, *layer._modules.values())
-    )
+    """Of leaves the weights are read, and nothing is called."""
+    return any(is_watched(module) for module in layers.modules() if module._modules)
 
 
 _HOOKS = "_forward_hooks", "_forward_pre_hooks"
-_OF_A_MODULE = *_HOOKS, "forward", "_compiled_call_impl", "training", "_modules"
-_OF_A_BLOCK = "dropout_p", "hidden_dropout_p", "approximate", "num_heads", "causal"
-_OF_A_PART = "_parameters", "packed", "eps"
+# What modules have, or may be given.
+_OF_A_MODULE = *_HOOKS, "forward", "_compiled_call_impl", "training", "_modules", "causal"
+_OF_A_LEAF = "_parameters", "training", "packed"
+_WHERE_THERE = "dropout_p", "hidden_dropout_p", "p", "approximate", "num_heads", "eps"
+_PLAIN = Tensor, nn.Parameter
 
 
 def _watch(layers):
@@ -107,29 +98,23 @@ def _watch(layers):
     memory, no write that PyTorch has seen, no hook, no training. None where writes are not seen
     (inference tensors), or modules are not kept in dictionaries (TorchScript's)."""
     kinds, values, contents, tensors = [], [], [], []
-
-    def look_at(module, names, *parts):
+    for module in layers.modules():
         own = module.__dict__
+        if not isinstance(own.get("_modules"), dict):
+            return None
+        names, read = _OF_A_LEAF, ("_parameters",)
+        if own["_modules"]:
+            names, read = _OF_A_MODULE, ("_modules", *_HOOKS)
         kinds.append((module, type(module)))
         values.extend((own, name, own.get(name)) for name in names)
-        contents.extend((own[part], list(own[part].values())) for part in parts)
-
-    look_at(layers, ("_modules",), "_modules")
-    for layer in layers._modules.values():
-        look_at(layer, _OF_A_MODULE, "_modules", *_HOOKS)
-        for block in layer._modules.values():
-            look_at(block, (*_OF_A_MODULE, *_OF_A_BLOCK), "_modules", *_HOOKS)
-            for part in block._modules.values():
-                look_at(part, _OF_A_PART, "_parameters")
-                for name, parameter in part._parameters.items():
-                    if parameter is None:
-                        continue
-                    if parameter.is_inference():
-                        return None
-                    # What is not packed is read where it lies, whatever was written there.
-                    is_packed = name == "weight" and part.__dict__.get("packed")
-                    version = parameter._version if is_packed else -1
-                    tensors.append((parameter, parameter.data_ptr(), version))
-    if not all(isinstance(kept, dict) for kept, _ in contents):
-        return None
+        values.extend((own, name, own[name]) for name in _WHERE_THERE if name in own)
+        contents.extend((own[name], list(own[name].values())) for name in read)
+        for parameter in own["_parameters"].values():
+            if parameter is None:
+                continue
+            if type(parameter) not in _PLAIN or parameter.is_inference():
+                return None
+            # What is not packed is read where it lies, whatever was written there.
+            version = parameter._version if parameter.ndim > 1 else -1
+            tensors.append((parameter, parameter.data_ptr(), version))
     return ops.unchanged(kinds, values, contents, tensors)

@@ -9,16 +9,15 @@ OPS = ("attention", "layer_norm", "gelu")
 
 
 def bind_encoder(layers, num_heads, approximate):
-    """A :class:`bert_fast.backends.cpu.Encoder`, or None where some layer has not the float32
-    parameters and packed weights that it takes."""
-    parts = [part for layer in layers for part in layer]
-    if not parts or not all(map(_can_be_bound, parts)):
-        return None
+    """A :class:`bert_fast.backends.cpu.Encoder` of one layer or more, or None where some layer has
+    not the float32 parameters and packed weights that it takes."""
     wide, hidden = layers[0][3].weight.shape
-    shapes = [(3 * hidden, hidden), (hidden, hidden), (hidden,), (wide, hidden), (hidden, wide),
-              (hidden,)]  # fmt: skip
-    for layer in layers:
-        for part, shape in zip(layer, shapes, strict=True):
+    shapes = [(hidden, hidden), (hidden,), (wide, hidden), (hidden, wide), (hidden,)]
+    for qkv, *rest in layers:
+        each = (3 // len(qkv) * hidden, hidden)
+        for part, shape in zip((*qkv, *rest), (*[each] * len(qkv), *shapes), strict=True):
+            if not _can_be_bound(part):
+                return None
             if tuple(part.weight.shape) != shape or tuple(part.bias.shape) != shape[:1]:
                 return None
     return backends.module("cpu").Encoder(layers, num_heads, approximate)
