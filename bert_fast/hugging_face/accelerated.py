@@ -9,6 +9,7 @@ the ops do not do, and a model into which somebody has put hooks or modules of o
 the code that was inherited.
 """
 
+import contextlib
 import contextvars
 import functools
 import inspect
@@ -146,14 +147,14 @@ class _Run:
 # From _Model to _Encoder. torch.compile cannot trace a ContextVar; what it traces uses the list,
 # and so does what runs beside it after a graph break.
 _packing = contextvars.ContextVar("bert_fast_packing", default=None)
-_traced: list[tuple[Packing, dict] | None] = [None]
+_traced: list[tuple | None] = [None]
 
 
-def _hand_over(packing_and_parts):
+def _hand_over(handed):
     if torch.compiler.is_compiling():
-        _traced[0] = packing_and_parts
+        _traced[0] = handed
         return None
-    return _packing.set(packing_and_parts)
+    return _packing.set(handed)
 
 
 def _take_back(token):
@@ -244,12 +245,16 @@ def _forward_model(self, *args, **kwargs):
         return leave(reason)
     as_dict = arguments.pop("return_dict", None)
     as_dict = getattr(self.config, "return_dict", True) if as_dict is None else as_dict
-    token = _hand_over((packing, kept_of(self)))
-    try:
-        # No mask: nothing is left to hide. A dictionary: hidden states are found by their name.
-        out = original(self, **arguments, return_dict=True)
-    finally:
-        _take_back(token)
+    # No mask: nothing is left to hide. A dictionary: hidden states are found by their name.
+    run = functools.partial(original, self, **arguments, return_dict=True)
+    if torch.compiler.is_compiling():
+        out = _run_with(run, packing, kept_of(self), None)
+    else:
+        one_call = getattr(self, self._bert_fast[0].encoder)._bert_fast[-1]
+        numbers = like.shape[0] * like.shape[1] * self.config.hidden_size
+        with contextlib.ExitStack() as around:  # until layers run one by one
+            around.enter_context(one_call.around(numbers))
+            out = _run_with(run, packing, kept_of(self), around)
     hidden_states = getattr(out, "hidden_states", None)
     if hidden_states is not None:  # transformers 5 records what the layers give: packed
         out.hidden_states = tuple(
@@ -258,6 +263,14 @@ def _forward_model(self, *args, **kwargs):
             for h in hidden_states
         )  # fmt: skip
     return out if as_dict else out.to_tuple()
+
+
+def _run_with(run, *handed):
+    token = _hand_over(handed)
+    try:
+        return run()
+    finally:
+        _take_back(token)
 
 
 def _why_no_distances(packing):
@@ -299,7 +312,7 @@ class _Encoder(_Accelerated):
             return super().forward(*args, **kwargs)
         from transformers import modeling_outputs
 
-        packing, parts = handed
+        packing, parts, around = handed
         output, workspace, bias_of, one_call = self._bert_fast
         arguments = _arguments(self, args, kwargs)
         hidden_states = arguments[self.parameters_by_place[0]]
@@ -320,6 +333,8 @@ class _Encoder(_Accelerated):
             state = [layer._bert_fast.state for layer in self.layer]
             last = one_call(self.layer, x, packing, workspace, run.describe, state)
         if last is None:
+            if around is not None:
+                around.close()  # torch's own ops are to run in all threads
             layers = Layers(describe, len(self.layer), x)
             for layer in self.layer:
                 if recorded:
