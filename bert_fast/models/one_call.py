@@ -100,8 +100,6 @@ def _watch(layers):
     kinds, values, contents, tensors = [], [], [], []
     for module in layers.modules():
         own = module.__dict__
-        if not isinstance(own.get("_modules"), dict):
-            return None
         names, read = _OF_A_LEAF, ("_parameters",)
         if own["_modules"]:
             names, read = _OF_A_MODULE, ("_modules", *_HOOKS)

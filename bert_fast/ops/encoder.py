@@ -1,5 +1,8 @@
 """A stack of encoder layers in one call, for inference with packed weights on the CPU."""
 
+from operator import is_
+from typing import NamedTuple
+
 import torch
 
 from bert_fast import backends
@@ -31,9 +34,36 @@ def runs_in_one_call(x):
     return all(name == "cpu" for name in chosen)
 
 
-def unchanged(*args):
-    """A :class:`bert_fast.backends.cpu.Unchanged`."""
-    return backends.module("cpu").Unchanged(*args)
+def unchanged(kinds, values, contents, tensors):
+    """A :class:`bert_fast.backends.cpu.Unchanged`, or what does the same without the extension; None
+    where something is not kept in dictionaries, as TorchScript's modules are not."""
+    if not all(isinstance(kept, dict) for kept, *_ in (*values, *contents)):
+        return None
+    found = kinds, values, contents, tensors
+    if backends.why_unavailable("cpu") is None:
+        return backends.module("cpu").Unchanged(*found)
+    return _Unchanged(*found)
+
+
+class _Unchanged(NamedTuple):
+    kinds: list
+    values: list
+    contents: list
+    tensors: list
+
+    def hold(self):
+        return (
+            all(type(thing) is kind for thing, kind in self.kinds)
+            and all(kept.get(name) is value for kept, name, value in self.values)
+            and all(
+                len(kept) == len(values) and all(map(is_, kept.values(), values))
+                for kept, values in self.contents
+            )
+            and all(
+                tensor.data_ptr() == address and version in (-1, tensor._version)
+                for tensor, address, version in self.tensors
+            )
+        )
 
 
 def without_openmp():
