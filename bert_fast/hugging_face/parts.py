@@ -159,8 +159,10 @@ def describe(layer, run):
         tuple(map(probability, dropouts)),
     )  # fmt: skip
     packing = run.packing if run.position_bias is None else None  # the bias learns: op by op
-    parts = qkv, out, norms[0], up, down, norms[1]
-    return Plain(numbers, packing, project, [linear.parts() for linear in qkv], rest, parts)
+    return Plain(
+        numbers, packing, project, [linear.parts() for linear in qkv], rest,
+        (qkv, out, norms[0], up, down, norms[1]),
+    )  # fmt: skip
 
 
 def whereabouts(x, captured):

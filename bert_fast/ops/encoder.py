@@ -35,8 +35,8 @@ def runs_in_one_call(x):
 
 
 def unchanged(kinds, values, contents, tensors):
-    """A :class:`bert_fast.backends.cpu.Unchanged`, or what does the same without the extension; None
-    where something is not kept in dictionaries, as TorchScript's modules are not."""
+    """A :class:`bert_fast.backends.cpu.Unchanged`, or what does the same without the extension.
+    None where something is not kept in dictionaries, as TorchScript's modules are not."""
     if not all(isinstance(kept, dict) for kept, *_ in (*values, *contents)):
         return None
     found = kinds, values, contents, tensors
