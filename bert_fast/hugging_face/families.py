@@ -170,17 +170,18 @@ def why_not_this_state(base, family, classes):
         return None
     if reason := _why_not(encoder, family, classes):
         return reason
-    if (now := _look(encoder)) is not None:
+    if (now := _look(base, family.encoder)) is not None:
         _seen[base] = now, {}
     else:
         _seen.pop(base, None)
     return None
 
 
-def _look(encoder):
-    """What says whether an encoder's modules have the classes, children, hooks and attributes that
-    they have now; None where nothing can."""
-    kinds, values, contents = [], [], []
+def _look(base, name):
+    """What says whether a model has the encoder that it has now, whose modules have the classes,
+    children, hooks and attributes of now; None where nothing can."""
+    encoder = getattr(base, name)
+    kinds, values, contents = [], [(base._modules, name, encoder)], []
     for module in encoder.modules():
         own, kept = module.__dict__, ("_modules", *_HOOKS)
         kinds.append((module, type(module)))
@@ -191,6 +192,8 @@ def _look(encoder):
 
 
 def _why_not(encoder, family, classes):
+    if not hasattr(encoder, "_bert_fast"):
+        return f"an encoder, a {type(encoder).__name__}, that was not accelerated"
     if reason := _watched(encoder, family.encoder):
         return reason
     linears = family.linears()

@@ -32,9 +32,11 @@ class OneCall:
             return None
         watch, encoder, of = self.bound
         if watch is None or of[0] is not layers or of[1] != state or not watch.hold():
-            if not _is_packed(layers, describe):
-                if watch is not None and not _hooked(layers):
-                    self.forget()
+            is_packed = _is_packed(layers, describe)
+            if not (is_packed or watch) or _hooked(layers):
+                return None
+            if not is_packed:
+                self.forget()
                 return None
             watch, encoder, _ = self.bound = self._bind(layers, describe, state)
         if encoder is None or x.shape[0] < encoder.min_rows():

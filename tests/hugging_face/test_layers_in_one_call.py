@@ -282,6 +282,16 @@ def test_what_else_runs_one_by_one(calls):
     assert len(calls) == 1
 
 
+def test_an_encoder_in_the_place_of_ours():
+    model, other, inputs = drawn_model(), drawn_model(), batch()
+    run(model, inputs)
+    model.encoder = copy.deepcopy(other.encoder)
+    assert torch.equal(run(model, inputs), one_by_one(model, inputs))
+    model.encoder = bert_fast.restore(other).encoder  # computes the padding, by the mask
+    wanted = run(bert_fast.restore(copy.deepcopy(model)), inputs)
+    assert torch.equal(run(model, inputs), wanted)
+
+
 def test_adapters_are_computed(calls):
     peft = pytest.importorskip("peft", reason="the package peft is not installed")
     model, inputs = drawn_model(), batch()
@@ -342,9 +352,10 @@ def test_nothing_changed_is_bound_once(monkeypatch):
     model, inputs = drawn_model(), batch()
     for _ in range(3):
         run(model, inputs)
-        hook = model.encoder.layer[0].register_forward_hook(lambda *args: None)
-        run(model, inputs)
-        hook.remove()
+        for hooked in (*model.encoder.layer, attention(model)):
+            hook = hooked.register_forward_hook(lambda *args: None)
+            run(model, inputs)
+            hook.remove()
         layer = model.encoder.layer[0]
         layer.count = getattr(layer, "count", 0) + 1
     assert len(bound) == 1
