@@ -303,7 +303,8 @@ class Encoder {
   // Packed weight, bias, precision, samples of the weight; None where that is gone.
   using Linear = std::tuple<Address, Address, int, const Samples*>;
   using LayerNorm = std::tuple<Address, Address, double>;  // weight, bias, eps
-  using Layer = std::tuple<Linear, Linear, LayerNorm, Linear, Linear, LayerNorm>;
+  using Linears = std::vector<Linear>;  // of queries, keys and values: one, or one for each
+  using Layer = std::tuple<Linears, Linear, LayerNorm, Linear, Linear, LayerNorm>;
 
   Encoder(const std::vector<Layer>& layers, int64_t hidden, int64_t intermediate, int64_t num_heads,
           double scale, int activation)
@@ -311,8 +312,14 @@ class Encoder {
         activation_(static_cast<Activation>(activation)) {
     for (const Layer& layer : layers) {
       const auto& [qkv, out, attention_norm, up, down, output_norm] = layer;
-      layers_.push_back({linear(qkv), linear(out), norm(attention_norm), linear(up), linear(down),
-                         norm(output_norm)});
+      EncoderLayer& to = layers_.emplace_back();
+      to.qkv_products = static_cast<int>(qkv.size());
+      for (size_t i = 0; i < qkv.size(); ++i) to.qkv[i] = linear(qkv[i]);
+      to.out = linear(out);
+      to.attention_norm = norm(attention_norm);
+      to.up = linear(up);
+      to.down = linear(down);
+      to.output_norm = norm(output_norm);
     }
   }
 
@@ -342,12 +349,12 @@ class Encoder {
                      intermediate_, num_heads_, pointer<int32_t>(cu_seqlens),
                      static_cast<float>(scale_), activation_, pointer<float>(x), memory + at[0],
                      memory + at[1], memory + at[2], memory + at[3], memory + at[4],
-                     memory + at[5], num_threads});
+                     memory + at[5], memory + at[6], num_threads});
   }
 
  private:
   // Where each part of the workspace begins, on a cache line of it; and the end.
-  std::array<int64_t, 7> parts(int64_t rows, int num_threads) const {
+  std::array<int64_t, 8> parts(int64_t rows, int num_threads) const {
     int64_t scratch = 0;
     for (const auto& [precision, kernels] : kernels_) {
       for (int64_t width : {hidden_, intermediate_}) {
@@ -355,9 +362,10 @@ class Encoder {
       }
     }
     const int64_t floats[] = {3 * rows * hidden_,    rows * hidden_,    rows * hidden_,
-                              rows * intermediate_, rows * num_heads_, ceil_div(scratch, 4)};
-    std::array<int64_t, 7> begins = {};
-    for (int i = 0; i < 6; ++i) begins[i + 1] = begins[i] + ceil_div(floats[i], 16) * 16;
+                              rows * intermediate_, rows * num_heads_, 3 * hidden_,
+                              ceil_div(scratch, 4)};
+    std::array<int64_t, 8> begins = {};
+    for (int i = 0; i < 7; ++i) begins[i + 1] = begins[i] + ceil_div(floats[i], 16) * 16;
     return begins;
   }
 

@@ -232,16 +232,21 @@ def same_bits_at_any_thread_count(run):
 
 @pytest.fixture
 def attention(monkeypatch):
-    """How often our attention ran; and warnings are said anew."""
+    """How often our attention ran, alone or in a model's one call; and warnings are said anew."""
     from bert_fast import ops
+    from bert_fast.backends import cpu
     from bert_fast.hugging_face import families
 
     families.warn_once.cache_clear()
-    calls, real = [], ops.attention
+    calls = []
 
-    def count(*args, **kwargs):
-        calls.append(1)
-        return real(*args, **kwargs)
+    def counted(real):
+        def count(*args, **kwargs):
+            calls.append(1)
+            return real(*args, **kwargs)
 
-    monkeypatch.setattr(ops, "attention", count)
+        return count
+
+    monkeypatch.setattr(ops, "attention", counted(ops.attention))
+    monkeypatch.setattr(cpu.Encoder, "forward", counted(cpu.Encoder.forward))
     return calls

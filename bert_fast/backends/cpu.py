@@ -353,24 +353,28 @@ class Embeddings:
 class Encoder:
     """Post-norm encoder layers bound to csrc/cpu/encoder.cpp: inference in one call.
 
-    ``layers``: for each the products qkv, out, up, down (``weight``, ``bias``, ``packed``) and the
-    norms after out and down (``weight``, ``bias``, ``eps``); fp32, contiguous. Products may
-    change their numbers; who uses this sees to it that nothing of them is replaced or lies
-    elsewhere, and that no write was seen by PyTorch.
+    ``layers``: for each a list of the product qkv, or of the three, and then: the product out, its
+    norm, the products up and down, the last norm. Of products ``weight``, ``bias``, ``packed``, of
+    norms ``weight``, ``bias``, ``eps``; fp32, contiguous. Products may change their numbers; who
+    uses this sees to it that nothing of them is replaced or lies elsewhere, and that no write was
+    seen by PyTorch.
     """
 
     def __init__(self, layers, num_heads, approximate):
         self.layers, self.num_heads, self.approximate = layers, num_heads, approximate
         self.intermediate, self.hidden = layers[0][3].weight.shape
-        self.products = [part for layer in layers for part in layer if not hasattr(part, "eps")]
-        self.codes = sorted({part.packed.code for part in self.products})
+        products = [p for qkv, out, _, up, down, _ in layers for p in (*qkv, out, up, down)]
+        self.codes = sorted({product.packed.code for product in products})
         self.bound = self._bind()
 
     def _bind(self):
         """The plan, and the memory whose addresses it holds."""
         with _packing:
             kept = []
-            layers = [[_bound(part, kept) for part in layer] for layer in self.layers]
+            layers = [
+                [[_bound(part, kept) for part in qkv], *(_bound(part, kept) for part in rest)]
+                for qkv, *rest in self.layers
+            ]
             plan = _C.Encoder(
                 layers, self.hidden, self.intermediate, self.num_heads,
                 (self.hidden // self.num_heads) ** -0.5, ACTIVATIONS[self.approximate],

@@ -9,6 +9,7 @@ the ops do not do, and a model into which somebody has put hooks or modules of o
 the code that was inherited.
 """
 
+import contextlib
 import contextvars
 import functools
 import inspect
@@ -39,8 +40,10 @@ from bert_fast.models.blocks import (
     project_add_norm,
 )
 from bert_fast.models.inference import Precision
+from bert_fast.models.one_call import OneCall
 from bert_fast.models.packing import Packing, is_captured
 from bert_fast.models.repeat import Layers
+from bert_fast.models.watch import is_watched
 from bert_fast.models.workspace import NoWorkspace, Workspace, can_reuse_memory
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -98,7 +101,7 @@ def accelerate(
             _change_class(layer, _Layer)
             layer._bert_fast = _LayerSettings(base.config, family)
         _change_class(encoder, _Encoder)
-        encoder._bert_fast = family.output, Workspace(), family.position_bias
+        encoder._bert_fast = family.output, Workspace(), family.position_bias, OneCall()
         _change_class(base, _Model)
         base._bert_fast = family, classes  # type: ignore[assignment]
     layers: list[tuple[str, Any]]
@@ -137,18 +140,21 @@ class _Run:
             parts = self.parts[layer] = Parts(layer, layer._bert_fast.family)
         return parts
 
+    def describe(self, layer):
+        return describe(layer, self)
+
 
 # From _Model to _Encoder. torch.compile cannot trace a ContextVar; what it traces uses the list,
 # and so does what runs beside it after a graph break.
 _packing = contextvars.ContextVar("bert_fast_packing", default=None)
-_traced: list[tuple[Packing, dict] | None] = [None]
+_traced: list[tuple | None] = [None]
 
 
-def _hand_over(packing_and_parts):
+def _hand_over(handed):
     if torch.compiler.is_compiling():
-        _traced[0] = packing_and_parts
+        _traced[0] = handed
         return None
-    return _packing.set(packing_and_parts)
+    return _packing.set(handed)
 
 
 def _take_back(token):
@@ -239,12 +245,16 @@ def _forward_model(self, *args, **kwargs):
         return leave(reason)
     as_dict = arguments.pop("return_dict", None)
     as_dict = getattr(self.config, "return_dict", True) if as_dict is None else as_dict
-    token = _hand_over((packing, kept_of(self)))
-    try:
-        # No mask: nothing is left to hide. A dictionary: hidden states are found by their name.
-        out = original(self, **arguments, return_dict=True)
-    finally:
-        _take_back(token)
+    # No mask: nothing is left to hide. A dictionary: hidden states are found by their name.
+    run = functools.partial(original, self, **arguments, return_dict=True)
+    if torch.compiler.is_compiling():
+        out = _run_with(run, packing, kept_of(self), None)
+    else:
+        one_call = getattr(self, self._bert_fast[0].encoder)._bert_fast[-1]
+        numbers = like.shape[0] * like.shape[1] * self.config.hidden_size
+        with contextlib.ExitStack() as around:  # until layers run one by one
+            around.enter_context(one_call.around(numbers))
+            out = _run_with(run, packing, kept_of(self), around)
     hidden_states = getattr(out, "hidden_states", None)
     if hidden_states is not None:  # transformers 5 records what the layers give: packed
         out.hidden_states = tuple(
@@ -253,6 +263,14 @@ def _forward_model(self, *args, **kwargs):
             for h in hidden_states
         )  # fmt: skip
     return out if as_dict else out.to_tuple()
+
+
+def _run_with(run, *handed):
+    token = _hand_over(handed)
+    try:
+        return run()
+    finally:
+        _take_back(token)
 
 
 def _why_no_distances(packing):
@@ -284,21 +302,24 @@ class _Model(_Accelerated):
 class _Encoder(_Accelerated):
     """Loops over layers, on packed tokens."""
 
+    def _apply(self, *args, **kwargs):
+        self._bert_fast[-1].forget()  # of weights that may go
+        return super()._apply(*args, **kwargs)
+
     def forward(self, *args, **kwargs):
         handed = _handed_over()
         if handed is None:  # called by others than its model
             return super().forward(*args, **kwargs)
         from transformers import modeling_outputs
 
-        packing, parts = handed
-        output, workspace, bias_of = self._bert_fast
+        packing, parts, around = handed
+        output, workspace, bias_of, one_call = self._bert_fast
         arguments = _arguments(self, args, kwargs)
         hidden_states = arguments[self.parameters_by_place[0]]
         recorded = bool(arguments.get("output_hidden_states"))
         x = packing.pack(hidden_states)
         # A layer writes over what it has read, if nobody else may look at that.
-        seen = recorded or any(layer._forward_hooks or layer._forward_pre_hooks
-                               for layer in self.layer)  # fmt: skip
+        seen = recorded or any(map(is_watched, self.layer))
         reuse = can_reuse_memory(x) and not seen
         if reuse and packing.index is None:
             x = x.clone()
@@ -307,11 +328,18 @@ class _Encoder(_Accelerated):
             bias = getattr(self, bias_of)(x.new_empty(1, packing.max_seqlen, 1))[0]
         where = whereabouts(x, is_captured(x.device)) if product_adds_bias(x) else None
         run = _Run(packing, workspace if reuse else NoWorkspace(), bias, parts, where)
-        states, layers = [], Layers(describe, len(self.layer), x)
-        for layer in self.layer:
-            if recorded:
-                states.append(as_autocast_gives(packing.unpack(x), hidden_states))
-            x = layers(layer, x, run)
+        last, states = None, []
+        if reuse and bias is None:
+            state = [layer._bert_fast.state for layer in self.layer]
+            last = one_call(self.layer, x, packing, workspace, run.describe, state)
+        if last is None:
+            if around is not None:
+                around.close()  # torch's own ops are to run in all threads
+            layers = Layers(describe, len(self.layer), x)
+            for layer in self.layer:
+                if recorded:
+                    states.append(as_autocast_gives(packing.unpack(x), hidden_states))
+                x = layers(layer, x, run)
         x = as_autocast_gives(packing.unpack(x), hidden_states)
         out = getattr(modeling_outputs, output)(
             last_hidden_state=x, hidden_states=(*states, x) if recorded else None

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from bert_fast import ops
 from bert_fast.models.arguments import ATTENTIONS
 from bert_fast.models.blocks import GELU_APPROXIMATE
 from bert_fast.models.watch import are_all_watched
@@ -165,47 +166,34 @@ def why_not_this_state(base, family, classes):
         if known.kind.forward is not known.forward or not _is_theirs(known.forward):
             return f"a forward of somebody's own in {known.kind.__name__}"
     seen = _seen.get(base)
-    if seen is not None and _are_as_seen(seen[0]):
+    if seen is not None and seen[0].hold():
         return None
-    if (reason := _why_not(encoder, family, classes)) is None:
-        _seen[base] = _look(encoder), {}
-    return reason
+    if reason := _why_not(encoder, family, classes):
+        return reason
+    if (now := _look(base, family.encoder)) is not None:
+        _seen[base] = now, {}
+    else:
+        _seen.pop(base, None)
+    return None
 
 
-def _look(encoder):
-    """(module, its class, its own dictionary, its children, its hooks, its attributes) of an
-    encoder's modules."""
-    found = []
+def _look(base, name):
+    """What says whether a model has the encoder that it has now, whose modules have the classes,
+    children, hooks and attributes of now; None where nothing can."""
+    encoder = getattr(base, name)
+    kinds, values, contents = [], [(base._modules, name, encoder)], []
     for module in encoder.modules():
-        own = module.__dict__
-        hooks = tuple(dict(own[kind]) for kind in _HOOKS)
-        children = tuple(own["_modules"].values())
-        attributes = tuple((name, own[name]) for name in _attributes(module))
-        found.append((module, type(module), own, children, hooks, attributes))
-    return found
-
-
-def _are_as_seen(seen):
-    for module, kind, own, children, hooks, attributes in seen:
-        if type(module) is not kind or "forward" in own:
-            return False
-        if any(hooks):
-            if tuple(dict(own[kind]) for kind in _HOOKS) != hooks:
-                return False
-        elif (
-            own["_forward_hooks"] or own["_forward_pre_hooks"]
-            or own["_backward_hooks"] or own["_backward_pre_hooks"]
-        ):  # fmt: skip
-            return False
-        if (children or own["_modules"]) and tuple(own["_modules"].values()) != children:
-            return False
-        for name, value in attributes:
-            if own.get(name) != value:
-                return False
-    return True
+        own, kept = module.__dict__, ("_modules", *_HOOKS)
+        kinds.append((module, type(module)))
+        values.extend((own, name, own.get(name)) for name in ("forward", *kept))
+        values.extend((own, name, own[name]) for name in _attributes(module))
+        contents.extend((own[name], list(own[name].values())) for name in kept)
+    return ops.unchanged(kinds, values, contents, [])
 
 
 def _why_not(encoder, family, classes):
+    if not hasattr(encoder, "_bert_fast"):
+        return f"an encoder, a {type(encoder).__name__}, that was not accelerated"
     if reason := _watched(encoder, family.encoder):
         return reason
     linears = family.linears()

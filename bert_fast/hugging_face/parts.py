@@ -141,7 +141,7 @@ def describe(layer, run):
     if (
         is_watched(layer)
         or any(type(norm) is not nn.LayerNorm for norm in norms)
-        or any(type(product) is not View or product.packed is not None for product in products)
+        or any(type(product) is not View for product in products)
     ):  # fmt: skip
         return None
     *qkv, out, up, down = products
@@ -159,7 +159,10 @@ def describe(layer, run):
         tuple(map(probability, dropouts)),
     )  # fmt: skip
     packing = run.packing if run.position_bias is None else None  # the bias learns: op by op
-    return Plain(numbers, packing, project, [linear.parts() for linear in qkv], rest)
+    return Plain(
+        numbers, packing, project, [linear.parts() for linear in qkv], rest,
+        (qkv, out, norms[0], up, down, norms[1]),
+    )  # fmt: skip
 
 
 def whereabouts(x, captured):

@@ -144,7 +144,7 @@ class BertModel(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.pooler = Linear(config.hidden_size, config.hidden_size) if add_pooling_layer else None
         self.workspace = Workspace()
-        self.one_call = OneCall(Layer, Attention, FeedForward, Embeddings)
+        self.one_call = OneCall(Embeddings)
         self.served_in: str | None = None  # the precision that for_inference gave it
         self.apply(initialiser(config))
 
@@ -307,16 +307,16 @@ class BertModel(nn.Module):
             return self._encode(*args)
 
     def _encode(self, inputs, output_hidden_states):
-        if not output_hidden_states and (found := self.one_call.from_ids(self, *inputs)):
+        last_alone = not (output_hidden_states or Attention.causal)
+        if last_alone and (found := self.one_call.from_ids(self, *inputs)):
             return found
         tokens = inputs[0].numel() if isinstance(inputs[0], Tensor) else 0
         with self.one_call.around(tokens * self.config.hidden_size):
             x, packing = self._embed(*inputs)
         workspace = self.workspace if can_reuse_memory(x) else NoWorkspace()
-        if workspace is self.workspace and not output_hidden_states:
-            output = self.one_call(self.layers, x, packing, workspace)
-            if output is not None:
-                return [output], packing
+        given, reuses = (self.layers, x, packing, workspace), workspace is self.workspace
+        if last_alone and reuses and (out := self.one_call(*given, self._describe)) is not None:
+            return [out], packing
         states, run = [], Layers(self._describe, len(self.layers), x)
         for layer in self.layers:
             if output_hidden_states:

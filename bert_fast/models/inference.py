@@ -142,7 +142,7 @@ class Observer:
     released = False
 
     def __init__(self, weight):
-        self.weight, self.greatest, self.rows = weight, None, []
+        self.weight, self.shape, self.greatest, self.rows = weight, weight.shape, None, []
 
     def possible(self, weight):
         return True

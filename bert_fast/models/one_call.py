@@ -6,7 +6,7 @@ what it does elsewhere."""
 import contextlib
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bert_fast import ops
 from bert_fast.models.blocks import Linear
@@ -22,17 +22,19 @@ _MOST_IN_A_COPY = 1 << 15
 class OneCall:
     """What binds a model's layers, and notices when they are no longer what was bound."""
 
-    def __init__(self, *kinds):
-        self.kinds = kinds  # the classes of a layer, its attention, its feed-forward, embeddings
+    def __init__(self, embeddings=None):
+        self.of_embeddings = embeddings  # the class of those that are computed beside the layers
         self.forget()
 
     def __reduce__(self):  # copies and pickles have other weights: they bind their own
-        return OneCall, self.kinds
+        return OneCall, (self.of_embeddings,)
 
-    def __call__(self, layers, x, packing, workspace):
+    def __call__(self, layers, x, packing, workspace, describe, state=None):
         """The last layer's output, in x's memory; or None where the layers must run one by one:
-        they are hooked, not prepacked, in training with dropout, or asked for another backend."""
-        encoder = self._encoder(layers) if ops.runs_in_one_call(x) else None
+        they are hooked, not prepacked, in training with dropout, or asked for another backend.
+        ``describe(layer)`` gives a layer's :class:`~bert_fast.models.repeat.Plain`, or None;
+        ``state`` is compared: what else the layers depend on."""
+        encoder = self._encoder(layers, describe, state) if ops.runs_in_one_call(x) else None
         if encoder is None or x.shape[0] < encoder.min_rows():
             return None
         return encoder.forward(x, packing.cu_seqlens, workspace)
@@ -46,14 +48,12 @@ class OneCall:
         that it refuses."""
         ids = input_ids, position_ids, token_type_ids
         given, parts, config = (*ids, attention_mask, cu_seqlens), model._modules, model.config
-        _, encoder, of = self.bound
-        if (encoder is None and of is parts["layers"]) or capacity is not None:
+        if capacity is not None or not ops.all_run_in_one_call(given):
             return None
-        if not ops.all_run_in_one_call(given):
-            return None
-        embeddings, encoder = self._embeddings(parts["embeddings"]), self._encoder(parts["layers"])
+        encoder = self._encoder(parts["layers"], model._describe)
+        embeddings = encoder and self._embeddings(parts["embeddings"])
         limits = config.vocab_size, config.max_position_embeddings, config.type_vocab_size
-        if embeddings is None or encoder is None or not ops.are_inside(ids, limits):
+        if embeddings is None or not ops.are_inside(ids, limits):
             return None
         packing = model._packing(input_ids, attention_mask, cu_seqlens, max_seqlen, None)
         index, packed = packing.index, cu_seqlens is not None
@@ -77,15 +77,16 @@ class OneCall:
         if not plain or are_all_watched() or not ops.all_run_in_one_call((x,)):
             return None
         (weight, bias), offsets = linear.parts(), packing.cu_seqlens.contiguous()
-        if not packed.possible(weight) or offsets.shape[0] <= packed.min_rows():
+        fits = packed.possible(weight) and weight.shape == packed.shape
+        if not fits or offsets.shape[0] <= packed.min_rows():
             return None
         return packed.of_first(x, offsets, weight, bias)
 
     def forget(self):
         """Keeps nothing alive of what was bound."""
-        # (what says that it still is, encoder, layers): replaced as one, for other threads
-        self.bound = None, None, None
-        self.bound_embeddings = None, None, None  # the same of them
+        # (what says that it still is, encoder, (layers, state)): replaced as one, for other threads
+        self.bound = _NOTHING
+        self.bound_embeddings = None, None, None  # of them, without a state
 
     def around(self, numbers, copies=False):
         """A context for what a model does before and after its layers with so many numbers, or for
@@ -96,141 +97,105 @@ class OneCall:
         small = (_MOST_IN_A_COPY if copies else 0) < numbers <= _MOST_IN_ONE_THREAD
         return ops.without_openmp() if small else contextlib.nullcontext()
 
-    def _encoder(self, layers):
-        if are_all_watched() or self.kinds[1].causal:
+    def _encoder(self, layers, describe, state=None):
+        if are_all_watched():
             return None
         watch, encoder, of = self.bound
-        if of is not layers or not watch.hold():
-            if _hooked(layers) or (watch := _watch(layers)) is None:
+        if watch is None or of[0] is not layers or of[1] != state or not watch.hold():
+            is_packed = _is_packed(layers, describe)
+            if not (is_packed or watch) or _hooked(layers):
                 return None
-            _, encoder, _ = self.bound = watch, self._bind(layers), layers
+            if not is_packed:
+                self.forget()
+                return None
+            watch, encoder, _ = self.bound = _bind(layers, describe, state)
         return encoder
 
     def _embeddings(self, embeddings):
         watch, bound, of = self.bound_embeddings
         if of is not embeddings or not watch.hold():
             kinds = [(name, type(part)) for name, part in embeddings._modules.items()]
-            if type(embeddings) is not self.kinds[3] or kinds != _EMBEDDINGS:
+            if type(embeddings) is not self.of_embeddings or kinds != _EMBEDDINGS:
                 return None
-            if (watch := _watch_embeddings(embeddings)) is None:
+            if (watch := _watch(embeddings, embeddings._modules["dropout"])) is None:
                 return None
-            bound = self._bind_embeddings(embeddings)
+            bound = _bind_embeddings(embeddings)
             self.bound_embeddings = watch, bound, embeddings
         return bound
 
-    def _bind_embeddings(self, embeddings):
-        *tables, norm, dropout = embeddings._modules.values()
-        if is_watched(embeddings) or is_watched(dropout) or (dropout.training and dropout.p):
-            return None
-        return ops.bind_embeddings(tables, norm)
 
-    def _bind(self, layers):
-        first = next(iter(layers), None)
-        if first is None or not all(self._is_plain(layer, first) for layer in layers):
-            return None
-        return ops.bind_encoder(
-            [_products_and_norms(layer) for layer in layers],
-            first.attention.num_heads, first.feed_forward.approximate,
-        )  # fmt: skip
-
-    def _is_plain(self, layer, first):
-        children = layer._modules.get("attention"), layer._modules.get("feed_forward")
-        if (type(layer), *map(type, children)) != self.kinds[:3]:
-            return False
-        attention, feed_forward = children
-        dropout = (attention.dropout_p, attention.hidden_dropout_p, feed_forward.hidden_dropout_p)
-        parts = zip(_products_and_norms(layer), _PARTS, strict=True)
-        return (
-            all(type(part) is kind for part, kind in parts)
-            and not attention.causal
-            and not (any(module.training for module in (layer, *children)) and any(dropout))
-            and attention.num_heads == first.attention.num_heads
-            and feed_forward.approximate == first.feed_forward.approximate
-        )
-
-
+_NOTHING = None, None, (None, None)
 _EMBEDDINGS = [
     ("word", nn.Embedding), ("position", nn.Embedding), ("token_type", nn.Embedding),
     ("norm", nn.LayerNorm), ("dropout", nn.Dropout),
 ]  # fmt: skip
-_PARTS = (Linear, Linear, nn.LayerNorm, Linear, Linear, nn.LayerNorm)
 
 
-def _products_and_norms(layer):
-    attention, feed_forward = layer.attention, layer.feed_forward
-    return (
-        attention.qkv, attention.out, attention.norm,
-        feed_forward.up, feed_forward.down, feed_forward.norm,
-    )  # fmt: skip
+def _bind_embeddings(embeddings):
+    *tables, norm, dropout = embeddings._modules.values()
+    if is_watched(embeddings) or is_watched(dropout) or (dropout.training and dropout.p):
+        return None
+    return ops.bind_embeddings(tables, norm)
+
+
+def _bind(layers, describe, state):
+    if (watch := _watch(layers)) is None:  # before they are looked at
+        return _NOTHING
+    plain, encoder = list(map(describe, layers)), None
+    if all(layer is not None and _is_like(layer.numbers, plain[0].numbers) for layer in plain):
+        numbers = plain[0].numbers
+        encoder = ops.bind_encoder(
+            [layer.parts for layer in plain], numbers.num_heads, numbers.approximate
+        )
+    return watch, encoder, (layers, state)
+
+
+def _is_packed(layers, describe):
+    """Whether it is worth looking at all layers: by the first."""
+    first = next(iter(layers._modules.values()), None) if type(layers) is nn.ModuleList else None
+    plain = None if first is None else describe(first)
+    return plain is not None and plain.is_packed()
+
+
+def _is_like(numbers, first):
+    same = (numbers.num_heads, numbers.approximate) == (first.num_heads, first.approximate)
+    return same and not numbers.causal and not any(numbers.dropout)
 
 
 def _hooked(layers):
-    return any(
-        is_watched(module)
-        for layer in layers._modules.values()
-        for module in (layer, *layer._modules.values())
-    )
+    """Of leaves the weights are read, and nothing is called."""
+    return any(is_watched(module) for module in layers.modules() if module._modules)
 
 
 _HOOKS = "_forward_hooks", "_forward_pre_hooks"
-_OF_A_MODULE = *_HOOKS, "forward", "_compiled_call_impl", "training", "_modules"
-_OF_A_BLOCK = "dropout_p", "hidden_dropout_p", "approximate", "num_heads", "causal", "p"
-_OF_A_PART = "_parameters", "packed", "eps"
-_TENSORS = torch.Tensor, nn.Parameter
+# What modules have, or may be given.
+_OF_A_MODULE = *_HOOKS, "forward", "_compiled_call_impl", "training", "_modules", "causal"
+_OF_A_LEAF = "_parameters", "training", "packed"
+_WHERE_THERE = "dropout_p", "hidden_dropout_p", "p", "approximate", "num_heads", "eps"
+_PLAIN = Tensor, nn.Parameter
 
 
-class _Looks:
+def _watch(root, *called):
     """What says whether all that is to be bound is as it is now: no other module, parameter or
-    memory, no write that PyTorch has seen, no hook, no training."""
-
-    def __init__(self):
-        self.kinds, self.values, self.contents, self.tensors = [], [], [], []
-        self.are_plain = True  # tensors of memory in which PyTorch sees writes
-
-    def at(self, module, names, *parts):
+    memory, no write that PyTorch has seen, no hook, no training; ``called``: leaves that are more
+    than their weights. None where writes are not seen (inference tensors), or modules are not kept
+    in dictionaries (TorchScript's)."""
+    kinds, values, contents, tensors = [], [], [], []
+    for module in root.modules():
         own = module.__dict__
-        self.kinds.append((module, type(module)))
-        self.values.extend((own, name, own.get(name)) for name in names)
-        self.contents.extend((own[part], list(own[part].values())) for part in parts)
-
-    def at_part(self, part):
-        self.at(part, _OF_A_PART, "_parameters")
-        for name, parameter in part._parameters.items():
-            if parameter is not None:
-                # What is not packed is read where it lies, whatever was written there.
-                is_packed = name == "weight" and part.__dict__.get("packed")
-                if type(parameter) not in _TENSORS or parameter.is_inference():
-                    self.are_plain = False
-                    return
-                version = parameter._version if is_packed else -1
-                self.tensors.append((parameter, parameter.data_ptr(), version))
-
-    def through(self):
-        """None where writes are not seen (inference tensors, tensors of other kinds), or modules
-        are not kept in dictionaries (TorchScript's)."""
-        if not self.are_plain or not all(isinstance(kept, dict) for kept, _ in self.contents):
-            return None
-        return ops.unchanged(self.kinds, self.values, self.contents, self.tensors)
-
-
-def _watch(layers):
-    looks = _Looks()
-    looks.at(layers, ("_modules",), "_modules")
-    for layer in layers._modules.values():
-        looks.at(layer, _OF_A_MODULE, "_modules", *_HOOKS)
-        for block in layer._modules.values():
-            looks.at(block, (*_OF_A_MODULE, *_OF_A_BLOCK), "_modules", *_HOOKS)
-            for part in block._modules.values():
-                looks.at_part(part)
-    return looks.through()
-
-
-def _watch_embeddings(embeddings):
-    looks = _Looks()
-    looks.at(embeddings, _OF_A_MODULE, "_modules", *_HOOKS)
-    for name, part in embeddings._modules.items():
-        if name == "dropout":
-            looks.at(part, (*_OF_A_MODULE, *_OF_A_BLOCK), *_HOOKS)
-        else:
-            looks.at_part(part)
-    return looks.through()
+        names, read = _OF_A_LEAF, ("_parameters",)
+        if own["_modules"] or module in called:
+            names, read = _OF_A_MODULE, ("_modules", *_HOOKS)
+        kinds.append((module, type(module)))
+        values.extend((own, name, own.get(name)) for name in names)
+        values.extend((own, name, own[name]) for name in _WHERE_THERE if name in own)
+        contents.extend((own[name], list(own[name].values())) for name in read)
+        for parameter in own["_parameters"].values():
+            if parameter is None:
+                continue
+            if type(parameter) not in _PLAIN or parameter.is_inference():
+                return None
+            # What is not packed is read where it lies, whatever was written there.
+            version = parameter._version if parameter.ndim > 1 else -1
+            tensors.append((parameter, parameter.data_ptr(), version))
+    return ops.unchanged(kinds, values, contents, tensors)

@@ -25,18 +25,26 @@ class Plain(NamedTuple):
     project: object  # x -> q, k, v, each (total_tokens, num_heads, head_dim), with their biases
     qkv: list  # (weight, bias) of the product that makes q, k and v, or of one for each
     rest: list  # of: output product, norm, up, down, last norm
+    parts: tuple  # [the products of qkv], and those of rest: modules, or View
+
+    def is_packed(self):
+        """Whether some product has a packed weight."""
+        qkv, out, _, up, down, _ = self.parts
+        return any(product.packed is not None for product in (*qkv, out, up, down))
 
     def kind(self):
         """What layers have in common of which one can repeat another; None where none can."""
         tensors = list(itertools.chain.from_iterable((*self.qkv, *self.rest)))
         if not _PLAIN.issuperset(map(type, tensors)) or any(self.numbers.dropout):
             return None  # also where there is none
+        if self.is_packed():
+            return None
         return self.numbers, list(map(_of_tensor, tensors)), list(map(Tensor.stride, tensors))
 
     def train(self, x, seeds):
         """The layer as one op; None where it cannot be. ``seeds``: an :class:`ops.Seeds`."""
         tensors = itertools.chain.from_iterable((*self.qkv, *self.rest))
-        if self.packing is None or not _PLAIN.issuperset(map(type, tensors)):
+        if self.packing is None or not _PLAIN.issuperset(map(type, tensors)) or self.is_packed():
             return None
         cu_seqlens, longest = self.packing.cu_seqlens, self.packing.max_seqlen
         return ops.training_layer(x, cu_seqlens, longest, self.numbers, self.qkv, self.rest, seeds)
@@ -82,7 +90,7 @@ def describer(*kinds):
     """Of BertModel's layers; ``kinds``: the classes of a layer, its attention and feed-forward."""
     forwards = [kind.forward for kind in kinds]
 
-    def describe(layer, packing, workspace):
+    def describe(layer, packing=None, workspace=None):
         parts = layer._modules
         modules = layer, parts.get("attention"), parts.get("feed_forward")
         if tuple(map(type, modules)) != kinds or [kind.forward for kind in kinds] != forwards:
@@ -93,7 +101,7 @@ def describer(*kinds):
         own, inner = attention._modules, feed_forward._modules
         linears = own["qkv"], own["out"], inner["up"], inner["down"]
         norms = own["norm"], inner["norm"]
-        if any(type(linear) is not Linear or linear.packed is not None for linear in linears):
+        if any(type(linear) is not Linear for linear in linears):
             return None
         if any(type(norm) is not nn.LayerNorm for norm in norms):
             return None
@@ -112,7 +120,7 @@ def describer(*kinds):
         def project(x):
             return F.linear(x, weight, bias).view(len(x), 3, *heads).unbind(1)
 
-        rest = [linears[1], norms[0], linears[2], linears[3], norms[1]]
-        return Plain(numbers, packing, project, [qkv], list(map(two, rest)))
+        rest = linears[1], norms[0], linears[2], linears[3], norms[1]
+        return Plain(numbers, packing, project, [qkv], list(map(two, rest)), ([linears[0]], *rest))
 
     return describe

@@ -1,5 +1,8 @@
 """A stack of encoder layers in one call, for inference with packed weights on the CPU."""
 
+from operator import is_
+from typing import NamedTuple
+
 import torch
 
 from bert_fast import backends
@@ -11,16 +14,15 @@ ALL_OPS = (*OPS, "embedding_layer_norm")
 
 
 def bind_encoder(layers, num_heads, approximate):
-    """A :class:`bert_fast.backends.cpu.Encoder`, or None where some layer has not the float32
-    parameters and packed weights that it takes."""
-    parts = [part for layer in layers for part in layer]
-    if not parts or not all(map(_can_be_bound, parts)):
-        return None
+    """A :class:`bert_fast.backends.cpu.Encoder` of one layer or more, or None where some layer has
+    not the float32 parameters and packed weights that it takes."""
     wide, hidden = layers[0][3].weight.shape
-    shapes = [(3 * hidden, hidden), (hidden, hidden), (hidden,), (wide, hidden), (hidden, wide),
-              (hidden,)]  # fmt: skip
-    for layer in layers:
-        for part, shape in zip(layer, shapes, strict=True):
+    shapes = [(hidden, hidden), (hidden,), (wide, hidden), (hidden, wide), (hidden,)]
+    for qkv, *rest in layers:
+        each = (3 // len(qkv) * hidden, hidden)
+        for part, shape in zip((*qkv, *rest), (*[each] * len(qkv), *shapes), strict=True):
+            if not _can_be_bound(part):
+                return None
             if tuple(part.weight.shape) != shape or tuple(part.bias.shape) != shape[:1]:
                 return None
     return backends.module("cpu").Encoder(layers, num_heads, approximate)
@@ -58,9 +60,36 @@ def all_run_in_one_call(given):
     )
 
 
-def unchanged(*args):
-    """A :class:`bert_fast.backends.cpu.Unchanged`."""
-    return backends.module("cpu").Unchanged(*args)
+def unchanged(kinds, values, contents, tensors):
+    """A :class:`bert_fast.backends.cpu.Unchanged`, or what does the same without the extension.
+    None where something is not kept in dictionaries, as TorchScript's modules are not."""
+    if not all(isinstance(kept, dict) for kept, *_ in (*values, *contents)):
+        return None
+    found = kinds, values, contents, tensors
+    if backends.why_unavailable("cpu") is None:
+        return backends.module("cpu").Unchanged(*found)
+    return _Unchanged(*found)
+
+
+class _Unchanged(NamedTuple):
+    kinds: list
+    values: list
+    contents: list
+    tensors: list
+
+    def hold(self):
+        return (
+            all(type(thing) is kind for thing, kind in self.kinds)
+            and all(kept.get(name) is value for kept, name, value in self.values)
+            and all(
+                len(kept) == len(values) and all(map(is_, kept.values(), values))
+                for kept, values in self.contents
+            )
+            and all(
+                tensor.data_ptr() == address and version in (-1, tensor._version)
+                for tensor, address, version in self.tensors
+            )
+        )
 
 
 def without_openmp():

@@ -105,9 +105,11 @@ def is_fast(precision):
 
 def can_use_packed(packed, weight, rows=None):
     """Whether ``rows`` rows go through a packed weight: enough of them, a weight that is still of
-    the right kind, and no other backend asked for."""
+    the right kind and shape, and no other backend asked for."""
     enough = rows is None or rows >= packed.min_rows()
     if not (weight.is_meta if packed.released else enough and packed.possible(weight)):
+        return False
+    if weight.shape != packed.shape:
         return False
     return backends.choose("gelu", "cpu", weight.dtype, needs_grad=False) == "cpu"
 

@@ -1,6 +1,8 @@
 // A whole stack of encoder layers in one call, for inference with packed weights: at a single
 // query eight calls a layer from Python cost more than the arithmetic. What runs is what the
 // model in bert_fast/models/bert.py calls one by one, in the same order, to the same bits.
+#include <cstring>
+
 #include "kernels.h"
 #include "threads.h"
 
@@ -41,15 +43,25 @@ void encoder_forward(const EncoderForward& e) {
   attention.scale = e.scale;
   attention.num_threads = e.num_threads;
   attention.lse = e.lse;
-  attention.q = {e.qkv, 3 * e.hidden, head_dim};
-  attention.k = {e.qkv + e.hidden, 3 * e.hidden, head_dim};
-  attention.v = {e.qkv + 2 * e.hidden, 3 * e.hidden, head_dim};
   attention.out = {e.context, e.hidden, head_dim};
+
+  const auto project = [&](const PackedLinear* qkv, int count) {
+    const int64_t width = 3 / count * e.hidden;
+    for (int i = 0; i < count; ++i) {
+      multiply(e.x, e.hidden, qkv[i], width, e.qkv + i * e.rows * width, nullptr, Activation::kNone);
+      // Side by side, as attention reads them: whatever was written to them since they were bound.
+      if (count > 1) std::memcpy(e.bias + i * width, qkv[i].bias, width * sizeof(float));
+    }
+    attention.bias = count > 1 ? e.bias : qkv[0].bias;
+    const int64_t apart = count > 1 ? e.rows * width : e.hidden;  // from q to k, from k to v
+    attention.q = {e.qkv, width, head_dim};
+    attention.k = {e.qkv + apart, width, head_dim};
+    attention.v = {e.qkv + 2 * apart, width, head_dim};
+  };
 
   for (int64_t i = 0; i < e.num_layers; ++i) {
     const EncoderLayer& layer = e.layers[i];
-    multiply(e.x, e.hidden, layer.qkv, 3 * e.hidden, e.qkv, nullptr, Activation::kNone);
-    attention.bias = layer.qkv.bias;
+    project(layer.qkv, layer.qkv_products);
     kernels.attention_forward(attention);
     multiply(e.context, e.hidden, layer.out, e.hidden, e.projected, nullptr, Activation::kNone);
     add_and_norm(layer.out.bias, layer.attention_norm);

@@ -208,7 +208,9 @@ struct Norm {
   double eps;
 };
 struct EncoderLayer {
-  PackedLinear qkv, out;
+  PackedLinear qkv[3];  // of queries, keys and values: one product, or one for each
+  int qkv_products;
+  PackedLinear out;
   Norm attention_norm;
   PackedLinear up, down;
   Norm output_norm;
@@ -220,8 +222,10 @@ struct EncoderForward {
   float scale;
   Activation activation;
   float* x;                     // (rows, hidden): read, and written with the last layer's output
-  float *qkv, *context, *projected, *wide;  // (rows, 3 hidden), hidden, hidden, intermediate
+  float* qkv;                   // (rows, 3 hidden), or three times (rows, hidden)
+  float *context, *projected, *wide;  // (rows, hidden), (rows, hidden), (rows, intermediate)
   float* lse;                   // (num_heads, rows)
+  float* bias;                  // (3 hidden)
   void* scratch;                // as in LinearForward
   int num_threads;
 };

@@ -180,6 +180,9 @@ def test_nothing_changed_is_bound_once(monkeypatch):
     for _ in range(3):
         run(model, ids)
         one_by_one(model, ids)
+        hook = model.layers[1].register_forward_hook(lambda *args: None)
+        run(model, ids)
+        hook.remove()
         model.layers[0].count = getattr(model.layers[0], "count", 0) + 1
     assert len(bound) == 1
 
