@@ -9,11 +9,12 @@ import torch
 from rich.console import Console
 
 from bert_fast.bench import data, lengths, report
-from bert_fast.bench.peers import Compiled, Eager, InFloat32, Ours, peers
+from bert_fast.bench.peers import Compiled, InFloat32, Ours, peers
 from bert_fast.bench.run import ceilings, measure, noise
 from bert_fast.bench.works import LOW, Attention, Gelu, LayerNorm, Model, Train
 
-SLOW_TRAINERS = (Eager, Compiled)
+SLOW_TRAINERS = (Compiled,)
+LEFT_OUT = "max-autotune", "reduce-overhead", "eager reference", "TransformerEncoderLayer"
 GEMMS = {"GEMMs alone": 1 / 1.05}
 
 
@@ -60,13 +61,13 @@ def main():
     options.add_argument("--seconds", type=float, default=20, help="of timing a row (default 20)")
     options.add_argument("--json", help="also write everything here")
     args = options.parse_args()
-    # max-autotune takes minutes to compile each model; `bert-fast bench` has it.
-    who = [peer for peer in peers("cpu") if not peer.name.endswith("max-autotune")]
+    # These take minutes for each model, or are nobody's contestants; `bert-fast bench` has them.
+    who = [peer for peer in peers("cpu") if not peer.name.endswith(LEFT_OUT)]
     console, before = Console(width=120), ceilings("cpu", torch.float32)
     result = {"environment": report.environment(), "ceilings": before, "rows": []}
     console.print(report.title(result["environment"]))
     for work, bars in rows():
-        # In training the reference draws its masks in plain PyTorch: ten times as slow as others.
+        # In training it takes minutes to compile each model.
         some = [peer for peer in who if work.kind != "train" or not isinstance(peer, SLOW_TRAINERS)]
         if work.kind == "model" and work.dtype in LOW:
             some = [*some, InFloat32(Ours())]

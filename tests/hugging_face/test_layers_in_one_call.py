@@ -195,7 +195,7 @@ def test_changes_are_seen(change):
 def test_what_is_not_packed_is_not_bound(calls, monkeypatch):
     """Nor is anything of it looked at."""
     looked = []
-    monkeypatch.setattr(OneCall, "_bind", lambda *args: looked.append(1))
+    monkeypatch.setattr("bert_fast.models.one_call._bind", lambda *args: looked.append(1))
     model, inputs = bert_fast.accelerate(build("Bert")), batch()
     run(model, inputs)
     run(model, inputs)
