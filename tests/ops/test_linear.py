@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import bert_fast
 from bert_fast import _C, ops
+from bert_fast.backends import cpu
 from bert_fast.models.blocks import Linear
 from bert_fast.models.workspace import Workspace
 
@@ -208,7 +209,10 @@ def test_another_backend_is_obeyed(monkeypatch):
     def fail(*args):
         raise AssertionError("the packed weight was used")
 
-    monkeypatch.setattr(type(packed.layers[0].attention.qkv.packed), "forward", fail)
+    for kind, name in (
+        (cpu.PackedWeight, "forward"), (cpu.PackedWeight, "of_first"), (cpu.Encoder, "forward"),
+    ):  # fmt: skip
+        monkeypatch.setattr(kind, name, fail)
     with bert_fast.use_backend("eager"):
         torch.testing.assert_close(outputs(packed, ids), wanted, rtol=0, atol=2e-6)
     with pytest.raises(AssertionError, match="was used"):
