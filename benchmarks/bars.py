@@ -10,7 +10,7 @@ from rich.console import Console
 
 from bert_fast.bench import data, lengths, report
 from bert_fast.bench.peers import Compiled, InFloat32, Ours, peers
-from bert_fast.bench.run import ceilings, measure, noise
+from bert_fast.bench.run import BLOCKS, ceilings, measure, noise
 from bert_fast.bench.works import LOW, Attention, Gelu, LayerNorm, Model, Train
 
 SLOW_TRAINERS = (Compiled,)
@@ -60,6 +60,10 @@ def main():
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--seconds", type=float, default=20, help="of timing a row (default 20)")
     options.add_argument("--json", help="also write everything here")
+    options.add_argument("--blocks", type=int, default=BLOCKS, help="see bench/run.py (default 4)")
+    options.add_argument(
+        "--rows", nargs="+", default=[""], help="those that have this in their name"
+    )
     args = options.parse_args()
     # These take minutes for each model, or are nobody's contestants; `bert-fast bench` has them.
     who = [peer for peer in peers("cpu") if not peer.name.endswith(LEFT_OUT)]
@@ -67,11 +71,13 @@ def main():
     result = {"environment": report.environment(), "ceilings": before, "rows": []}
     console.print(report.title(result["environment"]))
     for work, bars in rows():
+        if not any(some in str(work) for some in args.rows):
+            continue
         # In training it takes minutes to compile each model.
         some = [peer for peer in who if work.kind != "train" or not isinstance(peer, SLOW_TRAINERS)]
         if work.kind == "model" and work.dtype in LOW:
             some = [*some, InFloat32(Ours())]
-        row = measure(work, some, args.seconds) | {"bars": bars}
+        row = measure(work, some, args.seconds, blocks=args.blocks) | {"bars": bars}
         result["rows"].append(row)
         if args.json:  # as soon as it exists
             report.write(args.json, result)
