@@ -83,10 +83,12 @@ def main():
             report.write(args.json, result)
         console.print(report.table(row))
         for name, bar in bars.items():
-            if (peer := row["results"].get(name)) is None:
-                console.print(f"bar not measured: {name}: {row['absent'].get(name)}")
+            theirs, ours = (row["results"].get(who, {}) for who in (name, report.OURS))
+            if "ms" not in theirs or "ms" not in ours:
+                reason = theirs.get("refused") or ours.get("refused") or row["absent"].get(name)
+                console.print(f"bar not measured: {name}: {reason}")
                 continue
-            ratio = peer["ms"] / row["results"][report.OURS]["ms"]
+            ratio = theirs["ms"] / ours["ms"]
             verdict = "met" if ratio >= bar else "[bold]missed[/bold]"
             console.print(
                 f"bar: {name} takes at least {bar:.2f}x our time: {ratio:.2f}x, {verdict}"

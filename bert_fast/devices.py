@@ -79,7 +79,7 @@ def memory_of_sums(kinds, block, dtype):
     To autograd the parts are tensors of their own: what one's holder writes to it is no change of
     the others.
     """
-    sizes, places = _layout(block, *[kind.shape for kind in kinds])
+    sizes, places = _layout(block, *[(kind.shape[0], kind.shape[2]) for kind in kinds])
     out = kinds[0].new_empty(sum(sizes), dtype=dtype)
     parts = torch.unsafe_split_with_sizes(out, sizes)
     return out, [[parts[i] for i in of_kind] for of_kind in places]
@@ -87,9 +87,9 @@ def memory_of_sums(kinds, block, dtype):
 
 @functools.lru_cache(256)
 def _layout(block, *shapes):
-    """Sizes of the parts, and of gaps between them; and the numbers of each shape's parts."""
+    """Sizes of the parts, and of gaps between them; and which are each (sums, width)'s."""
     sizes, places = [], []
-    for sums, _, width in shapes:
+    for sums, width in shapes:
         gap = -width % block
         each = (width, gap) if gap else (width,)
         places.append(range(len(sizes), len(sizes) + sums * len(each), len(each)))

@@ -141,7 +141,7 @@ def layer_norm_backward(
     dresidual = torch.empty_like(total)
     dx = torch.empty_like(total) if dropout_p > 0 else None
     weight, low = _parameters(total, (WEIGHT, weight))
-    programs = _programs(total, 1)
+    programs = _programs(total, 8 if hidden <= 1024 else 1)  # a row a warp, or all warps
     partials = _scratch(total, 3, programs, hidden)
     _kernels.cuda_layer_norm_backward(
         DTYPES[total.dtype], total.numel() // hidden, hidden,

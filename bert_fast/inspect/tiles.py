@@ -20,7 +20,7 @@ def of_launch(kernel, constants, work):
     if kernel.startswith("linear."):
         rows, cols = constants["BLOCK_M"], constants["BLOCK_N"]
         return Tile(rows * cols, 2 * rows * cols * constants["BLOCK_K"], 1)
-    if "ROWS" in constants and kernel != "common.sum_partials":
+    if "ROWS" in constants and not kernel.startswith("common."):
         width = min(constants["BLOCK"], work.width)  # the rest of the block is masked
         return rows_of(constants["ROWS"] * width, work)
     return None

@@ -57,20 +57,20 @@ class Layers:
     def __init__(self, describe, count, x):
         self.describe = describe
         fast = product_adds_bias(x) and not torch.compiler.is_compiling()
-        self.trains = fast and torch.is_grad_enabled()
+        self.fast, self.trains = fast, fast and torch.is_grad_enabled()
         self.repeats = fast and count > 1 and ops.can_repeat(x)
         self.seeds = ops.Seeds(count)
         self.kind = self.first = None
 
     def __call__(self, layer, x, *args):
         """layer(x, *args)"""
-        if not (self.repeats or self.trains) or type(x) is not Tensor or not x.is_contiguous():
+        if not self.fast or type(x) is not Tensor or not x.is_contiguous():
             return layer(x, *args)
         if (plain := self.describe(layer, *args)) is None:
             return layer(x, *args)
-        if self.trains:
+        if self.trains or any(plain.numbers.dropout):  # of which a seed makes the same either way
             return layer(x, *args) if (out := plain.train(x, self.seeds)) is None else out
-        if (kind := plain.kind()) is None:
+        if not self.repeats or (kind := plain.kind()) is None:
             return layer(x, *args)
         if self.kind is None:
             with ops.launches() as launches:

@@ -58,12 +58,14 @@ def training_layer(x, cu_seqlens, max_seqlen, numbers, qkv, rest, seeds=None):
 
     Returns:
         (total_tokens, hidden), under autocast in its dtype; None where the layer has to be run op
-        by op: without gradients, in other dtypes, on backends without these kernels, where somebody
-        looks on.
+        by op: with neither gradients nor dropout, in other dtypes, on backends without these
+        kernels, where somebody looks on.
     """
     pairs = [*qkv, *rest]
     tensors = [tensor for pair in pairs for tensor in pair]
-    if not needs_grad_of(x, *tensors) or not is_unseen((x, *tensors)):
+    # What drops out does so from the same seeds without gradients: GradCache's losses and reentrant
+    # checkpointing run a layer in both ways, and count on the same masks.
+    if not (any(numbers.dropout) or needs_grad_of(x, *tensors)) or not is_unseen((x, *tensors)):
         return None
     dtype, device = x.dtype, x.device.type
     cast = torch.is_autocast_enabled(device)

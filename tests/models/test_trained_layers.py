@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import NO_CUDA_HOST, assert_within
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import bert_fast
 from bert_fast import backends, ops
@@ -103,6 +104,29 @@ def test_gradients(on, dtype, settings, trained):
             torchs = learned(model, inputs, dout)
         truth = learned(model.double(), inputs, dout)
     assert_within(ours, torchs, truth, draws=ROWS)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_seed_drops_the_same_without_gradients(on, frozen):
+    """GradCache's losses run a batch without gradients, then its parts with them; reentrant
+    checkpoints do, too. ``frozen``: the first layer, which then needs no gradient of its own."""
+    model, inputs = drawn(on, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.1), batch(on)
+    if frozen:
+        model.embeddings.requires_grad_(False)
+        model.layers[0].requires_grad_(False)
+    dout = torch.randn(3, 7, 32, device=on) * (inputs[1] > 0)[..., None]
+    torch.manual_seed(5)
+    wanted = learned(model, inputs, dout)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        assert torch.equal(model(*inputs)[0][inputs[1] > 0], wanted[0])
+    one = torch.ones((), device=on, requires_grad=True)
+    model.zero_grad()
+    torch.manual_seed(5)
+    out = checkpoint(lambda by: model(*inputs)[0] * by, one, use_reentrant=True)
+    (out * dout).sum().backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(map(torch.equal, grads, wanted[1:]))
 
 
 def test_dropout_and_the_ops_one_by_one(on):
