@@ -218,7 +218,11 @@ def all_choose(name, ops, device, dtype):
     """Whether each of these ops, in inference, chooses this backend."""
     key = name, ops, device, dtype, *_circumstances()
     if (found := _alike.get(key)) is None:
-        found = _alike[key] = all(choose(op, device, dtype, needs_grad=False) == name for op in ops)
+        try:
+            found = all(choose(op, device, dtype, needs_grad=False) == name for op in ops)
+        except BackendUnavailableError:  # of whom another was asked for: the ops say it
+            found = False
+        _alike[key] = found
     return found
 
 

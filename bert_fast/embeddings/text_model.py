@@ -171,7 +171,7 @@ class TextModel(Pools):
         lengths = [len(e.ids) for e in encodings]
         for batch in batches_by_tokens(lengths, batch_tokens, batch_size):
             offsets = itertools.accumulate((lengths[i] for i in batch), initial=0)
-            cu_seqlens = torch.tensor(list(offsets), dtype=torch.int32)
+            cu_seqlens = torch.tensor(list(offsets), dtype=torch.int32, device="cpu")
             tokens = _joined(encodings[i].ids for i in batch)
             if self.takes_types:
                 types = _joined(encodings[i].type_ids for i in batch)
@@ -224,7 +224,7 @@ def is_any_in_training(model):
 
 
 def _joined(lists):
-    return torch.tensor([t for of in lists for t in of], dtype=torch.int64)
+    return torch.tensor([t for of in lists for t in of], dtype=torch.int64, device="cpu")
 
 
 def converted(result, single, convert_to_numpy, convert_to_tensor):

@@ -184,8 +184,10 @@ def _look(base, name):
     kinds, values, contents = [], [(base._modules, name, encoder)], []
     for module in encoder.modules():
         own, kept = module.__dict__, ("_modules", *_HOOKS)
+        names = "forward", "_compiled_call_impl", *kept
         kinds.append((module, type(module)))
-        values.extend((own, name, own.get(name)) for name in ("forward", *kept))
+        values.extend((own, name, own.get(name)) for name in names)
+        values.extend((own["_modules"], *named) for named in own["_modules"].items())
         values.extend((own, name, own[name]) for name in _attributes(module))
         contents.extend((own[name], list(own[name].values())) for name in kept)
     return ops.unchanged(kinds, values, contents, [])
@@ -194,6 +196,8 @@ def _look(base, name):
 def _why_not(encoder, family, classes):
     if not hasattr(encoder, "_bert_fast"):
         return f"an encoder, a {type(encoder).__name__}, that was not accelerated"
+    if encoder.__dict__.get("_compiled_call_impl") is not None:  # its model's packing is not in it
+        return f"the {family.encoder}, which is compiled by itself"
     if reason := _watched(encoder, family.encoder):
         return reason
     linears = family.linears()

@@ -390,7 +390,7 @@ class BertModel(nn.Module):
             )
 
     def _pool(self, x, packing):
-        pooler = self._modules.get("pooler")
+        pooler = self.pooler
         if pooler is None:
             return None
         with self.one_call.around(x.numel()):

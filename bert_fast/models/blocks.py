@@ -82,7 +82,7 @@ class Product:
 
     def _use_packed(self, x):
         packed = self.packed
-        if packed is None or x.dtype != torch.float32:
+        if packed is None or x.dtype != torch.float32 or x.shape[-1] != packed.shape[1]:
             return False
         return ops.can_use_packed(packed, self.weight, x.shape[0])
 

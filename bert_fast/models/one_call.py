@@ -23,7 +23,8 @@ class OneCall:
     """What binds a model's layers, and notices when they are no longer what was bound."""
 
     def __init__(self, embeddings=None):
-        self.of_embeddings = embeddings  # the class of those that are computed beside the layers
+        # The class of those that are computed beside the layers, and what it computes.
+        self.of_embeddings, self.computed = embeddings, getattr(embeddings, "forward", None)
         self.forget()
 
     def __reduce__(self):  # copies and pickles have other weights: they bind their own
@@ -35,7 +36,7 @@ class OneCall:
         ``describe(layer)`` gives a layer's :class:`~bert_fast.models.repeat.Plain`, or None;
         ``state`` is compared: what else the layers depend on."""
         encoder = self._encoder(layers, describe, state) if ops.runs_in_one_call(x) else None
-        if encoder is None or x.shape[0] < encoder.min_rows():
+        if encoder is None or x.shape[1] != encoder.hidden or x.shape[0] < encoder.min_rows():
             return None
         return encoder.forward(x, packing.cu_seqlens, workspace)
 
@@ -48,12 +49,17 @@ class OneCall:
         that it refuses."""
         ids = input_ids, position_ids, token_type_ids
         given, parts, config = (*ids, attention_mask, cu_seqlens), model._modules, model.config
-        if capacity is not None or not ops.all_run_in_one_call(given):
+        if capacity is not None or type(input_ids) is not Tensor or not input_ids.is_cpu:
+            return None
+        plain = all(t is None or type(t) is Tensor for t in given)
+        if not plain or not ops.all_run_in_one_call(given):
             return None
         encoder = self._encoder(parts["layers"], model._describe)
         embeddings = encoder and self._embeddings(parts["embeddings"])
         limits = config.vocab_size, config.max_position_embeddings, config.type_vocab_size
-        if embeddings is None or not ops.are_inside(ids, limits):
+        if embeddings is None or embeddings.hidden != encoder.hidden:
+            return None
+        if not ops.are_inside(ids, limits):
             return None
         packing = model._packing(input_ids, attention_mask, cu_seqlens, max_seqlen, None)
         index, packed = packing.index, cu_seqlens is not None
@@ -77,7 +83,7 @@ class OneCall:
         if not plain or are_all_watched() or not ops.all_run_in_one_call((x,)):
             return None
         (weight, bias), offsets = linear.parts(), packing.cu_seqlens.contiguous()
-        fits = packed.possible(weight) and weight.shape == packed.shape
+        fits = packed.possible(weight) and weight.shape == packed.shape == (len(weight), x.shape[1])
         if not fits or offsets.shape[0] <= packed.min_rows():
             return None
         return packed.of_first(x, offsets, weight, bias)
@@ -113,6 +119,8 @@ class OneCall:
 
     def _embeddings(self, embeddings):
         watch, bound, of = self.bound_embeddings
+        if type(embeddings).forward is not self.computed:
+            return None
         if of is not embeddings or not watch.hold():
             kinds = [(name, type(part)) for name, part in embeddings._modules.items()]
             if type(embeddings) is not self.of_embeddings or kinds != _EMBEDDINGS:
@@ -184,18 +192,25 @@ def _watch(root, *called):
     for module in root.modules():
         own = module.__dict__
         names, read = _OF_A_LEAF, ("_parameters",)
+        if "weight" in own or "bias" in own:  # of somebody who makes them anew in each call: pruned
+            return None
         if own["_modules"] or module in called:
             names, read = _OF_A_MODULE, ("_modules", *_HOOKS)
         kinds.append((module, type(module)))
         values.extend((own, name, own.get(name)) for name in names)
         values.extend((own, name, own[name]) for name in _WHERE_THERE if name in own)
         contents.extend((own[name], list(own[name].values())) for name in read)
+        values.extend(
+            (own[held], *named)
+            for held in ("_modules", "_parameters")
+            for named in own[held].items()
+        )
         for parameter in own["_parameters"].values():
             if parameter is None:
                 continue
             if type(parameter) not in _PLAIN or parameter.is_inference():
                 return None
-            # What is not packed is read where it lies, whatever was written there.
+            # Vectors are not packed: they are read where they lie, whatever was written there.
             version = parameter._version if parameter.ndim > 1 else -1
             tensors.append((parameter, parameter.data_ptr(), version))
     return ops.unchanged(kinds, values, contents, tensors)

@@ -1,5 +1,6 @@
-"""Layers on a GPU, where they are what their classes say: in inference the first of a forward runs,
-the others of its kind repeat it; in training each is one op."""
+"""Layers that are what their classes say (:class:`Plain`). On a GPU in inference the first of a
+forward runs and the others of its kind repeat it, in training each is one op; on a CPU packed ones
+run in one call (``one_call.py``)."""
 
 import itertools
 from operator import attrgetter

@@ -154,6 +154,21 @@ def test_a_break_of_the_graph(where):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("prepack", [False, True])
+def test_an_encoder_compiled_by_itself_is_left_to_transformers(prepack):
+    """What hands it the real tokens is not in its graph."""
+    theirs, inputs = bert(), batch()
+    families.warn_once.cache_clear()
+    ours = bert_fast.accelerate(copy.deepcopy(theirs), prepack=prepack)
+    with torch.no_grad():
+        ours(**inputs)
+        ours.encoder.compile(backend="eager")
+        with pytest.warns(UserWarning, match="the encoder, which is compiled by itself"):
+            found = ours(**inputs)[0]
+        same(found, theirs(**inputs)[0], inputs["attention_mask"])
+    torch._dynamo.reset()
+
+
 def test_a_part_that_is_not_compiled():
     theirs = bert()
     ours = bert_fast.accelerate(copy.deepcopy(theirs))

@@ -434,3 +434,14 @@ def test_layers_one_by_one_have_all_threads(two_threads, monkeypatch):
     with pytest.raises(IndexError):
         run(model, {"input_ids": torch.full((2, 20), 1000)})
     assert torch.get_num_threads() == cpu.num_threads() == 2
+
+
+def test_embeddings_of_another_width_are_refused():
+    """Where memory would be written past its end."""
+    model, inputs = drawn_model(), batch()
+    run(model, inputs)
+    config = copy.deepcopy(model.config)
+    config.hidden_size = model.config.hidden_size // 2
+    model.embeddings = type(model.embeddings)(config).eval()
+    with pytest.raises((ValueError, RuntimeError)):
+        run(model, inputs)

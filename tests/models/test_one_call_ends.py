@@ -1,15 +1,19 @@
 """What stands before and after a model's layers in one call: the same bits and the same refusals
 as by the calls that BertModel's ``_embed`` and ``_pool`` make, and those if somebody looks on."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import prune
 
 import bert_fast
-from bert_fast import _C
+from bert_fast import _C, backends, ops
 from bert_fast.backends import cpu
+from bert_fast.models import bert, blocks
 from bert_fast.models.one_call import OneCall
 
 VOCABULARY, POSITIONS, TYPES = 50, 30, 3
@@ -252,10 +256,30 @@ def pooler_replaced(model):
     model.pooler.forward = lambda first: first
 
 
+def pruned(module):
+    prune.l1_unstructured(module, "weight", 0.9)
+
+
+def word_pruned(model):
+    pruned(model.embeddings.word)
+
+
+def norm_pruned_again(model):
+    pruned(model.embeddings.norm)
+    run(model, torch.ones(1, 16, dtype=torch.int64))
+    model.embeddings.norm.weight = model.embeddings.norm.weight_orig * 3.0
+
+
+def named_otherwise(model):
+    own = model.embeddings.norm._parameters
+    own["weight"], own["bias"] = own["bias"], own["weight"]
+
+
 CHANGES = [
-    word_written, word_moved, new_position, new_type, new_norm, eps_set, new_embeddings,
-    embeddings_hooked, dropout_hooked, dropout_replaced, forward_replaced, pooler_written,
-    pooler_changed, pooler_moved, new_pooler, pooler_hooked, pooler_replaced,
+    word_pruned, norm_pruned_again, named_otherwise, word_written, word_moved, new_position,
+    new_type, new_norm, eps_set, new_embeddings, embeddings_hooked, dropout_hooked,
+    dropout_replaced, forward_replaced, pooler_written, pooler_changed, pooler_moved, new_pooler,
+    pooler_hooked, pooler_replaced,
 ]  # fmt: skip
 
 
@@ -268,6 +292,40 @@ def test_changes_are_seen(change):
     after = run(model, ids, None, types)
     assert not same(before, after)
     assert same(after, by_definition(model, ids, None, types))
+
+
+def test_a_class_that_computes_something_else(monkeypatch):
+    model, ids = drawn_model(), torch.randint(1, VOCABULARY, (2, 20))
+    before, forward = run(model, ids), bert.Embeddings.forward
+    monkeypatch.setattr(bert.Embeddings, "forward", lambda *args: forward(*args) * 0.5)
+    after = run(model, ids)
+    assert not same(before, after)
+    assert same(after, by_definition(model, ids))
+
+
+@pytest.mark.parametrize("width", [16, 40, 96])
+@pytest.mark.parametrize("which", ["embeddings", "pooler"])
+def test_a_part_of_another_width_is_refused(width, which):
+    """Where memory would be read past its end."""
+    model, ids = drawn_model(), torch.randint(1, VOCABULARY, (2, 20))
+    run(model, ids)
+    config = dataclasses.replace(model.config, hidden_size=width, num_attention_heads=1)
+    if which == "embeddings":
+        model.embeddings = bert.Embeddings(config).eval()
+    else:
+        model.pooler = blocks.Linear(width, 48)
+        model.pooler.prepack()
+    with pytest.raises((ValueError, RuntimeError)):
+        run(model, ids)
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda", "eager"])
+def test_ids_elsewhere_are_another_backends(name):
+    """As on a GPU, which may be asked for by a name that no CPU has."""
+    ids, model = torch.ones(1, 16, dtype=torch.int64, device="meta"), drawn_model()
+    with torch.no_grad(), bert_fast.use_backend(name):
+        assert model.one_call.from_ids(model, ids, *[None] * 6) is None
+        assert not backends.all_choose("cpu", ops.encoder.ALL_OPS, "cpu", torch.float32)
 
 
 def test_embeddings_in_training_drop_out():
