@@ -13,7 +13,6 @@ from bert_fast.bench.peers import Compiled, InFloat32, Ours, peers
 from bert_fast.bench.run import BLOCKS, ceilings, measure, noise
 from bert_fast.bench.works import LOW, Attention, Gelu, LayerNorm, Model, Train
 
-SLOW_TRAINERS = (Compiled,)
 LEFT_OUT = "max-autotune", "reduce-overhead", "eager reference", "TransformerEncoderLayer"
 GEMMS = {"GEMMs alone": 1 / 1.05}
 
@@ -74,7 +73,7 @@ def main():
         if not any(some in str(work) for some in args.rows):
             continue
         # In training it takes minutes to compile each model.
-        some = [peer for peer in who if work.kind != "train" or not isinstance(peer, SLOW_TRAINERS)]
+        some = [peer for peer in who if work.kind != "train" or not isinstance(peer, Compiled)]
         if work.kind == "model" and work.dtype in LOW:
             some = [*some, InFloat32(Ours())]
         row = measure(work, some, args.seconds, blocks=args.blocks) | {"bars": bars}

@@ -32,7 +32,6 @@ def tables(results=RESULTS):
     """The Markdown of every device's results; for a GPU, "not measured" where there are none."""
     parts = [LEGEND]
     parts += [_device(path) for path in sorted(results.glob("*/bars*.json"))]
-    parts += [_device(path) for path in sorted(results.glob("*/*-accelerate.json"))]
     parts += [_growth(path) for path in sorted(results.glob("*/sweep-batch.json"))]
     parts += [_drop_in(path) for path in sorted(results.glob("*/drop-in.json"))]
     parts += [_finetune(path) for path in sorted(results.glob("*/finetune.json"))]

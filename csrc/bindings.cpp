@@ -265,11 +265,10 @@ class Embeddings {
   }
 
   // x (rows, hidden), of word, position and token type; whether all ids were in their tables.
-  bool forward(const std::array<Ids, 3>& ids, int64_t rows, int64_t batch, int64_t seqlen,
-               Address cu_seqlens, Address index, Address x, int num_threads) const {
+  bool forward(const std::array<Ids, 3>& ids, int64_t rows, int64_t seqlen, Address cu_seqlens,
+               Address index, Address x, int num_threads) const {
     const OnTeam team;
-    const Tokens tokens = {rows, batch, seqlen, pointer<int32_t>(cu_seqlens),
-                           pointer<int64_t>(index)};
+    const Tokens tokens = {rows, seqlen, pointer<int32_t>(cu_seqlens), pointer<int64_t>(index)};
     EmbeddingForward a = {};
     Table* tables[] = {&a.word, &a.position, &a.token_type};
     std::vector<int64_t> packed[3];

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import subprocess
+import threading
 import zlib
 
 import cuda_host
@@ -133,25 +134,21 @@ def seed_of(name, commit=COMMIT):
     return torch.seed() % 2**31 if commit is None else zlib.crc32(f"{commit} {name}".encode())
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item):
-    """Where the seed is no news, hypothesis draws by it, too, and not from what failed before."""
-    from hypothesis import core
-
-    item.seed = seed_of(item.nodeid)
-    known = COMMIT is not None or "BERT_FAST_TEST_SEED" in os.environ
-    if known and item.config.getoption("--hypothesis-seed", None) is None:
-        core.global_force_seed = item.seed
-
-
 @pytest.fixture(autouse=True)
 def fresh_seed(request):
-    """Random inputs; the seed is in the report of a test that fails."""
-    seed = request.node.seed
+    """Random inputs; the seed is in the report of a test that fails. Where it is no news,
+    hypothesis draws by it, too, and not from what failed before."""
+    from hypothesis import core
+
+    seed = seed_of(request.node.nodeid)
+    known = COMMIT is not None or "BERT_FAST_TEST_SEED" in os.environ
+    if known and request.config.getoption("--hypothesis-seed", None) is None:
+        core.global_force_seed = seed
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
     request.node.add_report_section("setup", "seed", f"BERT_FAST_TEST_SEED={seed}")
+    return seed
 
 
 def assert_within(ours, eager, truth, name="", draws=None):
@@ -208,13 +205,43 @@ def gradients():
     return run_with_gradients
 
 
+@contextlib.contextmanager
+def torch_threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.fixture
 def one_thread():
     """Of torch's: beside busy processes two wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(1):
+        yield
+
+
+@pytest.fixture
+def two_threads():
+    with torch_threads(2):
+        yield
+
+
+def in_threads(count, call):
+    """All that call(), a list, gives in so many threads that begin together."""
+    found, start = [], threading.Barrier(count)
+
+    def work():
+        start.wait()
+        found.extend(call())
+
+    threads = [threading.Thread(target=work) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
 
 
 def some_of(faults):
@@ -229,13 +256,10 @@ def cu_seqlens(lengths):
 
 def same_bits_at_any_thread_count(run):
     """Asserts that run(), a tuple of tensors, gives the same bits on 1, 2, 3 and 2 threads."""
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3, 2):
-            torch.set_num_threads(count)
+    results = []
+    for count in (1, 2, 3, 2):
+        with torch_threads(count):
             results.append(run())
-    finally:
-        torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

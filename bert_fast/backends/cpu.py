@@ -338,13 +338,13 @@ class Embeddings:
         """Whether the first ``count`` ids of each (int32, int64 or None) are in [0, limit)."""
         return _C.Embeddings.inside(list(map(_ids, ids)), limits, count)
 
-    def forward(self, ids, rows, batch, seqlen, cu_seqlens, index):
+    def forward(self, ids, rows, seqlen, cu_seqlens, index):
         """(rows, hidden) of ids, positions (None: as they stand) and token types (None: all 0):
         (batch, seqlen), at the places of ``index`` (None: all); or packed, by ``cu_seqlens``, where
         ``seqlen`` is 0. None where one is outside of its table."""
         x = self.kept[0].new_empty(rows, self.hidden)
         inside = self.bound.forward(
-            list(map(_ids, ids)), rows, batch, seqlen, *map(address, (cu_seqlens, index, x)),
+            list(map(_ids, ids)), rows, seqlen, *map(address, (cu_seqlens, index, x)),
             num_threads(),
         )  # fmt: skip
         return x if inside else None

@@ -69,9 +69,7 @@ class OneCall:
         if position_ids is None:
             model.check_length(packing.max_seqlen if packed else packing.seqlen)
         offsets = packing.cu_seqlens.contiguous()
-        x = embeddings.forward(
-            ids, rows, offsets.shape[0] - 1, 0 if packed else packing.seqlen, offsets, index
-        )
+        x = embeddings.forward(ids, rows, 0 if packed else packing.seqlen, offsets, index)
         return None if x is None else ([encoder.forward(x, offsets, model.workspace)], packing)
 
     def of_first(self, linear, x, packing):
@@ -191,9 +189,9 @@ def _watch(root, *called):
     kinds, values, contents, tensors = [], [], [], []
     for module in root.modules():
         own = module.__dict__
-        names, read = _OF_A_LEAF, ("_parameters",)
         if "weight" in own or "bias" in own:  # of somebody who makes them anew in each call: pruned
             return None
+        names, read = _OF_A_LEAF, ("_parameters",)
         if own["_modules"] or module in called:
             names, read = _OF_A_MODULE, ("_modules", *_HOOKS)
         kinds.append((module, type(module)))

@@ -31,12 +31,12 @@ def bind_encoder(layers, num_heads, approximate):
 def bind_embeddings(tables, norm):
     """A :class:`bert_fast.backends.cpu.Embeddings` of the modules word, position and token type,
     and of a layer-norm; or None where they have not the float32 parameters that it takes."""
-    weights = [table.weight for table in tables]
+    weights, vectors = [table.weight for table in tables], (norm.weight, norm.bias)
+    if not all(map(_is_plain, (*weights, *vectors))):
+        return None
     hidden = weights[0].shape[-1:]
     fit = all(w.ndim == 2 and w.shape[1:] == hidden for w in weights)
-    for parameter in (norm.weight, norm.bias):
-        fit = fit and parameter is not None and parameter.shape == hidden
-    if not fit or not all(map(_is_plain, (*weights, norm.weight, norm.bias))):
+    if not fit or any(vector.shape != hidden for vector in vectors):
         return None
     return backends.module("cpu").Embeddings(weights, norm)
 
@@ -99,16 +99,21 @@ def without_openmp():
 
 
 def _can_be_bound(part):
-    for parameter in (part.weight, part.bias):
-        if parameter is None or parameter.dtype != torch.float32 or not parameter.is_contiguous():
-            return False
-    if hasattr(part, "eps"):
-        return part.weight.device.type == part.bias.device.type == "cpu"
+    weight, is_norm = part.weight, hasattr(part, "eps")
+    if not _is_plain(part.bias) or not (_is_plain(weight) if is_norm else _is_float32(weight)):
+        return False
+    if is_norm:
+        return True
     packed = part.packed
     plain = isinstance(packed, backends.module("cpu").PackedWeight)
-    return plain and part.bias.device.type == "cpu" and can_use_packed(packed, part.weight)
+    return plain and can_use_packed(packed, weight)
+
+
+def _is_float32(parameter):
+    """Of whatever device: a packed weight's own may be gone."""
+    there = parameter is not None
+    return there and parameter.dtype == torch.float32 and parameter.is_contiguous()
 
 
 def _is_plain(parameter):
-    plain = parameter.dtype == torch.float32 and parameter.is_contiguous()
-    return plain and parameter.device.type == "cpu"
+    return _is_float32(parameter) and parameter.device.type == "cpu"

@@ -56,9 +56,9 @@ inline int64_t id_of(const Table& table, int64_t token) {
 
 // What tells the real tokens of a call apart: as Packing in bert_fast/models/packing.py.
 struct Tokens {
-  int64_t rows, batch;
+  int64_t rows;
   int64_t seqlen;             // columns of the padded batch; 0: the ids are packed
-  const int32_t* cu_seqlens;  // (batch + 1)
+  const int32_t* cu_seqlens;  // (batch + 1), up to rows
   const int64_t* index;       // (rows), places in the padded batch; null: all of it
 };
 

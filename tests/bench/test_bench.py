@@ -395,14 +395,14 @@ def test_accelerated_models_have_rows_of_their_own(tmp_path):
     facts = {"device": "D", "threads": 2, "cpu kernels": "avx2", "torch": "2", "transformers": "5",
              "date": "today", "commit": "abc"}  # fmt: skip
     (tmp_path / "cpu").mkdir()
-    report.write(tmp_path / "cpu" / "m-accelerate.json", {"environment": facts, "rows": [row]})
+    report.write(tmp_path / "cpu" / "bars.json", {"environment": facts, "rows": [row]})
     shown = tables(tmp_path)
     assert "D, 2 threads, avx2, torch 2, transformers 5, today, commit abc:" in shown
     assert "| workload | bert_fast, ms | faster than HF sdpa |" in shown
     assert "| m, full | 10 | 3.00 |" in shown
     assert "| m, full, `bert_fast.accelerate` | 20 | 1.50 |" in shown
     for dirty in (facts | {"dirty": True}, facts | {"commit": "abc-dirty"}):
-        report.write(tmp_path / "cpu" / "m-accelerate.json", {"environment": dirty, "rows": [row]})
+        report.write(tmp_path / "cpu" / "bars.json", {"environment": dirty, "rows": [row]})
         assert "commit abc and uncommitted changes:" in tables(tmp_path)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import TEXTS, cross_encoder, sentence_transformer
+from conftest import torch_threads
 from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize
 from sentence_transformers.sentence_transformer.modules import Pooling
@@ -97,20 +98,17 @@ def test_precision(pair, precision):
 def test_small_batches_are_pooled_in_one_thread(pair, monkeypatch):
     """As the layers before them leave OpenMP's threads: ended."""
     _, ours = pair
-    wanted, seen, pool, threads = ours.encode(TEXTS), [], ours.pool, torch.get_num_threads()
+    wanted, seen, pool = ours.encode(TEXTS), [], ours.pool
 
     def counted(*args):
         seen.append(torch.get_num_threads())
         return pool(*args)
 
     monkeypatch.setattr(ours, "pool", counted)
-    try:
-        torch.set_num_threads(2)
+    with torch_threads(2):
         assert np.array_equal(ours.encode(TEXTS), wanted)
         assert set(seen) == {1}
         assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(threads)
 
 
 def test_no_texts(pair):

@@ -3,12 +3,11 @@ they are no longer what was bound."""
 
 import copy
 import pickle
-import threading
 
 import pytest
 import torch
 import transformers
-from conftest import ISAS, same_bits_at_any_thread_count
+from conftest import ISAS, in_threads, same_bits_at_any_thread_count
 from small_models import SIZES
 from test_accelerate import FAMILIES, build
 from torch import nn
@@ -374,28 +373,10 @@ def test_threads_that_meet_changed_weights():
     model, inputs = drawn_model(), batch()
     for _ in range(3):
         model.load_state_dict(drawn_model().state_dict())
-        found, start = [], threading.Barrier(4)
-
-        def work(found=found, start=start):
-            start.wait()
-            found.extend(run(model, inputs) for _ in range(3))
-
-        threads = [threading.Thread(target=work) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        found = in_threads(4, lambda: [run(model, inputs) for _ in range(3)])
         wanted = one_by_one(model, inputs)
         assert len(found) == 12
         assert all(torch.equal(one, wanted) for one in found)
-
-
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_around_the_layers_torch_has_one_thread_for_few_numbers(two_threads):

@@ -3,11 +3,10 @@ longer what was bound."""
 
 import copy
 import pickle
-import threading
 
 import pytest
 import torch
-from conftest import ISAS, same_bits_at_any_thread_count
+from conftest import ISAS, in_threads, same_bits_at_any_thread_count
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -340,17 +339,7 @@ def test_threads_that_meet_changed_weights():
     model, ids = drawn_model(heads=4, head_dim=32, wide=400), torch.randint(1, 50, (2, 20))
     for _ in range(3):
         model.load_state_dict(drawn_model(heads=4, head_dim=32, wide=400).state_dict())
-        found, start = [], threading.Barrier(4)
-
-        def work(found=found, start=start):
-            start.wait()
-            found.extend(run(model, ids) for _ in range(3))
-
-        threads = [threading.Thread(target=work) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        found = in_threads(4, lambda: [run(model, ids) for _ in range(3)])
         wanted = one_by_one(model, ids)
         assert len(found) == 12
         assert all(torch.equal(one, wanted) for one in found)

@@ -16,13 +16,7 @@ from bert_fast import ops
 from bert_fast.backends import cpu
 from bert_fast.embeddings.pooling import pool
 
-
-@pytest.fixture(autouse=True)
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 def drawn_model():

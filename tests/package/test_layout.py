@@ -148,7 +148,7 @@ def test_no_name_is_given_twice_in_a_test_file():
     assert twice == []
 
 
-def test_one_commit_draws_the_same_everywhere(monkeypatch, request):
+def test_one_commit_draws_the_same_everywhere(monkeypatch, fresh_seed):
     from conftest import seed_of
     from hypothesis import core
 
@@ -158,4 +158,4 @@ def test_one_commit_draws_the_same_everywhere(monkeypatch, request):
     assert seed_of("a", None) != seed_of("a", None)  # 31 bits: with changes each run has its own
     monkeypatch.setenv("BERT_FAST_TEST_SEED", "7")
     assert seed_of("a", "1234") == seed_of("a", None) == 7
-    assert core.global_force_seed in (None, request.node.seed)
+    assert core.global_force_seed in (None, fresh_seed)
