@@ -73,6 +73,10 @@ def _sum(partials, count, width, col, ROWS: tl.constexpr, BLOCK: tl.constexpr):
         row = begin + tl.arange(0, ROWS)
         inside = (row < count)[:, None] & (col < width)[None, :]
         total += tl.load(partials + row.to(tl.int64)[:, None] * width + col[None, :], inside, 0.0)
+    if ROWS >= 32:
+        # A thread's rows, a warp's, all: as a GPU adds them, and the interpreter, which would add
+        # all rows one after another, errs no more than it.
+        total = tl.sum(tl.sum(total.reshape(4, ROWS // 32, 8, BLOCK), 0), 1)
     return tl.sum(total, 0)
 
 

@@ -39,8 +39,14 @@ __global__ void __launch_bounds__(kSumColumns * kSumGroups) sum_kernel(Sums a) {
   sums[group][place] = sum;
   barrier();
   if (group || column >= kind.width) return;
-  for (int g = 1; g < kSumGroups; ++g) sum += sums[g][place];
-  out[place] = from_float<T>(sum);
+  float all[kSumGroups];
+#pragma unroll
+  for (int g = 0; g < kSumGroups; ++g) all[g] = sums[g][place];
+#pragma unroll
+  for (int n = kSumGroups / 2; n; n /= 2) {  // by pairs: one after another they would err more
+    for (int g = 0; g < n; ++g) all[g] += all[g + n];
+  }
+  out[place] = from_float<T>(all[0]);
 }
 
 }  // namespace
