@@ -26,9 +26,13 @@ namespace {
 constexpr int64_t kBlockRows = 144;
 // Few rows take several panels at once, so that enough sums are under way to hide an FMA's latency.
 constexpr int64_t kPanelsFor2 = k512 ? 4 : 2, kPanelsFor4 = kPanelsFor2 / 2;
-// Steps of the panel that are fetched ahead, into L2. (Zen 4, 16 rows, 42 MB of weights in huge
-// pages: 64 steps 99 GFLOP/s, of 118 that the core has; 32 steps, into L1, 91. In L2 already: 99.)
+// Steps of the panel that are fetched ahead, into L2, by a tile that fetches its own. (Zen 4, 16
+// rows, 42 MB of weights in huge pages: 64 steps 99 GFLOP/s, of 118 that the core has; 32 steps,
+// into L1, 91. In L2 already: 99.)
 constexpr int64_t kAhead = 64;
+// So many steps of x at most stay in L2 as a whole: each panel then passes over its whole depth
+// before the next, and W is one stream.
+constexpr int64_t kFewSteps = 64 * 1024;
 
 template <class P>
 constexpr int64_t kPerStep = 4 / sizeof(typename P::Element);
@@ -60,6 +64,8 @@ Factors factors(const void* packed, int64_t out_features, int64_t in_features) {
 
 struct Block {
   const uint32_t *x, *panel;       // at the first row, the first step
+  const char* fetch;               // into L2, meanwhile: so many bytes a step
+  int64_t fetch_stride;
   float* y;                        // sums, of whatever type
   int64_t x_stride, panel_stride, y_stride, steps;
   bool first;                      // of the blocks of depth: sets y, the others add
@@ -70,19 +76,21 @@ template <class P, int kRows, int kPanels>
 void tile(const Block& b) {
   using Sum = typename P::Sum;
   Sum total[kRows][2 * kPanels];
+  const char* fetch = b.fetch;
   for (int64_t begin = 0; begin < b.steps; begin += P::kSumSteps) {
     const int64_t end = std::min(b.steps, begin + P::kSumSteps);
     Sum sums[kRows][2 * kPanels];
     for (auto& row : sums) {
       for (Sum& sum : row) sum = Sum{};
     }
-    for (int64_t k = begin; k < end; ++k) {
+    for (int64_t k = begin; k < end; ++k, fetch += b.fetch_stride) {
       vu w[2 * kPanels];
       for (int p = 0; p < kPanels; ++p) {
         const uint32_t* row = b.panel + p * b.panel_stride + k * kPanel;
         std::memcpy(w + 2 * p, row, 2 * sizeof(vu));
-        __builtin_prefetch(row + kAhead * kPanel, 0, 2);
-        if (kPanel * sizeof(float) > 64) __builtin_prefetch(row + kAhead * kPanel + kWidth, 0, 2);
+        const char* line = fetch + 4 * p * b.panel_stride;
+        __builtin_prefetch(line, 0, 2);
+        if (4 * kPanel > 64) __builtin_prefetch(line + b.fetch_stride / 2, 0, 2);
       }
       for (int i = 0; i < kRows; ++i) {
         uint32_t x;
@@ -169,15 +177,28 @@ void finish(const Call& a, float* y, int64_t row, int64_t rows, int64_t column, 
   }
 }
 
+const uint32_t* block_of(const Call& a, int64_t panel, int64_t k) {
+  return static_cast<const uint32_t*>(a.packed) + (panel * a.depth + k) * kPanel;
+}
+
+// What a tile fetches: a share of a block of W, or of its own block, by default, what it comes to.
+struct Fetch {
+  const uint32_t* block = nullptr;
+  int64_t share = 0, shares = 1;
+};
+
 // One tile at the panels from `panel` on, over one block of depth. W's last columns are packed
 // with zeros after them, y has no room for these: they pass through a buffer.
 template <class P, int kPanels, int64_t kMostRows>
-void add_tile(const Call& a, int64_t row, int64_t rows, int64_t panel, int64_t k) {
+void add_tile(const Call& a, int64_t row, int64_t rows, int64_t panel, int64_t k, Fetch fetch = {}) {
   const int64_t column = panel * kPanel, steps = std::min(kBlockSteps, a.depth - k);
   const int64_t columns = std::min(kPanels * kPanel, a.out_features - column);
   float* y = a.out + row * a.out_features + column;
-  Block block = {a.steps + row * a.depth + k,
-                 static_cast<const uint32_t*>(a.packed) + column * a.depth + k * kPanel,
+  const uint32_t* w = block_of(a, panel, k);
+  if (!fetch.block) fetch.block = w + kAhead * kPanel;
+  const int64_t bytes = 4 * kPanel / fetch.shares;  // of a share, a step
+  Block block = {a.steps + row * a.depth + k, w,
+                 reinterpret_cast<const char*>(fetch.block) + fetch.share * steps * bytes, bytes,
                  y, a.depth, kPanel * a.depth, a.out_features, steps, k == 0};
   constexpr auto kRows = std::make_integer_sequence<int, kMostRows>{};
   if (columns == kPanels * kPanel) {
@@ -197,28 +218,45 @@ void add_tile(const Call& a, int64_t row, int64_t rows, int64_t panel, int64_t k
   if (k + steps == a.depth) finish<P>(a, y, row, rows, column, columns);
 }
 
+// All tiles of rows [begin, end) at one block. Together they fetch the next one, evenly: all of it
+// during the first, two cores ask for more than memory gives. Nobody has fetched the first block,
+// nor a lone tile's.
+template <class P>
+void add_tiles(const Call& a, int64_t begin, int64_t end, int64_t panel, int64_t k,
+               const uint32_t* next_block, bool is_first) {
+  const int64_t rows = end - begin, tiles = ceil_div(rows, P::kTileRows);
+  const int64_t own = is_first || tiles == 1 ? 1 : 0;  // tiles that fetch their own
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t row = begin + rows * t / tiles, next = begin + rows * (t + 1) / tiles;
+    const Fetch fetch = t < own ? Fetch{} : Fetch{next_block, t - own, tiles - own};
+    add_tile<P, 1, P::kTileRows>(a, row, next - row, panel, k, fetch);
+  }
+}
+
 // Rows [begin, end), at most kBlockRows, times panels [first, last).
 template <class P>
 void multiply(const Call& a, int64_t begin, int64_t end, int64_t first, int64_t last) {
-  const int64_t rows = end - begin, tiles = ceil_div(rows, P::kTileRows);
-  for (int64_t k = 0; k < a.depth; k += kBlockSteps) {
+  const int64_t rows = end - begin, run = rows * a.depth <= kFewSteps ? a.depth : kBlockSteps;
+  for (int64_t from = 0; from < a.depth; from += run) {
+    // The panels in turn, `together` at once, each over a run of its depth.
     int64_t panel = first;
-    if (rows <= 2) {
-      for (; panel + kPanelsFor2 <= last; panel += kPanelsFor2) {
-        add_tile<P, kPanelsFor2, 2>(a, begin, rows, panel, k);
+    const auto pass = [&](int64_t together, auto add) {
+      for (; panel + together <= last; panel += together) {
+        for (int64_t k = from; k < std::min(a.depth, from + run); k += kBlockSteps) add(k);
       }
+    };
+    if (rows <= 2) {
+      pass(kPanelsFor2, [&](int64_t k) { add_tile<P, kPanelsFor2, 2>(a, begin, rows, panel, k); });
     }
     if (rows <= 4) {
-      for (; panel + kPanelsFor4 <= last; panel += kPanelsFor4) {
-        add_tile<P, kPanelsFor4, 4>(a, begin, rows, panel, k);
-      }
+      pass(kPanelsFor4, [&](int64_t k) { add_tile<P, kPanelsFor4, 4>(a, begin, rows, panel, k); });
     }
-    for (; panel < last; ++panel) {
-      for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t row = begin + rows * t / tiles, next = begin + rows * (t + 1) / tiles;
-        add_tile<P, 1, P::kTileRows>(a, row, next - row, panel, k);
-      }
-    }
+    pass(1, [&](int64_t k) {
+      const bool ends = k + kBlockSteps >= from + run;
+      add_tiles<P>(a, begin, end, panel, k,
+                   ends ? block_of(a, panel + 1, from) : block_of(a, panel, k + kBlockSteps),
+                   panel == first && k == from);
+    });
   }
 }
 
