@@ -143,14 +143,15 @@ def inspect(args):
         for chip in args.chips:
             console.print(inspect.layer_table(chip, args.lengths))
         return 0
+    others, missing = [], {}
+    if args.peers or args.tutorial:
+        others, missing = inspect.others(args.chips, args.tutorial)
     compiled = list(inspect.inspect(args.chips, args.names, args.full))
     compiled += inspect.cuda_kernels(args.chips, args.names)
     faults = [(c, fault) for c in compiled for fault in c.faults()]
-    if args.peers:
-        others, missing = inspect.others(args.chips)
-        compiled += others
-        for name, reason in missing.items():
-            console.print(f"{name}: not counted, {reason}")
+    compiled += others
+    for name, reason in missing.items():
+        console.print(f"{name}: not counted, {reason}")
     console.print(inspect.table(compiled))
     console.print(inspect.costs(compiled))
     for c, fault in faults:
@@ -217,8 +218,12 @@ def _inspect_options(commands):
     sub.add_argument("--names", default="", help="only kernels whose name contains this")
     sub.add_argument("--full", action="store_true", help="every dtype, head_dim and flag")
     sub.add_argument("--peers", action="store_true",
-                     help="also others' kernels, where they are installed: FlashAttention-2 and "
-                          "-3, Liger")  # fmt: skip
+                     help="also others' kernels: what torch's Inductor writes, and, where they are "
+                          "installed, FlashAttention-2 and -3 and Liger")  # fmt: skip
+    sub.add_argument("--tutorial", metavar="FILE",
+                     help="the same, and the attention of Triton's tutorial: "
+                          "python/tutorials/06-fused-attention.py of a checkout of Triton, which "
+                          "is loaded")  # fmt: skip
     sub.add_argument("--lengths", type=int, nargs="+", metavar="N",
                      help="instead: a layer of BERT-base at best, for a batch of sequences of "
                           "these lengths")  # fmt: skip

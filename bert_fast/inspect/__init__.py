@@ -3,7 +3,7 @@
 recording (Triton's launches, compiled for any chip) and kernels (both kinds) read machine code;
 loops finds what runs most, counts puts it on the chip's pipes (chips has their rates), tiles knows
 how much work that is, grid what whole launches lose, layer what a layer takes; peers counts others'
-kernels; tables prints.
+kernels, tutorial and inductor those that must be made to launch first; tables prints.
 """
 
 from bert_fast.inspect.chips import CHIPS

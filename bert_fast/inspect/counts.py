@@ -62,6 +62,7 @@ class Tile:
     bytes: float = 0.0  # of the least that must be moved, what falls to it
     nested: bool = False  # the products are a loop of one turn inside of the main one
     exponentials: bool = False  # each element has one, and no branch another
+    loops: int = 1  # main loops that go through the same tile one after the other
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class Counts:
 
 def count(sass, chip, num_warps, tile):
     """:class:`Counts` of a kernel's listing."""
-    code, loop = main_loop(parse(sass), tile.products, tile.nested)
+    code, loop = main_loop(parse(sass), tile.products, tile.nested, tile.loops)
     pipes, executed = collections.Counter(), 0
     cycles = collections.Counter({"issue": len(code) * num_warps / SCHEDULERS})
     for i in code:

@@ -89,19 +89,20 @@ def loops(code, nested=None):
     return found
 
 
-def main_loop(code, products, nested=False):
+def main_loop(code, products, nested=False, number=1):
     """The instructions that do the work, and whether they are a loop. Of a kernel of matrix
     ``products`` the loop that has most of them, and of two the shorter: whole tiles go there, the
-    last through the other. Else the largest that reads global memory. A kernel without such a loop
-    is its own."""
+    last through the other; the first ``number`` of these together. Else the largest that reads
+    global memory. A kernel without such a loop is its own."""
     wanted = re.compile(r"LDG|UTMALDG")
     if products:  # without tensor cores they are FFMA
         wanted = MATRIX if any(MATRIX.match(i.op) for i in code) else re.compile("FFMA")
     found = loops(code, wanted if nested else None)
     found = [(sum(bool(wanted.match(i.op)) for i in body), body) for body in found]
-    found = [(number, body) for number, body in found if number]
+    found = [(matching, body) for matching, body in found if matching]
     if not found:
         return code, False
     if products:
-        return min(found, key=lambda pair: (-pair[0], len(pair[1])))[1], True
+        found.sort(key=lambda pair: (-pair[0], len(pair[1])))
+        return [i for _, body in found[:number] for i in body], True
     return max(found, key=lambda pair: len(pair[1]))[1], True

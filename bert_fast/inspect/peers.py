@@ -1,5 +1,5 @@
 """Kernels of others, where they are installed, counted as ours are: Triton's compiled for the chip
-asked for, libraries' as they are. Nothing of theirs is run."""
+asked for, libraries' as they are. No kernel of theirs is run."""
 
 import importlib.util
 import re
@@ -11,9 +11,11 @@ import torch
 
 from bert_fast.bench import works
 from bert_fast.inspect.counts import Tile, count
+from bert_fast.inspect.inductor import inductor
 from bert_fast.inspect.kernels import USAGE, products_and_loads
 from bert_fast.inspect.recording import compile, recorded
 from bert_fast.inspect.sass import Compiled, cuobjdump
+from bert_fast.inspect.tutorial import tutorial
 
 
 @dataclass(frozen=True)
@@ -44,13 +46,16 @@ LIBRARIES = {
         rows=32,
     ),
 }  # fmt: skip
-# Inductor writes its kernels for the GPU that it finds, and here there need be none.
-NOT_COUNTED = {"torch's Inductor": "it compiles for a GPU that is there"}
 
 
-def others(chips):
-    """(the :class:`Compiled` kernels of others, {name: why it is not counted})."""
-    found, missing = [], dict(NOT_COUNTED)
+def others(chips, tutorial_path=None):
+    """(the :class:`Compiled` kernels of others, {name: why it is not counted}); with the attention
+    of Triton's tutorial, if its file is given."""
+    found, missing = [], {}
+    if tutorial_path:
+        found += [c for chip in chips for c in tutorial(tutorial_path, chip)]
+    else:
+        missing["Triton's tutorial"] = "--tutorial gives its file"
     for name, library in LIBRARIES.items():
         if not (path := _library(library.package)):
             missing[name] = f"{library.package} is not installed"
@@ -63,6 +68,11 @@ def others(chips):
         found += [liger(chip) for chip in chips]
     else:
         missing["Liger"] = "liger_kernel is not installed"
+    try:
+        found += [c for chip in chips for c in inductor(chip)]
+    except Exception as error:  # no part of it that is used is public, or the same in each torch
+        said = f"torch {torch.__version__}: {type(error).__name__}: {error}"
+        missing["torch's Inductor"] = f"its kernels could not be had from {said}"
     return found, missing
 
 

@@ -6,12 +6,14 @@ import math
 import re
 import sys
 import tempfile
+import types
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import torch
 
-from bert_fast.inspect.chips import CHIPS
+from bert_fast.inspect.chips import CHIPS, REGISTERS
 from bert_fast.inspect.sass import cuobjdump
 
 
@@ -27,7 +29,7 @@ class Launch:
     num_stages: int
     maxnreg: int | None
     debug: bool  # its device_assert is compiled
-    enable_fp_fusion: bool
+    enable_fp_fusion: bool | None  # None: not said
     ctas: int = field(compare=False)  # of its grid
     bytes: int = field(compare=False)  # of its tensors
 
@@ -40,20 +42,22 @@ TYPES = {
 
 @contextlib.contextmanager
 def recorded(chip=80):
-    """Launches of Triton kernels inside the block are listed, as for ``chip``, not run."""
+    """Launches of Triton kernels inside the block are listed, as for ``chip``, not run; of a kernel
+    that tunes itself one for each configuration."""
+    from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
 
     from bert_fast.kernels import common
 
     before, common.compiling_for = common.compiling_for, chip
-    launches, run = [], JITFunction.run
+    launches, run, tune = [], JITFunction.run, Autotuner.run
     # Some grids are as large as the device: as many multiprocessors as the chip's board has.
     counting = [m for name, m in sys.modules.items() if name.startswith("bert_fast.kernels.")]
     counting = {m: m.processors for m in counting if hasattr(m, "processors")}
 
     def record(
         kernel, *args, grid, warmup=False, num_warps=4, num_stages=3, maxnreg=None, debug=False,
-        sanitize_overflow=True, enable_fp_fusion=False, **kwargs,
+        sanitize_overflow=True, enable_fp_fusion=None, **kwargs,
     ):  # fmt: skip
         given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         signature, constants, aligned = [], [], []
@@ -67,6 +71,7 @@ def recorded(chip=80):
             elif special and (kind[0] == "*" or (kind[0] == "i" and value % 16 == 0)):
                 aligned.append(i)  # the allocator's addresses are multiples of 16, too
             signature.append((name, kind))
+        grid = grid(given) if callable(grid) else grid
         launches.append(
             Launch(
                 kernel, tuple(signature), tuple(constants), tuple(aligned), num_warps, num_stages,
@@ -74,15 +79,53 @@ def recorded(chip=80):
             )
         )  # fmt: skip
 
-    JITFunction.run = record
+    def record_all(tuned, *args, **kwargs):
+        tuned.nargs = dict(zip(tuned.arg_names, args, strict=False))
+        for config in tuned.prune_configs(kwargs):
+            given = kwargs | config.all_kwargs()
+            if config.pre_hook:
+                config.pre_hook(tuned.nargs | given)
+            tuned.fn.run(*args, **given)
+        tuned.nargs = None
+
+    JITFunction.run, Autotuner.run = record, record_all
     for module in counting:
         module.processors = lambda device: CHIPS[chip].sms
     try:
         yield launches
     finally:
-        JITFunction.run, common.compiling_for = run, before
+        JITFunction.run, Autotuner.run, common.compiling_for = run, tune, before
         for module, processors in counting.items():
             module.processors = processors
+
+
+@contextlib.contextmanager
+def pretended(chip):
+    """Inside the block torch and Triton find a GPU of this chip, for the code of others that asks
+    for one. Nothing can run on it; what they remember of it stays."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    major, minor = divmod(chip, 10)
+    board = CHIPS[chip]
+    properties = types.SimpleNamespace(
+        name=board.name, major=major, minor=minor, multi_processor_count=board.sms, warp_size=32,
+        regs_per_multiprocessor=REGISTERS, max_threads_per_block=1024,
+        max_threads_per_multi_processor=32 * board.warps,
+    )  # fmt: skip
+    driver = types.SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", chip, 32), get_current_device=lambda: 0,
+        get_active_torch_device=lambda: torch.device("meta"),
+    )  # fmt: skip
+    with (
+        mock.patch.object(triton.runtime.driver, "_active", driver),
+        mock.patch.multiple(
+            torch.cuda, is_available=lambda: True, device_count=lambda: 1,
+            current_device=lambda: 0, get_device_properties=lambda *_: properties,
+            get_device_capability=lambda *_: (major, minor),
+        ),
+    ):  # fmt: skip
+        yield
 
 
 def _num_bytes(arguments):
@@ -117,8 +160,9 @@ def compile(launch, chip):
         source, target=GPUTarget("cuda", chip, 32),
         options={
             "num_warps": launch.num_warps, "num_stages": launch.num_stages,
-            "maxnreg": launch.maxnreg, "debug": launch.debug,
-            "sanitize_overflow": False, "enable_fp_fusion": launch.enable_fp_fusion,
+            "maxnreg": launch.maxnreg, "debug": launch.debug, "sanitize_overflow": False,
+            # Not said, they are fused: Triton before 3.10 does so by itself.
+            "enable_fp_fusion": launch.enable_fp_fusion is not False,
         },
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as scratch:

@@ -94,6 +94,12 @@ class Compiled:
         return found
 
 
+def leanest(configurations):
+    """Of one kernel's :class:`Compiled` configurations the one of the fewest instructions an
+    element; without spills, where there is one that fits the chip."""
+    return min(configurations, key=lambda c: (c.ctas < 1, c.spills > 0, c.counts.an_element))
+
+
 OPCODE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
 
 

@@ -1,0 +1,100 @@
+"""What torch's Inductor writes for layer-norm and GELU, counted. It asks torch for the GPU that it
+writes for, and remembers the answer: so each chip has a process of its own, in which there is one.
+"""
+
+import concurrent.futures
+import multiprocessing
+import re
+
+import torch
+
+from bert_fast.bench import works
+from bert_fast.inspect import tiles
+from bert_fast.inspect.counts import count
+from bert_fast.inspect.kernels import products_and_loads
+from bert_fast.inspect.recording import Launch, compile, pretended
+from bert_fast.inspect.sass import Compiled, leanest
+
+KERNEL = re.compile(r"async_compile\.triton\('(\w+)', '''(.*?)''', device_str", re.DOTALL)
+
+
+def inductor(chip):
+    """[:class:`Compiled`] of inference's layer-norm and GELU, in bfloat16: of the sizes that
+    Inductor would try, the leanest."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as process:
+        return process.submit(compiled, chip).result()
+
+
+def compiled(chip):
+    """The same, in this process."""
+    norm = works.LayerNorm(torch.bfloat16, "meta", rows=16384, width=768)
+    gelu = works.Gelu(torch.bfloat16, "meta", rows=16384, width=3072)
+    with pretended(chip):
+        return [_counted(norm, _layer_norm, 2, chip), _counted(gelu, _gelu, 1, chip)]
+
+
+def _layer_norm(x, residual, bias, weight, norm_bias):
+    normalized = torch.nn.functional.layer_norm
+    return normalized(x + bias + residual, weight.shape, weight, norm_bias, 1e-12)
+
+
+def _gelu(x, bias):
+    return torch.nn.functional.gelu(x + bias)
+
+
+def _counted(work, function, matrices, chip):
+    """Of a function of so many matrices, and of vectors for the rest."""
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    shapes = [(work.rows, work.width)[i >= matrices :] for i in range(len(names))]
+    (kernel,) = _kernels(function, shapes, work.dtype)
+    moved = work.num_bytes + (len(names) - matrices) * work.width * work.dtype.itemsize
+    meta = kernel.triton_meta
+    found = []
+    for config in kernel.configs:
+        sizes = {k: v for k, v in config.kwargs.items() if k in kernel.fn.arg_names}
+        rows = function is _layer_norm  # XBLOCK of them, else numbers
+        launch = Launch(
+            kernel.fn, tuple(meta["signature"].items()),
+            tuple((meta["constants"] | sizes).items()), tuple(i for (i,) in meta["configs"][0]),
+            config.num_warps, config.num_stages, None, False, meta.get("enable_fp_fusion"),
+            ctas=0, bytes=moved,
+        )  # fmt: skip
+        registers, shared, spills, sass = compile(launch, chip)
+        tile = tiles.rows_of(sizes["XBLOCK"] * (work.width if rows else 1), work)
+        found.append(
+            Compiled(
+                f"torch's Inductor, {work}", work.flops, work.num_bytes,
+                f"{kernel.fn.__name__}, {sizes['XBLOCK']}", chip, config.num_warps, registers,
+                shared, spills, *products_and_loads(sass, chip),
+                count(sass, chip, config.num_warps, tile), moved=moved,
+            )
+        )  # fmt: skip
+    return leanest(found)
+
+
+def _kernels(function, shapes, dtype):
+    """The kernels that Inductor writes for the function, not compiled."""
+    from torch._guards import TracingContext, tracing
+    from torch._inductor.codecache import PyCodeCache
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.runtime import triton_helpers
+    from torch._inductor.virtualized import V
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with FakeTensorMode() as fake, torch.no_grad():
+        inputs = [torch.empty(shape, dtype=dtype, device="cuda:0") for shape in shapes]
+        traced = make_fx(function, select_decomp_table())(*inputs)
+    graph = GraphLowering(traced, is_inference=True)
+    with (
+        V.set_fake_mode(fake), tracing(TracingContext(fake)), V.set_graph_handler(graph),
+        V.set_debug_handler(DebugContext()),
+    ):  # fmt: skip
+        graph.run(*inputs)
+        written, _ = graph.codegen()
+    triton_helpers.set_driver_to_gpu = lambda: None  # the pretended one is, and this process's
+    sources = KERNEL.findall(written.value)
+    return [getattr(PyCodeCache.load(source), name) for name, source in sources]

@@ -1,0 +1,100 @@
+"""The attention of Triton's own tutorial, 06-fused-attention.py, counted. No wheel has that file:
+who wants the count has it, from a checkout of Triton as old as the Triton that is installed."""
+
+import contextvars
+import importlib.util
+from pathlib import Path
+
+import torch
+
+from bert_fast.bench import works
+from bert_fast.inspect import tiles
+from bert_fast.inspect.counts import Tile, count
+from bert_fast.inspect.grid import of_work
+from bert_fast.inspect.kernels import products_and_loads
+from bert_fast.inspect.recording import compile, pretended, recorded
+from bert_fast.inspect.sass import Compiled, leanest
+
+LENGTHS = (512,) * 32  # it has no ragged batches; its loop is the same for every length
+
+
+def tutorial(path, chip):
+    """:class:`Compiled` of its forward and its backward, of heads of 64 in float16, which is all
+    that it has: of the tiles that it tries the leanest. The file is loaded, so its top level runs,
+    but not its benchmark.
+
+    Raises:
+        ValueError: ``path`` is no such file.
+    """
+    # What it sets for all of Triton, an allocator, stays in there.
+    launches = contextvars.copy_context().run(_launches, Path(path), chip)
+    for name, counted in (("_attn_fwd", _forward), ("_attn_bwd", _backward)):
+        tried = [counted(x, chip) for x in launches if x.kernel.__name__ == name]
+        if not tried:
+            raise ValueError(f"--tutorial: {path} launches no {name}")
+        if compiled := [c for c in tried if c]:
+            yield leanest(compiled)
+
+
+def _launches(path, chip):
+    """What it launches for one batch, forward and backward."""
+    if not path.is_file():
+        raise ValueError(f"--tutorial: {path} is no file")
+    shape = len(LENGTHS), works.Attention.num_heads, LENGTHS[0], works.Attention.head_dim
+    q, k, v = torch.empty(3, *shape, dtype=torch.float16, device="meta").requires_grad_()
+    with pretended(chip), recorded(chip) as launches:
+        try:
+            spec = importlib.util.spec_from_file_location("tutorial", path)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            out = module.attention(q, k, v, False, shape[-1] ** -0.5, False)
+            out.backward(torch.empty_like(out))
+        except Exception as error:  # whatever a wrong file does
+            said = f"{type(error).__name__}: {error}"
+            raise ValueError(f"--tutorial: {path} is not Triton's tutorial: {said}") from error
+    return launches
+
+
+def _forward(launch, chip):
+    work = works.Attention(torch.float16, "meta", lengths=LENGTHS)
+    sizes = dict(launch.constants)
+    sizes["BLOCK_D"] = sizes["HEAD_DIM"]
+    tile = tiles.of_launch("attention.forward", sizes, work)
+    shown = f"{sizes['BLOCK_M']} x {sizes['BLOCK_N']}, {launch.num_stages} stages"
+    grid = of_work(work, "attention.forward", tile, sizes, chip, launch.ctas)
+    return _compiled(launch, chip, work, shown, tile, grid)
+
+
+def _backward(launch, chip):
+    """One kernel of two loops: keys with four products, then queries with three."""
+    work = works.Attention(torch.float16, "meta", backward=True, lengths=LENGTHS)
+    sizes = dict(launch.constants)
+    keys, queries = ((sizes[f"BLOCK_M{n}"], sizes[f"BLOCK_N{n}"]) for n in (1, 2))
+    elements = keys[0] * keys[1]
+    if elements != queries[0] * queries[1]:
+        raise ValueError(f"--tutorial: its backward's tiles, {keys} and {queries}, differ in size")
+    tile = Tile(elements, 2 * 7 * elements * work.head_dim, 7, loops=2)
+    shown = f"{keys[0]} x {keys[1]} and {queries[0]} x {queries[1]}, {launch.num_stages} stages"
+    return _compiled(launch, chip, work, shown, tile)
+
+
+def _compiled(launch, chip, work, shown, tile, grid=None):
+    """None: the kernel itself refuses these sizes, and Triton's tuning passes them over, too."""
+    import triton
+    from triton.compiler.errors import CompilationError, CompileTimeAssertionFailure
+    from triton.runtime.errors import PTXASError
+
+    try:
+        registers, shared, spills, sass = compile(launch, chip)
+    except (CompileTimeAssertionFailure, PTXASError):
+        return None
+    except CompilationError as error:
+        name = launch.kernel.__name__
+        raise ValueError(
+            f"--tutorial: Triton {triton.__version__} does not compile its {name}: {error}"
+        ) from error
+    return Compiled(
+        f"Triton's tutorial, {work}", work.flops, work.num_bytes, f"tutorial, {shown}", chip,
+        launch.num_warps, registers, shared, spills, *products_and_loads(sass, chip),
+        count(sass, chip, launch.num_warps, tile), grid, launch.bytes,
+    )  # fmt: skip
