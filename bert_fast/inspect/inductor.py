@@ -31,7 +31,7 @@ def compiled(chip):
     norm = works.LayerNorm(torch.bfloat16, "meta", rows=16384, width=768)
     gelu = works.Gelu(torch.bfloat16, "meta", rows=16384, width=3072)
     with pretended(chip):
-        return [_counted(norm, _layer_norm, 2, chip), _counted(gelu, _gelu, 1, chip)]
+        return [_counted(norm, _layer_norm, 2, 3, chip), _counted(gelu, _gelu, 1, 1, chip)]
 
 
 def _layer_norm(x, residual, bias, weight, norm_bias):
@@ -43,25 +43,24 @@ def _gelu(x, bias):
     return torch.nn.functional.gelu(x + bias)
 
 
-def _counted(work, function, matrices, chip):
-    """Of a function of so many matrices, and of vectors for the rest."""
-    names = function.__code__.co_varnames[: function.__code__.co_argcount]
-    shapes = [(work.rows, work.width)[i >= matrices :] for i in range(len(names))]
+def _counted(work, function, matrices, vectors, chip):
+    """Of a function of so many matrices, and then vectors."""
+    shapes = [(work.rows, work.width)] * matrices + [(work.width,)] * vectors
     (kernel,) = _kernels(function, shapes, work.dtype)
-    moved = work.num_bytes + (len(names) - matrices) * work.width * work.dtype.itemsize
+    moved = work.num_bytes + vectors * work.width * work.dtype.itemsize
+    block = work.width if isinstance(work, works.LayerNorm) else 1  # XBLOCK counts rows, or numbers
     meta = kernel.triton_meta
     found = []
     for config in kernel.configs:
         sizes = {k: v for k, v in config.kwargs.items() if k in kernel.fn.arg_names}
-        rows = function is _layer_norm  # XBLOCK of them, else numbers
         launch = Launch(
             kernel.fn, tuple(meta["signature"].items()),
             tuple((meta["constants"] | sizes).items()), tuple(i for (i,) in meta["configs"][0]),
-            config.num_warps, config.num_stages, None, False, meta.get("enable_fp_fusion"),
-            ctas=0, bytes=moved,
+            config.num_warps, config.num_stages, config.maxnreg, debug=False,
+            enable_fp_fusion=meta.get("enable_fp_fusion"), ctas=0, bytes=moved,
         )  # fmt: skip
         registers, shared, spills, sass = compile(launch, chip)
-        tile = tiles.rows_of(sizes["XBLOCK"] * (work.width if rows else 1), work)
+        tile = tiles.rows_of(sizes["XBLOCK"] * block, work)
         found.append(
             Compiled(
                 f"torch's Inductor, {work}", work.flops, work.num_bytes,

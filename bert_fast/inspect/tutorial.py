@@ -3,7 +3,6 @@ who wants the count has it, from a checkout of Triton as old as the Triton that 
 
 import contextvars
 import importlib.util
-from pathlib import Path
 
 import torch
 
@@ -24,22 +23,19 @@ def tutorial(path, chip):
     but not its benchmark.
 
     Raises:
-        ValueError: ``path`` is no such file.
+        ValueError: ``path`` is not that file, or one of another Triton.
     """
     # What it sets for all of Triton, an allocator, stays in there.
-    launches = contextvars.copy_context().run(_launches, Path(path), chip)
+    launches = contextvars.copy_context().run(_launches, path, chip)
     for name, counted in (("_attn_fwd", _forward), ("_attn_bwd", _backward)):
         tried = [counted(x, chip) for x in launches if x.kernel.__name__ == name]
-        if not tried:
-            raise ValueError(f"--tutorial: {path} launches no {name}")
-        if compiled := [c for c in tried if c]:
-            yield leanest(compiled)
+        if not any(tried):
+            raise ValueError(f"--tutorial: {path} launches no {name} that compiles for {chip}")
+        yield leanest(c for c in tried if c)
 
 
 def _launches(path, chip):
     """What it launches for one batch, forward and backward."""
-    if not path.is_file():
-        raise ValueError(f"--tutorial: {path} is no file")
     shape = len(LENGTHS), works.Attention.num_heads, LENGTHS[0], works.Attention.head_dim
     q, k, v = torch.empty(3, *shape, dtype=torch.float16, device="meta").requires_grad_()
     with pretended(chip), recorded(chip) as launches:
@@ -79,7 +75,7 @@ def _backward(launch, chip):
 
 
 def _compiled(launch, chip, work, shown, tile, grid=None):
-    """None: the kernel itself refuses these sizes, and Triton's tuning passes them over, too."""
+    """None of sizes that the kernel or ptxas refuses: Triton's tuning passes them over, too."""
     import triton
     from triton.compiler.errors import CompilationError, CompileTimeAssertionFailure
     from triton.runtime.errors import PTXASError
