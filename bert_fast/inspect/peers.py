@@ -52,10 +52,12 @@ def others(chips, tutorial_path=None):
     """(the :class:`Compiled` kernels of others, {name: why it is not counted}); with the attention
     of Triton's tutorial, if its file is given."""
     found, missing = [], {}
-    if tutorial_path:
-        found += [c for chip in chips for c in tutorial(tutorial_path, chip)]
-    else:
+    if not tutorial_path:
         missing["Triton's tutorial"] = "--tutorial gives its file"
+    else:
+        found += [c for chip in chips if chip >= 80 for c in tutorial(tutorial_path, chip)]
+        if min(chips) < 80:
+            missing["Triton's tutorial before 8.0"] = "it is for later chips"
     for name, library in LIBRARIES.items():
         if not (path := _library(library.package)):
             missing[name] = f"{library.package} is not installed"

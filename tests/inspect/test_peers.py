@@ -86,6 +86,8 @@ def test_what_is_not_there_is_said_by_name(monkeypatch, capsys, nothing_of_ours)
     ]:  # fmt: skip
         assert f"{name}: not counted, {package} is not installed" in shown
     assert "Triton's tutorial: not counted, --tutorial gives its file" in shown
+    assert cli.main(["inspect", "--chips", "75", "--tutorial", __file__]) == 0
+    assert "tutorial before 8.0: not counted, it is for later chips" in capsys.readouterr().out
     assert "torch's Inductor: not counted" in shown
     assert "AttributeError: no GraphLowering" in shown
 
