@@ -24,7 +24,7 @@ CXX_FLAGS = (
     " -fno-math-errno -fno-trapping-math -ffp-contract=fast"
     " -Wall -Wno-psabi -Wno-ignored-attributes -Wno-maybe-uninitialized -Wno-uninitialized"
 )
-AMX_FLAGS = "-mamx-tile -mamx-bf16"
+AMX_FLAGS = "-mamx-tile -mamx-bf16 -mamx-int8"
 # One compilation of each CPU kernel an instruction set; csrc/cpu/dispatch.cpp chooses at run time.
 CPU_ISAS = {
     "generic": "",
@@ -165,7 +165,7 @@ class NinjaBuild(build_ext):
                 compile_file("cxx", f"cpu/{source.name}", f"{source.stem}.o")
                 continue
             if source.stem == "linear_amx":  # for AMX, or an answer that there is none
-                flags = f"{CPU_ISAS['avx512']} {AMX_FLAGS}"
+                flags = f"{CPU_ISAS['avx512']} {AMX_FLAGS} -DBERT_FAST_AMX"
                 amx = x86 and self.accepts(cxx, AMX_FLAGS)
                 compile_file("cxx", "cpu/linear_amx.cpp", "linear.amx.o", flags if amx else "")
                 continue

@@ -87,8 +87,8 @@ const char* cpu_isa() { return chosen()->name; }
 
 // Whoever asks for a lesser instruction set than AVX-512 gets no AMX either.
 const LinearKernels& linear_kernels(Precision precision) {
-  const bool amx = precision == Precision::kFloat32 && std::strcmp(cpu_isa(), "avx512") == 0;
-  const LinearKernels* kernels = amx ? amx_linear_kernels() : nullptr;
+  const bool amx = std::strcmp(cpu_isa(), "avx512") == 0;
+  const LinearKernels* kernels = amx ? amx_linear_kernels(precision) : nullptr;
   return kernels ? *kernels : cpu_kernels().linear(precision);
 }
 

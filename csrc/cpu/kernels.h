@@ -182,8 +182,8 @@ struct LinearKernels {
   void (*forward)(const LinearForward&);
 };
 
-const LinearKernels& linear_kernels(Precision);  // the best here of the chosen instruction set
-const LinearKernels* amx_linear_kernels();       // fp32; null where there is no AMX
+const LinearKernels& linear_kernels(Precision);      // the best here of the chosen instruction set
+const LinearKernels* amx_linear_kernels(Precision);  // null where there is no AMX for it
 
 // One set of kernels an instruction set; each .cpp beside this file is compiled once for each.
 struct CpuKernels {

@@ -12,14 +12,12 @@
 // fp32, which also keeps the rounding error of long sums below sgemm's.
 #include "kernels.h"
 
-#ifdef __AMX_BF16__
-#include <sys/syscall.h>
-#include <unistd.h>
-
+#ifdef BERT_FAST_AMX
 #include <algorithm>
 #include <atomic>
 #include <cstring>
 
+#include "amx.h"
 #include "gelu.h"
 
 namespace bert_fast {
@@ -98,12 +96,6 @@ void pack_panel(const float* w, int64_t columns, int64_t depth, int64_t stride, 
 }
 
 // ---- the product ----
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
 
 // Registers 0-3 accumulate the 2 x 2 tiles of a 32 x 32 result, 4-5 hold x, 6-7 hold W.
 BERT_FAST_INLINE void load_x(const uint16_t* tiles) {
@@ -213,17 +205,6 @@ void prefetch_group(const LinearForward& a, int64_t first_row, int64_t first_col
   }
 }
 
-bool ask_kernel_for_tiles() {
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
-
-bool available() {
-  static const bool available = __builtin_cpu_supports("avx512bw") &&
-                                __builtin_cpu_supports("amx-bf16") && ask_kernel_for_tiles();
-  return available;
-}
-
 int64_t packed_size(int64_t out_features, int64_t in_features) {
   return ceil_div(out_features, kGroup) * ceil_div(in_features, kTileDepth) * kStep *
          static_cast<int64_t>(sizeof(uint16_t));
@@ -279,8 +260,7 @@ void forward(const LinearForward& a) {
   // stays in its L2, and the threads share nothing.
   std::atomic<int64_t> threads{0};
   parallel(a.num_threads, blocks * panels, ceil_div(blocks * panels, a.num_threads), [&](Work& items) {
-    const TileConfig config;  // lives in each thread's registers, so each thread loads it
-    _tile_loadconfig(&config);
+    const Tiles tiles;
     uint16_t* scratch = static_cast<uint16_t*>(a.scratch) + threads.fetch_add(1) * scratch_size();
     for (int64_t work, end; items.take(work, end);) {
       while (work < end) {
@@ -291,25 +271,25 @@ void forward(const LinearForward& a) {
         work += last_panel - first_panel;
       }
     }
-    _tile_release();
   });
 }
 
 }  // namespace
 }  // namespace BERT_FAST_ISA
 
-const LinearKernels* amx_linear_kernels() {
+const LinearKernels* amx_linear_kernels(Precision precision) {
   // Below 16 rows sgemm's own order of summation has half the error.
   static const LinearKernels kernels = {"amx", true, 16, BERT_FAST_ISA::packed_size,
                                         BERT_FAST_ISA::scratch_bytes, BERT_FAST_ISA::pack, nullptr,
                                         BERT_FAST_ISA::forward};
-  return BERT_FAST_ISA::available() ? &kernels : nullptr;
+  if (precision != Precision::kFloat32 || !BERT_FAST_ISA::has_amx(precision)) return nullptr;
+  return &kernels;
 }
 
 }  // namespace bert_fast
 
 #else  // a processor or compiler without AMX
 namespace bert_fast {
-const LinearKernels* amx_linear_kernels() { return nullptr; }
+const LinearKernels* amx_linear_kernels(Precision) { return nullptr; }
 }  // namespace bert_fast
 #endif

@@ -14,12 +14,15 @@
 #include "kernels.h"
 #include "threads.h"
 
-#if defined(__AVX512F__)
-#define BERT_FAST_ISA avx512
+#ifdef __AVX2__
 #include <immintrin.h>
+#endif
+#if defined(BERT_FAST_AMX)
+#define BERT_FAST_ISA amx
+#elif defined(__AVX512F__)
+#define BERT_FAST_ISA avx512
 #elif defined(__AVX2__)
 #define BERT_FAST_ISA avx2
-#include <immintrin.h>
 #else
 #define BERT_FAST_ISA generic
 #endif

@@ -1,0 +1,41 @@
+// The products on AMX with that unit emulated, as functions of C for tests/amx_host.py; their
+// arguments are those of bindings.cpp's functions of the same names.
+#include "../cpu/kernels.h"
+
+using namespace bert_fast;
+
+namespace {
+const LinearKernels& kernels(int precision) {
+  return *amx_linear_kernels(static_cast<Precision>(precision));
+}
+}  // namespace
+
+extern "C" {
+
+const char* linear_kind(int precision) { return kernels(precision).name; }
+bool linear_is_fast(int precision) { return kernels(precision).fast; }
+int64_t linear_min_rows(int precision) { return kernels(precision).min_rows; }
+int64_t linear_packed_size(int precision, int64_t out_features, int64_t in_features) {
+  return kernels(precision).packed_size(out_features, in_features);
+}
+int64_t linear_scratch_size(int precision, int64_t rows, int64_t in_features, int threads) {
+  return kernels(precision).scratch_size(rows, in_features, threads);
+}
+void linear_pack(int precision, int64_t out_features, int64_t in_features, const void* elements,
+                 const float* scale, const float* x_factor, void* packed, int threads) {
+  kernels(precision).pack({out_features, in_features, elements, scale, x_factor}, packed, threads);
+}
+bool linear_unpack(int precision, int64_t out_features, int64_t in_features, void* elements,
+                   const void* packed) {
+  const auto unpack = kernels(precision).unpack;
+  if (unpack) unpack(packed, {out_features, in_features, elements, nullptr, nullptr});
+  return unpack != nullptr;
+}
+void linear_forward(int precision, int64_t rows, int64_t in_features, int64_t out_features,
+                    const float* x, const void* packed, const float* bias, float* out,
+                    void* scratch, int activation, int threads) {
+  kernels(precision).forward({rows, in_features, out_features, x, packed, bias, out, scratch,
+                              static_cast<Activation>(activation), threads});
+}
+
+}  // extern "C"

@@ -1,0 +1,84 @@
+"""The products on AMX with that unit emulated (csrc/host/amx.h), for processors without it.
+
+Needs g++ and x86-64. Compiled for this processor's other instructions, whichever they are.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from ctypes import c_bool, c_char_p, c_int, c_int64, c_void_p
+from pathlib import Path
+
+import pytest
+
+from bert_fast import _C
+from bert_fast.backends import cpu
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAGS = [  # arithmetic as setup.py has it
+    "-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
+    "-march=native", "-DBERT_FAST_X86", "-DBERT_FAST_AMX", "-DBERT_FAST_HOST",
+    "-fopenmp", "-fPIC", "-shared", "-w",
+]  # fmt: skip
+FUNCTIONS = {
+    "linear_kind": (c_char_p, c_int),
+    "linear_is_fast": (c_bool, c_int),
+    "linear_min_rows": (c_int64, c_int),
+    "linear_packed_size": (c_int64, c_int, c_int64, c_int64),
+    "linear_scratch_size": (c_int64, c_int, c_int64, c_int64, c_int),
+    "linear_pack": (None, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
+    "linear_unpack": (c_bool, c_int, c_int64, c_int64, c_void_p, c_void_p),
+    "linear_forward": (
+        None, c_int, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p,
+        c_int, c_int,
+    ),
+}  # fmt: skip
+
+
+def build(folder):
+    """The library's path; compiled where these sources were not yet, on this kind of processor."""
+    csrc = ROOT / "csrc"
+    sources = [csrc / "cpu" / f"{name}.cpp" for name in ("linear_amx", "threads")]
+    sources.append(csrc / "host" / "amx.cpp")
+    native = subprocess.run(
+        ["g++", "-march=native", "-Q", "--help=target"], capture_output=True, check=True
+    ).stdout
+    known = hashlib.sha256(repr((FLAGS, native)).encode())
+    for path in sorted({*sources, *(csrc / "cpu").glob("*.h"), csrc / "host" / "amx.h"}):
+        known.update(path.read_bytes())
+    library = folder / f"amx-{known.hexdigest()[:16]}.so"
+    if not library.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        mine = folder / f"{os.getpid()}.so"  # others may be compiling the same
+        subprocess.run(["g++", *FLAGS, "-o", mine, *sources], check=True)
+        mine.replace(library)
+    return library
+
+
+class Emulated:
+    """Stands for bert_fast._C in packed products, and in nothing else."""
+
+    Samples = _C.Samples
+
+    def __init__(self):
+        library = ctypes.CDLL(str(build(ROOT / "build" / "amx_host")))
+        for name, (result, *arguments) in FUNCTIONS.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+            setattr(self, name, function)
+        self.linear_kind = lambda precision: library.linear_kind(precision).decode()
+
+
+emulated = functools.cache(Emulated)
+
+
+def use(monkeypatch):
+    """From now on packed products run on it; returns what stands for bert_fast._C."""
+    if platform.machine() != "x86_64" or not shutil.which("g++"):
+        pytest.skip("no x86-64 or no g++ to emulate AMX with")
+    monkeypatch.setattr(cpu, "_C", emulated())
+    return emulated()
