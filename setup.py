@@ -154,6 +154,9 @@ class NinjaBuild(build_ext):
             "  description = link $out",
         ]
         objects = []
+        amx = ""
+        if x86 and self.accepts(cxx, AMX_FLAGS):
+            amx = f"{CPU_ISAS['avx512']} {AMX_FLAGS} -DBERT_FAST_AMX"
 
         def compile_file(rule, source, out, flags=""):
             objects.append(out)
@@ -164,11 +167,11 @@ class NinjaBuild(build_ext):
             if source.stem in ("dispatch", "encoder", "threads"):  # no arithmetic of their own
                 compile_file("cxx", f"cpu/{source.name}", f"{source.stem}.o")
                 continue
-            if source.stem == "linear_amx":  # for AMX, or an answer that there is none
-                flags = f"{CPU_ISAS['avx512']} {AMX_FLAGS} -DBERT_FAST_AMX"
-                amx = x86 and self.accepts(cxx, AMX_FLAGS)
-                compile_file("cxx", "cpu/linear_amx.cpp", "linear.amx.o", flags if amx else "")
+            if source.stem == "linear_amx":  # fp32 for AMX, or an answer that there is none
+                compile_file("cxx", "cpu/linear_amx.cpp", "linear_amx.o", amx)
                 continue
+            if source.stem == "linear" and amx:
+                compile_file("cxx", "cpu/linear.cpp", "linear.amx.o", amx)
             for isa, flags in CPU_ISAS.items() if x86 else [("generic", "")]:
                 compile_file("cxx", f"cpu/{source.name}", f"{source.stem}.{isa}.o", flags)
 

@@ -42,7 +42,7 @@ FUNCTIONS = {
 def build(folder):
     """The library's path; compiled where these sources were not yet, on this kind of processor."""
     csrc = ROOT / "csrc"
-    sources = [csrc / "cpu" / f"{name}.cpp" for name in ("linear_amx", "threads")]
+    sources = [csrc / "cpu" / f"{name}.cpp" for name in ("linear", "linear_amx", "threads")]
     sources.append(csrc / "host" / "amx.cpp")
     native = subprocess.run(
         ["g++", "-march=native", "-Q", "--help=target"], capture_output=True, check=True
@@ -60,9 +60,9 @@ def build(folder):
 
 
 class Emulated:
-    """Stands for bert_fast._C in packed products, and in nothing else."""
+    """Stands for bert_fast._C in packed products, layer by layer."""
 
-    Samples = _C.Samples
+    Samples, gelu_forward = _C.Samples, staticmethod(_C.gelu_forward)
 
     def __init__(self):
         library = ctypes.CDLL(str(build(ROOT / "build" / "amx_host")))

@@ -16,12 +16,16 @@ namespace bert_fast {
 namespace BERT_FAST_ISA {
 namespace {
 
+// GCC's _tile_loadd does not say that it reads memory: what was written for it before, is.
+BERT_FAST_INLINE void before_loads() { asm volatile("" ::: "memory"); }
+
 // While one of these lives, its thread has the tiles, all of them whole.
 class Tiles {
  public:
   Tiles() {
-    const Config config;
-    _tile_loadconfig(&config);
+    static constexpr Config kConfig;  // static: GCC sees its first bytes read alone
+    _tile_loadconfig(&kConfig);
+    before_loads();
   }
   ~Tiles() { _tile_release(); }
   Tiles(const Tiles&) = delete;

@@ -56,7 +56,8 @@ bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_support
 // instructions for products in bf16 and int8, as a processor without them has it.
 const Isa kIsas[] = {
 #ifdef BERT_FAST_X86
-    {"avx512", &avx512::kernels, has_avx512},
+    {"avx512", &avx512::kernels, has_avx512},  // and AMX, where it is
+    {"avx512_no_amx", &avx512::kernels, has_avx512},
     {"avx512_base", &avx512::base, has_avx512},
     {"avx2", &avx2::kernels, has_avx2},
     {"avx2_base", &avx2::base, has_avx2},

@@ -23,9 +23,13 @@ namespace bert_fast {
 namespace BERT_FAST_ISA {
 namespace {
 
+#ifdef BERT_FAST_AMX
+constexpr int64_t kBlockRows = 256, kPanelsFor2 = 1, kPanelsFor4 = 1;  // not measured
+#else
 constexpr int64_t kBlockRows = 144;
 // Few rows take several panels at once, so that enough sums are under way to hide an FMA's latency.
 constexpr int64_t kPanelsFor2 = k512 ? 4 : 2, kPanelsFor4 = kPanelsFor2 / 2;
+#endif
 // Steps of the panel that are fetched ahead, into L2, by a tile that fetches its own. (Zen 4, 16
 // rows, 42 MB of weights in huge pages: 64 steps 99 GFLOP/s, of 118 that the core has; 32 steps,
 // into L1, 91. In L2 already: 99.)
@@ -42,7 +46,9 @@ template <class P>
 constexpr bool kConverts = P::kPrecision != Precision::kFloat32;
 
 template <class P>
-int64_t steps_of(int64_t in_features) { return ceil_div(in_features, kPerStep<P>); }
+int64_t steps_of(int64_t in_features) {
+  return ceil_div(in_features, kWhole * kPerStep<P>) * kWhole;
+}
 int64_t padded(int64_t out_features) { return ceil_div(out_features, kPanel) * kPanel; }
 
 template <class P>
@@ -70,6 +76,50 @@ struct Block {
   int64_t x_stride, panel_stride, y_stride, steps;
   bool first;                      // of the blocks of depth: sets y, the others add
 };
+
+#ifdef BERT_FAST_AMX
+
+// y (rows x a panel) from as many rows of x. The packed panel is what the unit reads, a step a row of
+// a tile. Past the last row of x, up to a whole tile, anything may stand: it meets no other's sums.
+template <class P, int kPanels, int... kRows>
+void tile_of(int64_t rows, const Block& b, std::integer_sequence<int, kRows...>) {
+  static_assert(kPanels == 1 && sizeof...(kRows) <= P::kTileRows, "the unit's tiles hold no more");
+  using Sum = typename P::Sum;
+  constexpr int64_t kStride = 4 * kPanel;  // bytes
+  const bool lower = rows > kTile;
+  alignas(64) float sums[P::kTileRows * kPanel];
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  const char* fetch = b.fetch;
+  for (int64_t k = 0; k < b.steps; k += kTile) {
+    const uint32_t *x = b.x + k, *w = b.panel + k * kPanel;
+    for (int64_t i = 0; i < kTile * b.fetch_stride; i += 64) __builtin_prefetch(fetch + i, 0, 2);
+    fetch += kTile * b.fetch_stride;
+    _tile_loadd(6, w, kStride);
+    _tile_loadd(7, w + kTile, kStride);
+    _tile_loadd(4, x, 4 * b.x_stride);
+    P::multiply_upper();
+    if (lower) {
+      _tile_loadd(5, x + kTile * b.x_stride, 4 * b.x_stride);
+      P::multiply_lower();
+    }
+  }
+  _tile_stored(0, sums, kStride);
+  _tile_stored(1, sums + kTile, kStride);
+  _tile_stored(2, sums + kTile * kPanel, kStride);
+  _tile_stored(3, sums + kTile * kPanel + kTile, kStride);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < kPanel; j += kWidth) {
+      float* y = b.y + i * b.y_stride + j;
+      const Sum sum = bit_cast<Sum>(load(sums + i * kPanel + j));
+      store(y, bit_cast<vf>(b.first ? sum : bit_cast<Sum>(load(y)) + sum));
+    }
+  }
+}
+
+#else
 
 // y (kRows x kPanels panels) from kRows rows of x.
 template <class P, int kRows, int kPanels>
@@ -117,6 +167,8 @@ void tile_of(int64_t rows, const Block& block, std::integer_sequence<int, kRows.
   static constexpr void (*kTiles[])(const Block&) = {tile<P, kRows + 1, kPanels>...};
   kTiles[rows - 1](block);
 }
+
+#endif
 
 // A product under way: what its rows are converted to, and what the weight was packed with.
 struct Call : LinearForward {
@@ -260,11 +312,14 @@ void multiply(const Call& a, int64_t begin, int64_t end, int64_t first, int64_t 
   }
 }
 
-// Scratch: all rows' steps, then what they were scaled by.
+// Scratch: all rows' steps, with room for whole tiles, then what they were scaled by.
+constexpr int64_t kSpareRows = kWhole - 1;
+
 template <class P>
 int64_t scratch_size(int64_t rows, int64_t in_features, int) {
   if (!kConverts<P>) return 0;
-  return rows * (4 * steps_of<P>(in_features) + static_cast<int64_t>(sizeof(Quantised)));
+  return (rows + kSpareRows) * 4 * steps_of<P>(in_features) +
+         rows * static_cast<int64_t>(sizeof(Quantised));
 }
 
 template <class P>
@@ -273,12 +328,13 @@ void forward(const LinearForward& a) {
                factors<P>(a.packed, a.out_features, a.in_features)};
   if constexpr (kConverts<P>) {
     uint32_t* steps = static_cast<uint32_t*>(a.scratch);
-    Quantised* rows = reinterpret_cast<Quantised*>(steps + a.rows * call.depth);
+    Quantised* rows = reinterpret_cast<Quantised*>(steps + (a.rows + kSpareRows) * call.depth);
     const int threads = threads_for(a.rows * a.in_features / 4, a.num_threads);
     parallel_for(threads, a.rows, grain_for(a.rows, threads), [&](int64_t row) {
       using Steps = std::conditional_t<kIsInt8<P>, uint8_t, uint16_t>;
-      convert(P{}, a.x + row * a.in_features, a.in_features, call.by,
-              reinterpret_cast<Steps*>(steps + row * call.depth), rows + row);
+      Steps* to = reinterpret_cast<Steps*>(steps + row * call.depth);
+      convert(P{}, a.x + row * a.in_features, a.in_features, call.by, to, rows + row);
+      std::memset(to + a.in_features, 0, 4 * call.depth - a.in_features * sizeof(Steps));
     });
     call.steps = steps;
     call.quantised = rows;
@@ -287,6 +343,9 @@ void forward(const LinearForward& a) {
   const int threads = threads_for(a.rows * a.out_features * call.depth / 64, a.num_threads);
   // Items are pairs of a row block and a panel, row blocks outermost.
   parallel(threads, blocks * panels, grain_for(blocks * panels, threads), [&](Work& work) {
+#ifdef BERT_FAST_AMX
+    const Tiles tiles;
+#endif
     for (int64_t item, end; work.take(item, end);) {
       while (item < end) {
         const int64_t block = item / panels, first = item % panels;
@@ -356,9 +415,21 @@ constexpr LinearKernels kernels_of(const char* name, bool fast) {
           pack<P>, unpack<P>, forward<P>};
 }
 
+#ifndef BERT_FAST_AMX
 constexpr const char* kIsa = k512 ? "avx512" : kWidth == 8 ? "avx2" : "generic";
+#endif
 
 }  // namespace
+
+#ifdef BERT_FAST_AMX
+
+const LinearKernels& linear(Precision precision) {
+  static const LinearKernels bfloat16 = kernels_of<BFloat16Tiles>("amx_bf16", true);
+  static const LinearKernels int8 = kernels_of<Int8Tiles>("amx_int8", true);
+  return precision == Precision::kInt8 ? int8 : bfloat16;
+}
+
+#else
 
 const LinearKernels& linear_base(Precision precision) {
   static const LinearKernels kernels[] = {kernels_of<Float32>(kIsa, true),
@@ -379,6 +450,8 @@ const LinearKernels& linear(Precision precision) {
 #endif
   return linear_base(precision);
 }
+
+#endif
 
 }  // namespace BERT_FAST_ISA
 }  // namespace bert_fast

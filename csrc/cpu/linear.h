@@ -6,6 +6,9 @@
 
 #include "simd.h"
 
+#ifdef BERT_FAST_AMX
+#include "amx.h"
+#endif
 #ifdef BERT_FAST_X86
 #include <cpuid.h>
 #endif
@@ -15,8 +18,13 @@ namespace BERT_FAST_ISA {
 namespace {
 
 constexpr bool k512 = kVectorRegisters == 32;
-constexpr int64_t kPanel = 2 * kWidth;
 constexpr int64_t kBlockSteps = 384;
+#ifdef BERT_FAST_AMX
+constexpr int64_t kTile = 16;                         // rows of a tile, and steps in each of them
+constexpr int64_t kPanel = 2 * kTile, kWhole = kTile;
+#else
+constexpr int64_t kPanel = 2 * kWidth, kWhole = 1;    // columns; what steps are a multiple of
+#endif
 
 // What int8 is scaled by, which follows a packed weight's panels: of each column its scale and the
 // sum of its elements; of x its factors, or null.
@@ -90,6 +98,32 @@ struct Int8 {
   }
 };
 
+#ifdef BERT_FAST_AMX
+// Tiles 0 to 3 are sums, 4 and 5 hold x, 6 and 7 W.
+struct BFloat16Tiles : BFloat16 {
+  static constexpr int64_t kTileRows = 2 * kTile;
+  static BERT_FAST_INLINE void multiply_upper() {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+  }
+  static BERT_FAST_INLINE void multiply_lower() {
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+};
+struct Int8Tiles : Int8 {
+  static constexpr int64_t kTileRows = 2 * kTile;
+  static BERT_FAST_INLINE void multiply_upper() {
+    _tile_dpbusd(0, 4, 6);
+    _tile_dpbusd(1, 4, 7);
+  }
+  static BERT_FAST_INLINE void multiply_lower() {
+    _tile_dpbusd(2, 5, 6);
+    _tile_dpbusd(3, 5, 7);
+  }
+};
+
+#else
 // The instructions, by name: compiling files once more for each would take three more sets of
 // flags, and compilers that know them.
 #if defined(__AVX512F__)
@@ -123,6 +157,7 @@ struct Int8Dot : Int8 {
   }
 };
 #endif
+#endif
 
 #ifdef BERT_FAST_X86
 enum class Register { kEax, kEcx };
@@ -147,14 +182,13 @@ inline bool has_avx_vnni() {
 }
 #endif
 
-// ---- a row of x, converted ----
+// ---- a row of x, converted: what follows its last element is for the caller to fill ----
 
 inline void convert(BFloat16, const float* x, int64_t depth, const Factors&, uint16_t* to,
                     Quantised*) {
   for_columns(depth, [&](int64_t k, auto lanes) {
     store_row(reinterpret_cast<bf16*>(to) + k, load_row(x + k, lanes), lanes);
   });
-  if (depth % 2) to[depth] = 0;
 }
 
 // By token, asymmetric: from the row's least to its greatest number, zero among them. A row with an
@@ -184,7 +218,6 @@ inline void convert(Int8, const float* x, int64_t depth, const Factors& by, uint
     const Bytes bytes = __builtin_convertvector(bit_cast<vu>(q) & 0xFF, Bytes);
     std::memcpy(to + k, &bytes, static_cast<int>(lanes));
   });
-  while (depth % 4) to[depth++] = 0;
 }
 
 }  // namespace

@@ -233,6 +233,7 @@ void multiply_block(const LinearForward& a, int64_t first_group, int64_t last_gr
       pack_rows(a.x + row * a.in_features + step * kTileDepth, std::min(kGroup, a.rows - row),
                 depth, a.in_features, scratch + (group - first_group) * count * kStep);
     }
+    before_loads();
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
       const uint16_t* w = static_cast<const uint16_t*>(a.packed) + (panel * steps + step) * kStep;
       for (int64_t group = first_group; group < last_group; ++group) {
@@ -277,13 +278,17 @@ void forward(const LinearForward& a) {
 }  // namespace
 }  // namespace BERT_FAST_ISA
 
+namespace BERT_FAST_ISA {
+const LinearKernels& linear(Precision);  // bf16, int8: linear.cpp
+}
+
 const LinearKernels* amx_linear_kernels(Precision precision) {
   // Below 16 rows sgemm's own order of summation has half the error.
   static const LinearKernels kernels = {"amx", true, 16, BERT_FAST_ISA::packed_size,
                                         BERT_FAST_ISA::scratch_bytes, BERT_FAST_ISA::pack, nullptr,
                                         BERT_FAST_ISA::forward};
-  if (precision != Precision::kFloat32 || !BERT_FAST_ISA::has_amx(precision)) return nullptr;
-  return &kernels;
+  if (!BERT_FAST_ISA::has_amx(precision)) return nullptr;
+  return precision == Precision::kFloat32 ? &kernels : &BERT_FAST_ISA::linear(precision);
 }
 
 }  // namespace bert_fast

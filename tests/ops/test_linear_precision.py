@@ -1,6 +1,7 @@
 """Packed products in bf16 and int8, of every instruction set, with the instructions for them that
-this processor has and without."""
+this processor has and without, and on AMX, emulated."""
 
+import amx_host
 import pytest
 import torch
 from conftest import ISAS, same_bits_at_any_thread_count
@@ -12,13 +13,22 @@ from bert_fast.backends import cpu
 from bert_fast.models.workspace import Workspace
 
 LOWER = ["bfloat16", "int8"]
+compiled = _C
 drawn = settings(
     deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
-@pytest.fixture(params=[*ISAS, *(f"{isa}_base" for isa in ISAS if isa != "generic")], autouse=True)
-def isa(request):
+BASE = [f"{isa}_base" for isa in ISAS if isa != "generic"]
+NO_AMX = ["avx512_no_amx"] if _C.linear_kind(cpu.PRECISIONS["int8"]) == "amx_int8" else []
+
+
+@pytest.fixture(params=[*ISAS, *BASE, *NO_AMX, "amx emulated"], autouse=True)
+def isa(request, monkeypatch):
+    if request.param == "amx emulated":
+        monkeypatch.setattr("test_linear_precision._C", amx_host.use(monkeypatch))
+        yield request.param
+        return
     best = _C.cpu_isa()
     _C.set_cpu_isa(request.param)
     if "base" in request.param:
@@ -29,7 +39,14 @@ def isa(request):
 
 def product(packed, x, weight, bias=None, approximate=None):
     out = torch.full((x.shape[0], weight.shape[0]), float("nan"))
-    return packed.forward(x, weight, bias, approximate, out, Workspace())
+    return packed.forward(x, weight, bias, approximate, out, Poisoned())
+
+
+class Poisoned(Workspace):
+    """Whoever reads of it what nobody wrote, sees NaN."""
+
+    def take(self, *args):
+        return super().take(*args).fill_(float("nan"))
 
 
 sizes = dict(
@@ -201,3 +218,53 @@ def test_gelu_of_a_row_has_the_same_bits_in_any_group(precision, approximate):
     for first, count in ((0, 1), (3, 2), (5, 3), (1, 4), (6, 5), (2, 7), (4, 9)):
         some = product(packed, x[first : first + count].clone(), weight, bias, approximate)
         assert torch.equal(some, together[first : first + count])
+
+
+@drawn
+@given(
+    factors=st.booleans(), approximate=st.sampled_from([None, "none", "tanh"]),
+    **sizes
+    | {
+        "rows": st.one_of(st.sampled_from([1, 16, 17, 32, 33, 256, 257]), st.integers(1, 300)),
+        "depth": st.integers(1, 2000),
+    },
+)  # fmt: skip
+def test_int8_has_the_same_bits_with_amx(
+    isa, factors, approximate, rows, depth, columns, with_bias
+):
+    """As by AVX-512's own instructions, or AVX2's: same scales, exact sums, same last steps."""
+    if not _C.linear_kind(cpu.PRECISIONS["int8"]).startswith("amx"):
+        return
+    x, weight = torch.randn(rows, depth) + 0.3, torch.randn(columns, depth) / depth**0.5
+    bias = torch.randn(columns) if with_bias else None
+    factor = torch.rand(depth) + 0.5 if factors else None
+    ours = product(ops.pack_weight(weight, "int8", factor), x, weight, bias, approximate)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "_C", compiled)
+        best = compiled.cpu_isa()
+        try:
+            compiled.set_cpu_isa("avx512_no_amx" if best == "avx512" else best)
+            wanted = product(ops.pack_weight(weight, "int8", factor), x, weight, bias, approximate)
+        finally:
+            compiled.set_cpu_isa(best)
+    assert torch.equal(ours, wanted)
+
+
+@pytest.mark.parametrize("precision", LOWER)
+def test_amx_has_room_for_whole_tiles(isa, precision):
+    """Of 16 rows of 64 bytes: it reads past the last row of x."""
+    if isa == "amx emulated":
+        depth = {"bfloat16": 33, "int8": 65}[precision]  # two tiles
+        for rows, tiles in ((1, 2), (16, 2), (17, 4), (33, 6)):
+            size = _C.linear_scratch_size(cpu.PRECISIONS[precision], rows, depth, 1)
+            assert size >= tiles * 16 * 64
+
+
+def test_amx_takes_denormals_for_zero(isa):
+    """As Intel's manual says of it: nobody relies on that, but the emulation does the same."""
+    if isa != "amx emulated":
+        pytest.skip("others do not")
+    weight = torch.ones(3, 40)
+    packed = ops.pack_weight(weight, "bfloat16")
+    assert (product(packed, torch.full((2, 40), 2.0**-127), weight) == 0).all()
+    assert (product(packed, torch.full((2, 40), 2.0**-126), weight) == 40 * 2.0**-126).all()
