@@ -1,6 +1,6 @@
 """The products on AMX with that unit emulated (csrc/host/amx.h), for processors without it.
 
-Needs g++ and x86-64. Compiled for this processor's other instructions, whichever they are.
+Needs g++ on x86-64 Linux. Compiled for this processor's other instructions, whichever they are.
 """
 
 import ctypes
@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from ctypes import c_bool, c_char_p, c_int, c_int64, c_void_p
 from pathlib import Path
 
@@ -78,7 +79,7 @@ emulated = functools.cache(Emulated)
 
 def use(monkeypatch):
     """From now on packed products run on it; returns what stands for bert_fast._C."""
-    if platform.machine() != "x86_64" or not shutil.which("g++"):
-        pytest.skip("no x86-64 or no g++ to emulate AMX with")
+    if sys.platform != "linux" or platform.machine() != "x86_64" or not shutil.which("g++"):
+        pytest.skip("AMX is emulated by g++ on Linux, x86-64")
     monkeypatch.setattr(cpu, "_C", emulated())
     return emulated()

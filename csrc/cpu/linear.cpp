@@ -7,7 +7,7 @@
 // all panels pass. Each block of depth is summed on its own, in order, and added to y: the bits of
 // a row of y depend on that row of x alone, on no other row, on no number of rows or threads. (Goto
 // & van de Geijn 2008, "Anatomy of high-performance matrix multiplication"; few rows need none of
-// its copies of x.)
+// its copies of x.) For AMX, in bf16 and int8, tiles are the unit's (tile_of under BERT_FAST_AMX).
 //
 // In bf16 and int8 the rows of x are converted first. int8 (Bhandare et al. 2019, "Efficient 8-bit
 // quantization of Transformer"; Dettmers et al. 2022, LLM.int8(): a scale for each row of x and
@@ -46,9 +46,7 @@ template <class P>
 constexpr bool kConverts = P::kPrecision != Precision::kFloat32;
 
 template <class P>
-int64_t steps_of(int64_t in_features) {
-  return ceil_div(in_features, kWhole * kPerStep<P>) * kWhole;
-}
+int64_t steps_of(int64_t depth) { return ceil_div(depth, kWhole * kPerStep<P>) * kWhole; }
 int64_t padded(int64_t out_features) { return ceil_div(out_features, kPanel) * kPanel; }
 
 template <class P>
@@ -78,7 +76,6 @@ struct Block {
 };
 
 #ifdef BERT_FAST_AMX
-
 // y (rows x a panel) from as many rows of x. The packed panel is what the unit reads, a step a row of
 // a tile. Past the last row of x, up to a whole tile, anything may stand: it meets no other's sums.
 template <class P, int kPanels, int... kRows>
@@ -120,7 +117,6 @@ void tile_of(int64_t rows, const Block& b, std::integer_sequence<int, kRows...>)
 }
 
 #else
-
 // y (kRows x kPanels panels) from kRows rows of x.
 template <class P, int kRows, int kPanels>
 void tile(const Block& b) {
@@ -167,7 +163,6 @@ void tile_of(int64_t rows, const Block& block, std::integer_sequence<int, kRows.
   static constexpr void (*kTiles[])(const Block&) = {tile<P, kRows + 1, kPanels>...};
   kTiles[rows - 1](block);
 }
-
 #endif
 
 // A product under way: what its rows are converted to, and what the weight was packed with.
@@ -343,9 +338,7 @@ void forward(const LinearForward& a) {
   const int threads = threads_for(a.rows * a.out_features * call.depth / 64, a.num_threads);
   // Items are pairs of a row block and a panel, row blocks outermost.
   parallel(threads, blocks * panels, grain_for(blocks * panels, threads), [&](Work& work) {
-#ifdef BERT_FAST_AMX
-    const Tiles tiles;
-#endif
+    [[maybe_unused]] const Tiles tiles{};
     for (int64_t item, end; work.take(item, end);) {
       while (item < end) {
         const int64_t block = item / panels, first = item % panels;
@@ -415,14 +408,9 @@ constexpr LinearKernels kernels_of(const char* name, bool fast) {
           pack<P>, unpack<P>, forward<P>};
 }
 
-#ifndef BERT_FAST_AMX
-constexpr const char* kIsa = k512 ? "avx512" : kWidth == 8 ? "avx2" : "generic";
-#endif
-
 }  // namespace
 
 #ifdef BERT_FAST_AMX
-
 const LinearKernels& linear(Precision precision) {
   static const LinearKernels bfloat16 = kernels_of<BFloat16Tiles>("amx_bf16", true);
   static const LinearKernels int8 = kernels_of<Int8Tiles>("amx_int8", true);
@@ -430,8 +418,8 @@ const LinearKernels& linear(Precision precision) {
 }
 
 #else
-
 const LinearKernels& linear_base(Precision precision) {
+  constexpr const char* kIsa = k512 ? "avx512" : kWidth == 8 ? "avx2" : "generic";
   static const LinearKernels kernels[] = {kernels_of<Float32>(kIsa, true),
                                               kernels_of<BFloat16>(kIsa, false),
                                               kernels_of<Int8>(kIsa, false)};
@@ -450,7 +438,6 @@ const LinearKernels& linear(Precision precision) {
 #endif
   return linear_base(precision);
 }
-
 #endif
 
 }  // namespace BERT_FAST_ISA

@@ -24,6 +24,7 @@ constexpr int64_t kTile = 16;                         // rows of a tile, and ste
 constexpr int64_t kPanel = 2 * kTile, kWhole = kTile;
 #else
 constexpr int64_t kPanel = 2 * kWidth, kWhole = 1;    // columns; what steps are a multiple of
+struct Tiles {};
 #endif
 
 // What int8 is scaled by, which follows a packed weight's panels: of each column its scale and the

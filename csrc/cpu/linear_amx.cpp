@@ -1,4 +1,5 @@
-// y = x W^T (+ bias, GELU) in fp32 on the AMX matrix unit, which only multiplies bf16.
+// y = x W^T (+ bias, GELU) in fp32 on the AMX matrix unit, which multiplies bf16 and int8 only. (Those
+// are linear.cpp's.)
 //
 // A float is the exact sum of three bf16: high, middle and low, 8 bits each of its 24. Of the nine
 // products of two such sums the six largest are taken; the three that are left out are below 2^-26
