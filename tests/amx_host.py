@@ -49,7 +49,8 @@ def build(folder):
         ["g++", "-march=native", "-Q", "--help=target"], capture_output=True, check=True
     ).stdout
     known = hashlib.sha256(repr((FLAGS, native)).encode())
-    for path in sorted({*sources, *(csrc / "cpu").glob("*.h"), csrc / "host" / "amx.h"}):
+    headers = [*csrc.glob("*.h"), *(csrc / "cpu").glob("*.h"), csrc / "host" / "amx.h"]
+    for path in sorted({*sources, *headers}):
         known.update(path.read_bytes())
     library = folder / f"amx-{known.hexdigest()[:16]}.so"
     if not library.is_file():

@@ -89,8 +89,8 @@ void pack_panel(const float* w, int64_t columns, int64_t depth, int64_t stride, 
         bf16 bits[kWidth];
         store(bits, parts.part[p]);
         uint16_t* tile = step + (p * 2 + column / kTileRows) * kTileSize;
-        const int64_t row = k % kTileDepth / 2;
-        for (int64_t i = 0; i < kWidth; ++i) tile[row * 32 + i * 2 + k % 2] = bits[i].bits;
+        uint16_t* pairs = tile + k % kTileDepth / 2 * 32 + column % kTileRows * 2;
+        for (int64_t i = 0; i < kWidth; ++i) pairs[i * 2 + k % 2] = bits[i].bits;
       }
     }
   }
