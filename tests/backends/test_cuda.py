@@ -159,6 +159,7 @@ print("done")
 
 
 @needs_host
+@pytest.mark.full
 def test_no_access_out_of_bounds(tmp_path):
     """Under AddressSanitizer: every tensor and every block's shared memory ends in a red zone."""
     module = cuda_host.build(
@@ -328,8 +329,12 @@ def test_planted_faults_are_caught(tmp_path, capsys):
     ["90a", *(pytest.param(a, marks=pytest.mark.full) for a in ["75", "80", "120"])],
 )
 @pytest.mark.parametrize(
-    "file", ["attention", "attention_mma", "attention_mma_backward", "gelu", "layer_norm", "sums"]
-)
+    "file",
+    [
+        "attention", "gelu", "layer_norm", "sums",
+        *(pytest.param(f"attention_{f}", marks=pytest.mark.full) for f in ["mma", "mma_backward"]),
+    ],
+)  # fmt: skip
 def test_compiles_without_spills(file, arch, tmp_path):
     """No register spilled, 16-byte accesses to global memory, tensor-core products; no more
     instructions an element than there were."""
