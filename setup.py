@@ -155,7 +155,8 @@ class NinjaBuild(build_ext):
         ]
         objects = []
         amx = ""
-        if x86 and self.accepts(cxx, AMX_FLAGS):
+        tiles = b"#include <immintrin.h>\nint main() { _tile_zero(0); }"
+        if x86 and sys.platform == "linux" and self.accepts(cxx, AMX_FLAGS, tiles):
             amx = f"{CPU_ISAS['avx512']} {AMX_FLAGS} -DBERT_FAST_AMX"
 
         def compile_file(rule, source, out, flags=""):
@@ -201,10 +202,10 @@ class NinjaBuild(build_ext):
         return os.path.join(BIN_DIR, "ninja")
 
     @staticmethod
-    def accepts(cxx, flags):
+    def accepts(cxx, flags, program=b"int main() {}"):
         """Whether the compiler takes the flags, and its linker what they bring."""
         probe = [*shlex.split(cxx), *flags.split(), "-x", "c++", "-", "-o", os.devnull]
-        answer = subprocess.run(probe, input=b"int main() {}", capture_output=True)
+        answer = subprocess.run(probe, input=program, capture_output=True)
         return answer.returncode == 0
 
 

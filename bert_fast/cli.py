@@ -143,16 +143,15 @@ def inspect(args):
         for chip in args.chips:
             console.print(inspect.layer_table(chip, args.lengths))
         return 0
-    if args.tutorial and not Path(args.tutorial).is_file():
-        raise ValueError(f"--tutorial: {args.tutorial} is no file")
+    others, missing = [], {}
+    if args.peers or args.tutorial is not None:  # first: it may be refused
+        others, missing = inspect.others(args.chips, args.tutorial)
     compiled = list(inspect.inspect(args.chips, args.names, args.full))
     compiled += inspect.cuda_kernels(args.chips, args.names)
     faults = [(c, fault) for c in compiled for fault in c.faults()]
-    if args.peers or args.tutorial:
-        others, missing = inspect.others(args.chips, args.tutorial)
-        compiled += others
-        for name, reason in missing.items():
-            console.print(f"{name}: not counted, {reason}")
+    compiled += others
+    for name, reason in missing.items():
+        console.print(f"{name}: not counted, {reason}", markup=False, highlight=False)
     console.print(inspect.table(compiled))
     console.print(inspect.costs(compiled))
     for c, fault in faults:

@@ -38,16 +38,19 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def _isas():
-    """The instruction sets of the CPU kernels that this processor can run."""
-    best, found = _C.cpu_isa(), []
-    for isa in ("avx512", "avx2", "generic"):
+    """The instruction sets of the CPU kernels that this processor can run; without AMX, too, where
+    that is another."""
+    best, found = _C.cpu_isa(), {}
+    for isa in ("avx512", "avx512_no_amx", "avx2", "generic"):
         try:
             _C.set_cpu_isa(isa)
-            found.append(isa)
         except ValueError:
-            pass
+            continue
+        kinds = [_C.linear_kind(precision) for precision in range(3)]
+        if kinds not in found.values():
+            found[isa] = kinds
     _C.set_cpu_isa(best)
-    return found
+    return [*found]
 
 
 ISAS = _isas()

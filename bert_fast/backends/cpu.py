@@ -186,6 +186,13 @@ def quantise(weight):
     return (weight / scale[:, None]).round().to(torch.int8), scale
 
 
+OTHER_KIND = (
+    "the instruction set has changed since the model was packed by for_inference(), and its "
+    "weights are gone: load it anew, or set BERT_FAST_CPU_ISA to what it was (avx512_no_amx: "
+    "AVX-512 without AMX)"
+)
+
+
 class PackedWeight:
     """A float32 linear layer's weight, laid out once for csrc/cpu/linear*.cpp, rounded to
     ``precision``. In fp32 it is as large as the weight itself, 1.5 times as large on processors
@@ -237,6 +244,8 @@ class PackedWeight:
 
     def elements(self):
         """(elements, scale, x_factor) as they were packed: of the precision's own dtype."""
+        if self.state[1][2] != _C.linear_kind(self.code):
+            raise RuntimeError(OTHER_KIND)
         dtype = {0: torch.float32, 1: torch.bfloat16, 2: torch.int8}[self.code]
         elements, packed = torch.empty(self.shape, dtype=dtype), self.state[0]
         if not _C.linear_unpack(self.code, *self.shape, elements.data_ptr(), packed.data_ptr()):
@@ -270,10 +279,7 @@ class PackedWeight:
         changed. Others may do so meanwhile: keep it for as long as its memory is used."""
         if not self.holds(weight):
             if self.released:
-                raise RuntimeError(
-                    "the instruction set has changed since the model was packed by "
-                    "for_inference(), and its weights are gone: load it anew"
-                )
+                raise RuntimeError(OTHER_KIND)
             with _packing:
                 if not self.holds(weight):
                     self.state = self._pack(weight)

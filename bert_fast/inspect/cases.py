@@ -17,7 +17,7 @@ def kernels():
 
 def cases(full=False):
     """(name, work, a call of the backend's function on meta tensors): the main variants, or all."""
-    # float16 compiles as bfloat16 does.
+    # float16 compiles as bfloat16 does, but for the conversions.
     dtypes = [torch.bfloat16, torch.float32] if full else [torch.bfloat16]
     sizes = [(64, 512), (64, 128), (64, 64), (32, 128), (80, 512), (128, 512), (256, 512)]
     variants = [(False, 0.0, False), (full, 0.1, False), (False, 0.1, True)]

@@ -4,6 +4,7 @@ asked for, libraries' as they are. No kernel of theirs is run."""
 import importlib.util
 import re
 import subprocess
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 
 from bert_fast.bench import works
 from bert_fast.inspect.counts import Tile, count
-from bert_fast.inspect.inductor import inductor
+from bert_fast.inspect.inductor import NotWritten, inductor
 from bert_fast.inspect.kernels import USAGE, products_and_loads
 from bert_fast.inspect.recording import compile, recorded
 from bert_fast.inspect.sass import Compiled, cuobjdump
@@ -52,7 +53,7 @@ def others(chips, tutorial_path=None):
     """(the :class:`Compiled` kernels of others, {name: why it is not counted}); with the attention
     of Triton's tutorial, if its file is given."""
     found, missing = [], {}
-    if not tutorial_path:
+    if tutorial_path is None:
         missing["Triton's tutorial"] = "--tutorial gives its file"
     else:
         found += [c for chip in chips if chip >= 80 for c in tutorial(tutorial_path, chip)]
@@ -70,11 +71,11 @@ def others(chips, tutorial_path=None):
         found += [liger(chip) for chip in chips]
     else:
         missing["Liger"] = "liger_kernel is not installed"
-    try:
-        found += [c for chip in chips for c in inductor(chip)]
-    except Exception as error:  # no part of it that is used is public, or the same in each torch
-        said = f"torch {torch.__version__}: {type(error).__name__}: {error}"
-        missing["torch's Inductor"] = f"its kernels could not be had from {said}"
+    for chip in chips:
+        try:
+            found += inductor(chip)
+        except (NotWritten, BrokenProcessPool) as error:
+            missing[f"torch's Inductor on {chip}"] = str(error)
     return found, missing
 
 

@@ -117,8 +117,9 @@ def pretended(chip):
         get_current_target=lambda: GPUTarget("cuda", chip, 32), get_current_device=lambda: 0,
         get_active_torch_device=lambda: torch.device("meta"),
     )  # fmt: skip
+    active = "_active" if hasattr(triton.runtime.driver, "_active") else "active"  # before 3.5
     with (
-        mock.patch.object(triton.runtime.driver, "_active", driver),
+        mock.patch.object(triton.runtime.driver, active, driver),
         mock.patch.multiple(
             torch.cuda, is_available=lambda: True, device_count=lambda: 1,
             current_device=lambda: 0, get_device_properties=lambda *_: properties,

@@ -2,7 +2,11 @@
 who wants the count has it, from a checkout of Triton as old as the Triton that is installed."""
 
 import contextvars
+import importlib.machinery
 import importlib.util
+import sys
+from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -26,28 +30,51 @@ def tutorial(path, chip):
         ValueError: ``path`` is not that file, or one of another Triton.
     """
     # What it sets for all of Triton, an allocator, stays in there.
+    from triton.compiler.errors import CompilationError, CompileTimeAssertionFailure
+    from triton.runtime.errors import PTXASError
+
+    if not Path(path).is_file():
+        raise ValueError(f"--tutorial: {path} is no file")
     launches = contextvars.copy_context().run(_launches, path, chip)
     for name, counted in (("_attn_fwd", _forward), ("_attn_bwd", _backward)):
-        tried = [counted(x, chip) for x in launches if x.kernel.__name__ == name]
-        if not any(tried):
-            raise ValueError(f"--tutorial: {path} launches no {name} that compiles for {chip}")
-        yield leanest(c for c in tried if c)
+        tried, refused = [], None
+        for launch in launches:
+            if launch.kernel.__name__ == name:
+                try:
+                    tried.append(counted(launch, chip))
+                except (CompileTimeAssertionFailure, PTXASError) as error:
+                    refused = error  # Triton's tuning passes such a size over, too
+                except (KeyError, CompilationError, RuntimeError) as error:
+                    said = f"{type(error).__name__}: {error}"
+                    raise ValueError(f"--tutorial: {path}: {name} on {chip}: {said}") from error
+        if not tried:
+            why = f": none of its sizes compiles: {refused}" if refused else ""
+            raise ValueError(f"--tutorial: {path} launches no {name} for {chip}{why}") from refused
+        best = leanest(tried)
+        if 0 < best.counts.executed != best.counts.tile.flops:
+            raise ValueError(f"--tutorial: {path}: not all products of {name} are in its loops")
+        yield best
 
 
 def _launches(path, chip):
     """What it launches for one batch, forward and backward."""
     shape = len(LENGTHS), works.Attention.num_heads, LENGTHS[0], works.Attention.head_dim
     q, k, v = torch.empty(3, *shape, dtype=torch.float16, device="meta").requires_grad_()
-    with pretended(chip), recorded(chip) as launches:
-        try:
-            spec = importlib.util.spec_from_file_location("tutorial", path)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
+    loader = importlib.machinery.SourceFileLoader("tutorial", str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("tutorial", loader))
+    try:
+        with (
+            mock.patch.object(sys, "dont_write_bytecode", True),
+            pretended(chip), recorded(chip) as launches,
+        ):  # fmt: skip
+            loader.exec_module(module)
             out = module.attention(q, k, v, False, shape[-1] ** -0.5, False)
             out.backward(torch.empty_like(out))
-        except Exception as error:  # whatever a wrong file does
-            said = f"{type(error).__name__}: {error}"
-            raise ValueError(f"--tutorial: {path} is not Triton's tutorial: {said}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever a wrong file does; exits and pytest's skips, too
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"--tutorial: {path} does not run as Triton's tutorial: {said}") from error
     return launches
 
 
@@ -75,20 +102,7 @@ def _backward(launch, chip):
 
 
 def _compiled(launch, chip, work, shown, tile, grid=None):
-    """None of sizes that the kernel or ptxas refuses: Triton's tuning passes them over, too."""
-    import triton
-    from triton.compiler.errors import CompilationError, CompileTimeAssertionFailure
-    from triton.runtime.errors import PTXASError
-
-    try:
-        registers, shared, spills, sass = compile(launch, chip)
-    except (CompileTimeAssertionFailure, PTXASError):
-        return None
-    except CompilationError as error:
-        name = launch.kernel.__name__
-        raise ValueError(
-            f"--tutorial: Triton {triton.__version__} does not compile its {name}: {error}"
-        ) from error
+    registers, shared, spills, sass = compile(launch, chip)
     return Compiled(
         f"Triton's tutorial, {work}", work.flops, work.num_bytes, f"tutorial, {shown}", chip,
         launch.num_warps, registers, shared, spills, *products_and_loads(sass, chip),

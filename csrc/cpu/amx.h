@@ -16,7 +16,8 @@ namespace bert_fast {
 namespace BERT_FAST_ISA {
 namespace {
 
-// GCC's _tile_loadd does not say that it reads memory: what was written for it before, is.
+// GCC's _tile_loadd does not say that it reads memory: what was written for it before, is. (No test
+// can see this, for the emulated one does say so.)
 BERT_FAST_INLINE void before_loads() { asm volatile("" ::: "memory"); }
 
 // While one of these lives, its thread has the tiles, all of them whole.
@@ -48,9 +49,9 @@ inline bool ask_kernel_for_tiles() {
 }
 // Whether the processor has the unit's products of this precision; fp32 is multiplied as bf16.
 inline bool has_amx(Precision precision) {
-  static const bool tiles = __builtin_cpu_supports("amx-tile") && ask_kernel_for_tiles();
-  static const bool bf16 = tiles && __builtin_cpu_supports("amx-bf16");
-  static const bool int8 = tiles && __builtin_cpu_supports("amx-int8");
+  static const bool tiles = processor_has(0, Register::kEdx, 24) && ask_kernel_for_tiles();
+  static const bool bf16 = tiles && processor_has(0, Register::kEdx, 22);
+  static const bool int8 = tiles && processor_has(0, Register::kEdx, 25);
   return precision == Precision::kInt8 ? int8 : bf16;
 }
 #endif

@@ -232,7 +232,7 @@ struct EncoderForward {
 void encoder_forward(const EncoderForward&);
 
 const CpuKernels& cpu_kernels();     // those of the chosen instruction set
-const char* cpu_isa();               // "avx512", "avx2" or "generic"
+const char* cpu_isa();               // as dispatch.cpp lists them
 bool set_cpu_isa(const char* name);  // false where this processor or build has not got it
 
 }  // namespace bert_fast

@@ -228,7 +228,7 @@ const uint32_t* block_of(const Call& a, int64_t panel, int64_t k) {
   return static_cast<const uint32_t*>(a.packed) + (panel * a.depth + k) * kPanel;
 }
 
-// What a tile fetches: a share of a block of W, or of its own block, by default, what it comes to.
+// What a tile fetches: a share of W from a block on, or, by default, the steps that it comes to.
 struct Fetch {
   const uint32_t* block = nullptr;
   int64_t share = 0, shares = 1;
@@ -243,7 +243,7 @@ void add_tile(const Call& a, int64_t row, int64_t rows, int64_t panel, int64_t k
   float* y = a.out + row * a.out_features + column;
   const uint32_t* w = block_of(a, panel, k);
   if (!fetch.block) fetch.block = w + kAhead * kPanel;
-  const int64_t bytes = 4 * kPanel / fetch.shares;  // of a share, a step
+  const int64_t bytes = ceil_div(4 * kPanel, fetch.shares);  // of a share, a step
   Block block = {a.steps + row * a.depth + k, w,
                  reinterpret_cast<const char*>(fetch.block) + fetch.share * steps * bytes, bytes,
                  y, a.depth, kPanel * a.depth, a.out_features, steps, k == 0};
@@ -267,7 +267,7 @@ void add_tile(const Call& a, int64_t row, int64_t rows, int64_t panel, int64_t k
 
 // All tiles of rows [begin, end) at one block. Together they fetch the next one, evenly: all of it
 // during the first, two cores ask for more than memory gives. Nobody has fetched the first block,
-// nor a lone tile's.
+// nor a lone tile's: such a tile fetches what it comes to itself.
 template <class P>
 void add_tiles(const Call& a, int64_t begin, int64_t end, int64_t panel, int64_t k,
                const uint32_t* next_block, bool is_first) {
@@ -299,10 +299,10 @@ void multiply(const Call& a, int64_t begin, int64_t end, int64_t first, int64_t 
       pass(kPanelsFor4, [&](int64_t k) { add_tile<P, kPanelsFor4, 4>(a, begin, rows, panel, k); });
     }
     pass(1, [&](int64_t k) {
-      const bool ends = k + kBlockSteps >= from + run;
-      add_tiles<P>(a, begin, end, panel, k,
-                   ends ? block_of(a, panel + 1, from) : block_of(a, panel, k + kBlockSteps),
-                   panel == first && k == from);
+      const uint32_t* next = run == a.depth     ? block_of(a, panel, k + kBlockSteps)
+                             : panel + 1 < last ? block_of(a, panel + 1, k)
+                                                : block_of(a, first, k + kBlockSteps);
+      add_tiles<P>(a, begin, end, panel, k, next, panel == first && k == from);
     });
   }
 }

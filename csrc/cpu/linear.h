@@ -9,9 +9,6 @@
 #ifdef BERT_FAST_AMX
 #include "amx.h"
 #endif
-#ifdef BERT_FAST_X86
-#include <cpuid.h>
-#endif
 
 namespace bert_fast {
 namespace BERT_FAST_ISA {
@@ -161,14 +158,6 @@ struct Int8Dot : Int8 {
 #endif
 
 #ifdef BERT_FAST_X86
-enum class Register { kEax, kEcx };
-// A bit of what the processor says of itself in leaf 7 (Intel's manual, volume 2, CPUID).
-inline bool processor_has(unsigned subleaf, Register in, unsigned bit) {
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || subleaf > eax) return false;
-  if (!__get_cpuid_count(7, subleaf, &eax, &ebx, &ecx, &edx)) return false;
-  return ((in == Register::kEax ? eax : ecx) >> bit & 1) != 0;
-}
 inline bool has_avx512_vnni() {
   static const bool has = processor_has(0, Register::kEcx, 11);
   return has;

@@ -17,6 +17,9 @@
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
+#ifdef BERT_FAST_X86
+#include <cpuid.h>
+#endif
 #if defined(BERT_FAST_AMX)
 #define BERT_FAST_ISA amx
 #elif defined(__AVX512F__)
@@ -31,6 +34,19 @@
 
 namespace bert_fast {
 namespace BERT_FAST_ISA {
+
+#ifdef BERT_FAST_X86
+enum class Register { kEax, kEcx, kEdx };
+// A bit of what the processor says of itself in leaf 7 (Intel's manual, volume 2, CPUID). Compilers'
+// __builtin_cpu_supports does not know all of these names.
+inline bool processor_has(unsigned subleaf, Register in, unsigned bit) {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || subleaf > eax) return false;
+  if (!__get_cpuid_count(7, subleaf, &eax, &ebx, &ecx, &edx)) return false;
+  const unsigned word = in == Register::kEax ? eax : in == Register::kEcx ? ecx : edx;
+  return (word >> bit & 1) != 0;
+}
+#endif
 
 #if defined(__AVX512F__)
 constexpr int kWidth = 16, kVectorRegisters = 32;

@@ -9,9 +9,11 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 
 from bert_fast import cli
 from bert_fast.inspect import peers as module
+from bert_fast.inspect.inductor import NotWritten
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(
@@ -73,7 +75,7 @@ def nothing_of_ours(monkeypatch):
 
 def test_what_is_not_there_is_said_by_name(monkeypatch, capsys, nothing_of_ours):
     def inductor(chip):
-        raise AttributeError("no GraphLowering")
+        raise NotWritten("torch has no [/x] GraphLowering[int]")
 
     util = types.SimpleNamespace(find_spec=lambda name: None)
     monkeypatch.setattr(module, "importlib", types.SimpleNamespace(util=util))
@@ -86,10 +88,9 @@ def test_what_is_not_there_is_said_by_name(monkeypatch, capsys, nothing_of_ours)
     ]:  # fmt: skip
         assert f"{name}: not counted, {package} is not installed" in shown
     assert "Triton's tutorial: not counted, --tutorial gives its file" in shown
+    assert "torch's Inductor on 90: not counted, torch has no [/x] GraphLowering[int]" in shown
     assert cli.main(["inspect", "--chips", "75", "--tutorial", __file__]) == 0
     assert "tutorial before 8.0: not counted, it is for later chips" in capsys.readouterr().out
-    assert "torch's Inductor: not counted" in shown
-    assert "AttributeError: no GraphLowering" in shown
 
 
 # With the entry points of Triton's 06-fused-attention.py, and the least of its work.
@@ -221,20 +222,23 @@ def test_the_tutorials_loops_are_counted(tmp_path):
     ("text", "said"),
     [
         (None, "is no file"),
-        ("import no_such_package", "is not Triton's tutorial: ModuleNotFoundError"),
-        ("def attention(:", "is not Triton's tutorial: SyntaxError"),
+        ("import no_such_package", "does not run as Triton's tutorial: ModuleNotFoundError"),
+        ("def attention(:", "does not run as Triton's tutorial: SyntaxError"),
         ("x = 1", "has no attribute 'attention'"),
+        ("raise SystemExit(0)", "does not run as Triton's tutorial: SystemExit"),
         ("def attention(q, *_):\n    return q * 2", "launches no _attn_fwd"),
     ],
 )
 def test_a_wrong_tutorial_is_refused_by_name(text, said, tmp_path, capsys, nothing_of_ours):
-    path = tmp_path / "tutorial.py"
+    path, had_gpu = tmp_path / "tutorial.py", torch.cuda.is_available()
     if text:
         path.write_text(text)
     assert cli.main(["inspect", "--chips", "90", "--tutorial", str(path)]) == 1
     answer = capsys.readouterr().err
     assert f"--tutorial: {path}" in answer
     assert said in answer
+    assert not list(tmp_path.glob("__pycache__"))
+    assert torch.cuda.is_available() is had_gpu, "a GPU is still pretended"
 
 
 @needs_triton
@@ -250,7 +254,6 @@ def test_inductor(tmp_path):
     for row, loads in ((norm, 5), (gelu, 2)):
         counts = row["counts"]
         assert row["widest_load"] == 128
-        assert counts["over_least"] == pytest.approx(1, abs=1e-3)
         assert counts["loaded"] == loads * 2 * counts["tile"]["elements"]
         assert 10 < counts["an_element"] < 60
 
