@@ -133,7 +133,8 @@ void tile(const Block& b) {
       vu w[2 * kPanels];
       for (int p = 0; p < kPanels; ++p) {
         const uint32_t* row = b.panel + p * b.panel_stride + k * kPanel;
-        std::memcpy(w + 2 * p, row, 2 * sizeof(vu));
+        // One by one: GCC copies two of AVX2's by halves through memory, at a sixth of the speed.
+        for (int j = 0; j < 2; ++j) std::memcpy(&w[2 * p + j], row + j * kWidth, sizeof(vu));
         const char* line = fetch + 4 * p * b.panel_stride;
         __builtin_prefetch(line, 0, 2);
         if (4 * kPanel > 64) __builtin_prefetch(line + b.fetch_stride / 2, 0, 2);
