@@ -194,8 +194,8 @@ def test_what_is_no_corpus_is_said(tmp_path):
 
 
 def test_it_learns_and_hugging_face_loads_it(text, tmp_path):
-    # Roundings differ from run to run, and training makes much of them: of six runs the slowest were
-    # at 0.9 of the entropy after 200 steps; after 400 all were at 0.25 to 0.67.
+    # Roundings differ from run to run, and training makes much of them: of six runs the slowest
+    # were at 0.9 of the entropy after 200 steps; after 400 all were at 0.25 to 0.67.
     longer = {"layers": 1, "hidden": 64, "heads": 4, "batch_tokens": 800, "steps": 400}
     new = {"tokenizer": None, "vocab_size": 120, "dropout": 0.0, "save_every": 200}
     last = pretrain(settings(text, tmp_path / "run", **longer, **new))
