@@ -2,10 +2,12 @@
 
 import contextlib
 import importlib.util
+import json
 import math
 import os
 import random
 import subprocess
+import sys
 import threading
 import zlib
 
@@ -206,6 +208,21 @@ def run_with_gradients(function, inputs, dout, dtype):
 @pytest.fixture
 def gradients():
     return run_with_gradients
+
+
+def compiling(*command, cwd=cuda_host.ROOT, without=()):
+    """Runs Python where Triton compiles: the tests' own process interprets."""
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", *without)}
+    return subprocess.run(
+        [sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, check=False,
+        env=env | {"PYTHONPATH": str(cwd)},
+    )  # fmt: skip
+
+
+def json_of(answer):
+    """What such a Python printed."""
+    assert answer.returncode == 0, answer.stderr[-3000:]
+    return json.loads(answer.stdout)
 
 
 @contextlib.contextmanager

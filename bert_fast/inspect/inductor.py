@@ -12,10 +12,9 @@ import torch
 
 from bert_fast.bench import works
 from bert_fast.inspect import tiles
-from bert_fast.inspect.counts import count
-from bert_fast.inspect.kernels import products_and_loads
-from bert_fast.inspect.recording import Launch, compile, pretended
-from bert_fast.inspect.sass import Compiled, leanest
+from bert_fast.inspect.kernels import compiled_launch
+from bert_fast.inspect.recording import Launch, pretended
+from bert_fast.inspect.sass import leanest
 
 KERNEL = re.compile(r"async_compile\.triton\('(\w+)', '''(.*?)''', device_str", re.DOTALL)
 
@@ -76,21 +75,18 @@ def _counted(work, kernel, block, chip):
     meta = kernel.triton_meta
     found = []
     for config in kernel.configs:
-        sizes = {k: v for k, v in config.kwargs.items() if k in kernel.fn.arg_names}
+        size = config.kwargs["XBLOCK"]
         launch = Launch(
             kernel.fn, tuple(meta["signature"].items()),
-            tuple((meta["constants"] | sizes).items()), tuple(i for (i,) in meta["configs"][0]),
-            config.num_warps, config.num_stages, config.maxnreg, debug=False,
-            enable_fp_fusion=meta.get("enable_fp_fusion"), ctas=0, bytes=0,
+            tuple((meta["constants"] | {"XBLOCK": size}).items()),
+            tuple(i for (i,) in meta["configs"][0]), config.num_warps, config.num_stages,
+            config.maxnreg, debug=False, enable_fp_fusion=meta.get("enable_fp_fusion"), ctas=0,
+            bytes=0,
         )  # fmt: skip
-        registers, shared, spills, sass = compile(launch, chip)
-        tile = tiles.rows_of(sizes["XBLOCK"] * block, work)
         found.append(
-            Compiled(
-                f"torch's Inductor, {work}", work.flops, work.num_bytes,
-                f"{kernel.fn.__name__}, {sizes['XBLOCK']}", chip, config.num_warps, registers,
-                shared, spills, *products_and_loads(sass, chip),
-                count(sass, chip, config.num_warps, tile),
+            compiled_launch(
+                launch, chip, f"torch's Inductor, {work}", work.flops, work.num_bytes,
+                f"{kernel.fn.__name__}, {size}", tiles.rows_of(size * block, work),
             )
         )  # fmt: skip
     return leanest(found)

@@ -37,16 +37,23 @@ def compiled_cases(given, chips):
                 seen.add((chip, launch))
                 file = launch.kernel.__module__.rpartition(".")[2]
                 kernel = f"{file}.{launch.kernel.__name__.lstrip('_')}"
-                registers, shared, spills, sass = compile(launch, chip)
                 sizes = dict(launch.constants)
                 tile = tiles.of_launch(kernel, sizes, work)
-                yield Compiled(
-                    name, work.flops, work.num_bytes, kernel, chip, launch.num_warps, registers,
-                    shared, spills, *products_and_loads(sass, chip),
-                    tile and count(sass, chip, launch.num_warps, tile),
+                yield compiled_launch(
+                    launch, chip, name, work.flops, work.num_bytes, kernel, tile,
                     tile and of_work(work, kernel, tile, sizes, chip, launch.ctas),
                     0 if file == "embedding" else launch.bytes,  # tables, of which rows are read
                 )  # fmt: skip
+
+
+def compiled_launch(launch, chip, name, flops, num_bytes, kernel, tile, grid=None, moved=0):
+    """:class:`Compiled` of a recorded launch; counted, if it is known what its ``tile`` is."""
+    registers, shared, spills, sass = compile(launch, chip)
+    return Compiled(
+        name, flops, num_bytes, kernel, chip, launch.num_warps, registers, shared, spills,
+        *products_and_loads(sass, chip), tile and count(sass, chip, launch.num_warps, tile), grid,
+        moved,
+    )  # fmt: skip
 
 
 # "... Function _ZN...:" and, below it, its registers and stack

@@ -13,8 +13,8 @@ import torch
 from bert_fast.bench import works
 from bert_fast.inspect.counts import Tile, count
 from bert_fast.inspect.inductor import NotWritten, inductor
-from bert_fast.inspect.kernels import USAGE, products_and_loads
-from bert_fast.inspect.recording import compile, recorded
+from bert_fast.inspect.kernels import USAGE, compiled_launch, products_and_loads
+from bert_fast.inspect.recording import recorded
 from bert_fast.inspect.sass import Compiled, cuobjdump
 from bert_fast.inspect.tutorial import tutorial
 
@@ -128,11 +128,8 @@ def liger(chip):
     with recorded(chip) as launches:
         layer_norm_forward(x, x[0], x[0], 1e-12)
     (launch,) = launches
-    registers, shared, spills, sass = compile(launch, chip)
-    tile = Tile(work.width, bytes=2 * work.width * work.dtype.itemsize)
-    return Compiled(
-        f"Liger, layer-norm, {work.rows} x {work.width}, bfloat16", 0, 2 * x.numel() * x.itemsize,
-        "liger_kernel", chip, launch.num_warps, registers, shared, spills,
-        *products_and_loads(sass, chip), count(sass, chip, launch.num_warps, tile),
-        moved=launch.bytes,
+    return compiled_launch(
+        launch, chip, f"Liger, layer-norm, {work.rows} x {work.width}, bfloat16", 0,
+        2 * x.numel() * x.itemsize, "liger_kernel",
+        Tile(work.width, bytes=2 * work.width * work.dtype.itemsize), moved=launch.bytes,
     )  # fmt: skip

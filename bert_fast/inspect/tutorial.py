@@ -12,11 +12,11 @@ import torch
 
 from bert_fast.bench import works
 from bert_fast.inspect import tiles
-from bert_fast.inspect.counts import Tile, count
+from bert_fast.inspect.counts import Tile
 from bert_fast.inspect.grid import of_work
-from bert_fast.inspect.kernels import products_and_loads
-from bert_fast.inspect.recording import compile, pretended, recorded
-from bert_fast.inspect.sass import Compiled, leanest
+from bert_fast.inspect.kernels import compiled_launch
+from bert_fast.inspect.recording import pretended, recorded
+from bert_fast.inspect.sass import leanest
 
 LENGTHS = (512,) * 32  # it has no ragged batches; its loop is the same for every length
 
@@ -29,24 +29,23 @@ def tutorial(path, chip):
     Raises:
         ValueError: ``path`` is not that file, or one of another Triton.
     """
-    # What it sets for all of Triton, an allocator, stays in there.
     from triton.compiler.errors import CompilationError, CompileTimeAssertionFailure
     from triton.runtime.errors import PTXASError
 
     if not Path(path).is_file():
         raise ValueError(f"--tutorial: {path} is no file")
+    # What it sets for all of Triton, an allocator, stays in there.
     launches = contextvars.copy_context().run(_launches, path, chip)
     for name, counted in (("_attn_fwd", _forward), ("_attn_bwd", _backward)):
         tried, refused = [], None
-        for launch in launches:
-            if launch.kernel.__name__ == name:
-                try:
-                    tried.append(counted(launch, chip))
-                except (CompileTimeAssertionFailure, PTXASError) as error:
-                    refused = error  # Triton's tuning passes such a size over, too
-                except (KeyError, CompilationError, RuntimeError) as error:
-                    said = f"{type(error).__name__}: {error}"
-                    raise ValueError(f"--tutorial: {path}: {name} on {chip}: {said}") from error
+        for launch in (x for x in launches if x.kernel.__name__ == name):
+            try:
+                tried.append(counted(launch, chip))
+            except (CompileTimeAssertionFailure, PTXASError) as error:
+                refused = error  # Triton's tuning passes such a size over, too
+            except (KeyError, CompilationError, RuntimeError) as error:
+                said = f"{type(error).__name__}: {error}"
+                raise ValueError(f"--tutorial: {path}: {name} on {chip}: {said}") from error
         if not tried:
             why = f": none of its sizes compiles: {refused}" if refused else ""
             raise ValueError(f"--tutorial: {path} launches no {name} for {chip}{why}") from refused
@@ -102,9 +101,7 @@ def _backward(launch, chip):
 
 
 def _compiled(launch, chip, work, shown, tile, grid=None):
-    registers, shared, spills, sass = compile(launch, chip)
-    return Compiled(
-        f"Triton's tutorial, {work}", work.flops, work.num_bytes, f"tutorial, {shown}", chip,
-        launch.num_warps, registers, shared, spills, *products_and_loads(sass, chip),
-        count(sass, chip, launch.num_warps, tile), grid, launch.bytes,
+    return compiled_launch(
+        launch, chip, f"Triton's tutorial, {work}", work.flops, work.num_bytes,
+        f"tutorial, {shown}", tile, grid, launch.bytes,
     )  # fmt: skip

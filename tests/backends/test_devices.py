@@ -3,19 +3,15 @@ tensors say that they are on the second, and on two GPUs where there are two."""
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import compiling, json_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bert_fast
 from bert_fast import ops
 
-ROOT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
 )
@@ -113,15 +109,7 @@ def in_thread(backend):  # which has no device of its own yet
 
 def stood_in(script):
     """What the script prints as JSON, beside the stand-in; where Triton compiles."""
-    env = {
-        k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "BERT_FAST_BACKEND")
-    }
-    answer = subprocess.run(
-        [sys.executable, "-c", STAND_IN + script], cwd=ROOT, capture_output=True, text=True,
-        check=False, env=env | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert answer.returncode == 0, answer.stderr[-3000:]
-    return json.loads(answer.stdout)
+    return json_of(compiling("-c", STAND_IN + script, without=["BERT_FAST_BACKEND"]))
 
 
 TRITON = """
@@ -312,13 +300,7 @@ NEW = [  # torch 2.9; after these, reading allow_tf32 raises
 @needs_triton
 def test_tf32_is_what_any_of_torchs_ways_says():
     cases = OLD + (NEW if hasattr(torch.backends.cuda.matmul, "fp32_precision") else [])
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    answer = subprocess.run(
-        [sys.executable, "-c", TF32, json.dumps([said for said, _ in cases])], cwd=ROOT,
-        capture_output=True, text=True, check=False, env=env | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert answer.returncode == 0, answer.stderr[-3000:]
-    found = json.loads(answer.stdout)
+    found = json_of(compiling("-c", TF32, json.dumps([said for said, _ in cases])))
     assert dict(zip(map(str, cases), found, strict=True)) == {str(c): c[1] for c in cases}
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import bars
 import pytest
 import torch
-from conftest import HAS_GPU, cu_seqlens, some_of
+from conftest import HAS_GPU, compiling, cu_seqlens, some_of
 
 import bert_fast
 from bert_fast import ops
@@ -26,15 +26,6 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
 )
-
-
-def compiling(*command, cwd=ROOT):
-    """Runs Python where Triton compiles: the tests' own process interprets."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, *command], cwd=cwd, capture_output=True, text=True, check=False,
-        env=env | {"PYTHONPATH": str(cwd)},
-    )  # fmt: skip
 
 
 # Before 8.0 the widest heads' backward needs more shared memory than there is: backends.SUPPORT

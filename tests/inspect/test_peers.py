@@ -2,20 +2,17 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 import types
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import compiling, json_of
 
 from bert_fast import cli
 from bert_fast.inspect import peers as module
 from bert_fast.inspect.inductor import NotWritten
 
-ROOT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
 )
@@ -182,22 +179,11 @@ print(json.dumps(rows))
 """
 
 
-def compiling(*command):
-    """Runs Python where Triton compiles: the tests' own process interprets."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    answer = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True,
-        check=False, env=env | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert answer.returncode == 0, answer.stderr[-3000:]
-    return answer.stdout
-
-
 @needs_triton
 def test_the_tutorials_loops_are_counted(tmp_path):
     path = tmp_path / "06-fused-attention.py"
     path.write_text(TUTORIAL)
-    forward, backward = json.loads(compiling("-c", COUNTED, path))
+    forward, backward = json_of(compiling("-c", COUNTED, path))
     # Of its tiles the leanest; the widest its kernel refuses.
     assert forward["kernel"] == "tutorial, 64 x 64, 3 stages"
     assert forward["work"] == "Triton's tutorial, attention, 32 x 512, 12 heads of 64, float16"
@@ -246,7 +232,8 @@ def test_a_wrong_tutorial_is_refused_by_name(text, said, tmp_path, capsys, nothi
 def test_inductor(tmp_path):
     out = tmp_path / "counted.json"
     command = "inspect", "--chips", "90", "--names", "none of ours", "--peers", "--json", out
-    compiling("-m", "bert_fast.cli", *command)
+    answer = compiling("-m", "bert_fast.cli", *command)
+    assert answer.returncode == 0, answer.stderr[-3000:]
     rows = [r for r in json.loads(out.read_text()) if r["work"].startswith("torch's Inductor")]
     norm, gelu = rows
     assert "bias + residual + layer-norm, 16384 x 768" in norm["work"]
@@ -266,6 +253,6 @@ import json
 from bert_fast.inspect import peers, row
 print(json.dumps(row(peers.liger(90))))
 """
-    counts = json.loads(compiling("-c", script))["counts"]
+    counts = json_of(compiling("-c", script))["counts"]
     assert counts["over_least"] == pytest.approx(1, abs=0.01)
     assert 20 < counts["an_element"] < 60

@@ -3,21 +3,17 @@ layer is of the first one's kind and nobody looks on."""
 
 import contextlib
 import copy
-import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from conftest import compiling, json_of
 from torch import nn
 
 import bert_fast
 from bert_fast import backends, ops
 from bert_fast.models import bert, blocks, repeat
 
-ROOT = Path(__file__).resolve().parents[2]
 NO_TRITON = backends.why_unavailable("triton")
 pytestmark = pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
 
@@ -386,13 +382,7 @@ def test_the_same_launches():
 
     if not launch._as_known():
         pytest.skip("this Triton launches in its own way: nothing is kept, and nothing repeated")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    answer = subprocess.run(
-        [sys.executable, "-c", LAUNCHES], cwd=ROOT, capture_output=True, text=True, check=False,
-        env=environment | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert answer.returncode == 0, answer.stderr[-3000:]
-    count, found, expected = json.loads(answer.stdout)
+    count, found, expected = json_of(compiling("-c", LAUNCHES))
     assert count == 3
     assert found == expected
     for layer in range(4):
