@@ -1,6 +1,7 @@
-"""For the backends that launch: where a kernel is launched, what is said when that fails, and where
-what one kernel sums for many lies."""
+"""For what launches: where a kernel is launched, what is said when that fails, where what a kernel
+sums for many lies, and where a captured graph's products work."""
 
+import contextlib
 import functools
 import inspect
 import threading
@@ -69,6 +70,22 @@ def _of_triton(error):
     return type(error).__module__.startswith("triton.") or (
         type(error) is RuntimeError and str(error).startswith("Triton Error")
     )
+
+
+@contextlib.contextmanager
+def own_workspaces():
+    """For a CUDA graph's capture, all of it: its matrix products work in memory of the graph's own.
+
+    torch keeps cuBLAS' workspaces by stream, and one stream makes all captures. Without this a
+    graph's products would work where those of other graphs do, and, once that memory's holder is
+    gone, or torch.compile's graphs or the end of any graph have let all workspaces go, where
+    somebody else's tensors are or nothing is (pytorch/pytorch#193402).
+    """
+    torch._C._cuda_clearCublasWorkspaces()  # lest the capture takes one that is there
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()  # lest others take the graph's
 
 
 def memory_of_sums(kinds, block, dtype):

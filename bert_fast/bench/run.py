@@ -77,8 +77,11 @@ def measure(work, who, seconds=10.0, rounds=None, blocks=BLOCKS):
         seconds, rounds = seconds / blocks, rounds and -(-rounds // blocks)
         times = {name: [] for name in contestants}
         for block in range(blocks):
-            for contestant in contestants.values():
-                contestant.prepare(work, clock, again=block > 0)
+            for name, contestant in contestants.items():
+                try:
+                    contestant.prepare(work, clock, again=block > 0)
+                except Exception as error:  # it was right before: not to be passed over
+                    raise RuntimeError(f"{name} failed on {work}: {_first_line(error)}") from error
             samplers = {name: c.sample for name, c in contestants.items()}
             least = max(3, timing.LEAST_ROUNDS // blocks)
             for name, ms in timing.interleaved(samplers, seconds, rounds, least).items():

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from bert_fast.devices import own_workspaces
+
 LEAST_ROUNDS = 5
 L2_TIMES = 4  # inputs rotate through this many L2s, so that none is still there at its next turn
 
@@ -71,7 +73,7 @@ class CudaEvents:
         replay, method = once, "events"
         if self.graphs:
             graph = torch.cuda.CUDAGraph()
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(RuntimeError), own_workspaces():
                 with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                     once()
                 replay, method = graph.replay, "graph"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from bert_fast.devices import own_workspaces
 from bert_fast.models.config import BertConfig
 from bert_fast.models.packing import check_mask, count, fixed_rows, is_on_host, look_at
 from bert_fast.models.staging import Inputs
@@ -434,6 +435,7 @@ class _Capture:
             function()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        captured = torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local")
+        with own_workspaces(), captured:
             outputs = function()
         return graph.replay, outputs
