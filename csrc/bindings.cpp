@@ -419,7 +419,6 @@ void bind_linear(py::module_& m) {
   m.def("linear_of_first", &linear_of_first, release_gil());
   m.def("linear_kind", [](int precision) { return linear_kernels_of(precision).name; });
   m.def("linear_is_fast", [](int precision) { return linear_kernels_of(precision).fast; });
-  m.def("linear_min_rows", [](int precision) { return linear_kernels_of(precision).min_rows; });
   m.def("linear_packed_size", [](int precision, int64_t out_features, int64_t in_features) {
     return linear_kernels_of(precision).packed_size(out_features, in_features);
   });
@@ -445,12 +444,8 @@ void bind_linear(py::module_& m) {
   m.def("linear_unpack",
         [](int precision, int64_t out_features, int64_t in_features, Address elements,
            Address packed) {
-          const auto unpack = linear_kernels_of(precision).unpack;
-          if (unpack) {
-            unpack(pointer(packed),
-                   {out_features, in_features, pointer(elements), nullptr, nullptr});
-          }
-          return unpack != nullptr;
+          linear_kernels_of(precision).unpack(
+              pointer(packed), {out_features, in_features, pointer(elements), nullptr, nullptr});
         },
         release_gil());
   m.def("linear_forward",

@@ -28,11 +28,10 @@ FLAGS = [  # arithmetic as setup.py has it
 FUNCTIONS = {
     "linear_kind": (c_char_p, c_int),
     "linear_is_fast": (c_bool, c_int),
-    "linear_min_rows": (c_int64, c_int),
     "linear_packed_size": (c_int64, c_int, c_int64, c_int64),
     "linear_scratch_size": (c_int64, c_int, c_int64, c_int64, c_int),
     "linear_pack": (None, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
-    "linear_unpack": (c_bool, c_int, c_int64, c_int64, c_void_p, c_void_p),
+    "linear_unpack": (None, c_int, c_int64, c_int64, c_void_p, c_void_p),
     "linear_forward": (
         None, c_int, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p,
         c_int, c_int,

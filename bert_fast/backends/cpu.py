@@ -195,9 +195,9 @@ OTHER_KIND = (
 
 class PackedWeight:
     """A float32 linear layer's weight, laid out once for csrc/cpu/linear*.cpp, rounded to
-    ``precision``. In fp32 it is as large as the weight itself, 1.5 times as large on processors
-    with AMX, where it is kept as three bf16 parts; in bf16 half, in int8 a quarter; and at most
-    half a megabyte more, where that fills its last huge page.
+    ``precision``. In fp32 it is as large as the weight itself, 2.5 times as large on processors
+    with AMX, where it is there as three bf16 parts, too; in bf16 half, in int8 a quarter; and at
+    most half a megabyte more, where that fills its last huge page.
 
     ``x_factor`` (in_features,), int8 alone: x is multiplied by it before it is rounded and the
     weight divided by it, which moves what is hard to round from the one to the other
@@ -234,10 +234,6 @@ class PackedWeight:
         plain = weight.dtype == torch.float32 and weight.device.type == "cpu"
         return plain and not weight.is_inference()
 
-    def min_rows(self):
-        """Fewer rows are better left to torch's product."""
-        return _C.linear_min_rows(self.code)
-
     def release(self):
         """The weight will not be there any more, nor its samples' memory."""
         self.released, self.state = True, (*self.state[:2], None)
@@ -248,8 +244,7 @@ class PackedWeight:
             raise RuntimeError(OTHER_KIND)
         dtype = {0: torch.float32, 1: torch.bfloat16, 2: torch.int8}[self.code]
         elements, packed = torch.empty(self.shape, dtype=dtype), self.state[0]
-        if not _C.linear_unpack(self.code, *self.shape, elements.data_ptr(), packed.data_ptr()):
-            raise RuntimeError("float32 weights packed for AMX cannot be unpacked")
+        _C.linear_unpack(self.code, *self.shape, elements.data_ptr(), packed.data_ptr())
         return elements, self.scale, self.x_factor
 
     def _pack(self, weight):
@@ -369,8 +364,6 @@ class Encoder:
     def __init__(self, layers, num_heads, approximate):
         self.layers, self.num_heads, self.approximate = layers, num_heads, approximate
         self.intermediate, self.hidden = layers[0][3].weight.shape
-        products = [p for qkv, out, _, up, down, _ in layers for p in (*qkv, out, up, down)]
-        self.codes = sorted({product.packed.code for product in products})
         self.bound = self._bind()
 
     def _bind(self):
@@ -387,13 +380,8 @@ class Encoder:
             )  # fmt: skip
             return plan, kept
 
-    def min_rows(self):
-        """Fewer are better left to torch's products."""
-        return max(map(_C.linear_min_rows, self.codes))
-
     def forward(self, x, cu_seqlens, workspace):
-        """x (total_tokens, hidden), of at least :meth:`min_rows` rows, becomes the last layer's
-        output, in its own memory."""
+        """x (total_tokens, hidden) becomes the last layer's output, in its own memory."""
         bound = self.bound  # kept here: another thread may bind anew meanwhile
         if not bound[0].holds():
             bound = self.bound = self._bind()

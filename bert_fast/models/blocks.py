@@ -84,7 +84,7 @@ class Product:
         packed = self.packed
         if packed is None or x.dtype != torch.float32 or x.shape[-1] != packed.shape[1]:
             return False
-        return ops.can_use_packed(packed, self.weight, x.shape[0])
+        return ops.can_use_packed(packed, self.weight)
 
 
 # What a packed weight is in a state dict: see bert_fast.backends.cpu.PackedWeight.elements.
@@ -104,11 +104,10 @@ class Linear(Product, nn.Linear):
         return module
 
     def release(self):
-        """Lets go of the weight where the packed one serves for any number of rows."""
-        if self.packed.released or self.packed.min_rows() == 1:
-            self.packed.release()
-            gone = torch.empty_like(self.weight, device="meta")
-            self.weight = nn.Parameter(gone, requires_grad=False)
+        """Lets go of the weight: the packed one serves in its place."""
+        self.packed.release()
+        gone = torch.empty_like(self.weight, device="meta")
+        self.weight = nn.Parameter(gone, requires_grad=False)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -147,9 +147,6 @@ class Observer:
     def possible(self, weight):
         return True
 
-    def min_rows(self):
-        return 1
-
     def forward(self, x, weight, bias, approximate, out, workspace):
         if x.shape[0]:
             greatest = x.abs().amax(0)

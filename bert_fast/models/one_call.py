@@ -36,7 +36,7 @@ class OneCall:
         ``describe(layer)`` gives a layer's :class:`~bert_fast.models.repeat.Plain`, or None;
         ``state`` is compared: what else the layers depend on."""
         encoder = self._encoder(layers, describe, state) if ops.runs_in_one_call(x) else None
-        if encoder is None or x.shape[1] != encoder.hidden or x.shape[0] < encoder.min_rows():
+        if encoder is None or x.shape[1] != encoder.hidden or not x.shape[0]:
             return None
         return encoder.forward(x, packing.cu_seqlens, workspace)
 
@@ -64,7 +64,7 @@ class OneCall:
         packing = model._packing(input_ids, attention_mask, cu_seqlens, max_seqlen, None)
         index, packed = packing.index, cu_seqlens is not None
         rows = packing.batch * packing.seqlen if index is None else index.shape[0]
-        if packing.padded_tail or rows < max(1, encoder.min_rows()):
+        if packing.padded_tail or rows < 1:
             return None
         if position_ids is None:
             model.check_length(packing.max_seqlen if packed else packing.seqlen)
@@ -82,7 +82,7 @@ class OneCall:
             return None
         (weight, bias), offsets = linear.parts(), packing.cu_seqlens.contiguous()
         fits = packed.possible(weight) and weight.shape == packed.shape == (len(weight), x.shape[1])
-        if not fits or offsets.shape[0] <= packed.min_rows():
+        if not fits or offsets.shape[0] <= 1:
             return None
         return packed.of_first(x, offsets, weight, bias)
 

@@ -86,9 +86,6 @@ def fill_packed(model, state, about, path):
         state = {n: v for n, v in state.items() if not n.startswith(f"{head}pooler.")}
     for name, module in packed.items():
         elements, *factors = (state.pop(f"{name}.{key}", None) for key in PACKED_KEYS)
-        kept = state.get(f"{name}.weight")  # where few rows are left to torch's product
-        if elements is None and kept is not None and about["dtype"] == "float32":
-            elements = kept
         shape = None if elements is None else tuple(elements.shape)
         if shape != tuple(module.weight.shape):
             raise CheckpointError(
@@ -97,12 +94,8 @@ def fill_packed(model, state, about, path):
             )
         if not _fit(elements, *factors):
             raise CheckpointError(f"{path}: {name}.weight lacks its scales, or they do not fit it")
-        if elements.dtype == torch.float32:  # packed of the weight: it may not be unpacked again
-            state[f"{name}.weight"] = weight = torch.nn.Parameter(elements, requires_grad=False)
-            weights.append(ops.pack_weight(weight))
-        else:
-            weights.append(ops.unpacked_weight(elements, *factors))
-            state[f"{name}.weight"] = module.weight
+        weights.append(ops.unpacked_weight(elements, *factors))
+        state[f"{name}.weight"] = module.weight
     if wrong := [n for n, v in state.items() if v.dtype != torch.float32]:
         raise CheckpointError(f"{path}: {wrong[0]} is {state[wrong[0]].dtype}, not float32")
     try:

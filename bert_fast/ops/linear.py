@@ -103,11 +103,10 @@ def is_fast(precision):
     return backends.why_unavailable("cpu") is None and backends.module("cpu").is_fast(precision)
 
 
-def can_use_packed(packed, weight, rows=None):
-    """Whether ``rows`` rows go through a packed weight: enough of them, a weight that is still of
-    the right kind and shape, and no other backend asked for."""
-    enough = rows is None or rows >= packed.min_rows()
-    if not (weight.is_meta if packed.released else enough and packed.possible(weight)):
+def can_use_packed(packed, weight):
+    """Whether a product goes through a packed weight: of a weight that is still of the right kind
+    and shape, and no other backend asked for."""
+    if not (weight.is_meta if packed.released else packed.possible(weight)):
         return False
     if weight.shape != packed.shape:
         return False

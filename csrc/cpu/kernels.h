@@ -174,11 +174,10 @@ class Samples {
 struct LinearKernels {
   const char* name;             // the instruction set that its products are of
   bool fast;                    // whether the processor has an instruction for them
-  int64_t min_rows;             // fewer are left to the BLAS
   int64_t (*packed_size)(int64_t out_features, int64_t in_features);                 // bytes
   int64_t (*scratch_size)(int64_t rows, int64_t in_features, int num_threads);       // bytes
   void (*pack)(const LinearWeight&, void* packed, int num_threads);
-  void (*unpack)(const void* packed, const LinearWeight& to);  // elements back; null where lost
+  void (*unpack)(const void* packed, const LinearWeight& to);  // elements back
   void (*forward)(const LinearForward&);
 };
 

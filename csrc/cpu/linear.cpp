@@ -405,8 +405,7 @@ void unpack(const void* packed, const LinearWeight& w) {
 
 template <class P>
 constexpr LinearKernels kernels_of(const char* name, bool fast) {
-  return {name,    fast,      1,         packed_size<P>, scratch_size<P>,
-          pack<P>, unpack<P>, forward<P>};
+  return {name, fast, packed_size<P>, scratch_size<P>, pack<P>, unpack<P>, forward<P>};
 }
 
 }  // namespace

@@ -1,6 +1,19 @@
 // The products on AMX with that unit emulated, as functions of C for tests/amx_host.py; their
-// arguments are those of bindings.cpp's functions of the same names.
-#include "../cpu/kernels.h"
+// arguments are those of bindings.cpp's functions of the same names. Few rows are multiplied by this
+// processor's other instructions.
+#undef BERT_FAST_AMX
+#include "../cpu/linear.cpp"
+
+namespace bert_fast {
+const CpuKernels& cpu_kernels() {
+  static const CpuKernels kernels = [] {
+    CpuKernels made = {};
+    made.linear = BERT_FAST_ISA::linear;
+    return made;
+  }();
+  return kernels;
+}
+}  // namespace bert_fast
 
 using namespace bert_fast;
 
@@ -14,7 +27,6 @@ extern "C" {
 
 const char* linear_kind(int precision) { return kernels(precision).name; }
 bool linear_is_fast(int precision) { return kernels(precision).fast; }
-int64_t linear_min_rows(int precision) { return kernels(precision).min_rows; }
 int64_t linear_packed_size(int precision, int64_t out_features, int64_t in_features) {
   return kernels(precision).packed_size(out_features, in_features);
 }
@@ -25,11 +37,9 @@ void linear_pack(int precision, int64_t out_features, int64_t in_features, const
                  const float* scale, const float* x_factor, void* packed, int threads) {
   kernels(precision).pack({out_features, in_features, elements, scale, x_factor}, packed, threads);
 }
-bool linear_unpack(int precision, int64_t out_features, int64_t in_features, void* elements,
+void linear_unpack(int precision, int64_t out_features, int64_t in_features, void* elements,
                    const void* packed) {
-  const auto unpack = kernels(precision).unpack;
-  if (unpack) unpack(packed, {out_features, in_features, elements, nullptr, nullptr});
-  return unpack != nullptr;
+  kernels(precision).unpack(packed, {out_features, in_features, elements, nullptr, nullptr});
 }
 void linear_forward(int precision, int64_t rows, int64_t in_features, int64_t out_features,
                     const float* x, const void* packed, const float* bias, float* out,

@@ -17,6 +17,8 @@ from bert_fast import _C
 from bert_fast.backends import cpu
 
 VOCABULARY = 50
+# With AMX fewer rows than its own 32 are AVX-512's, and rounded otherwise.
+LEAST = 32 if _C.linear_kind(0) == "amx" else 1
 
 
 @pytest.fixture(params=ISAS, autouse=True)
@@ -65,10 +67,6 @@ def one_by_one(model, ids, mask=None, **options):
         hook.remove()
 
 
-def enough(tokens):
-    return tokens >= _C.linear_min_rows(0)
-
-
 @settings(
     deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -86,7 +84,7 @@ def test_same_bits(calls, lengths, heads, head_dim, wide, hidden_act):
     ids = torch.randint(1, VOCABULARY, (len(lengths), longest))
     mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
     assert torch.equal(run(model, ids, mask), one_by_one(model, ids, mask))
-    assert len(calls) == enough(sum(lengths))
+    assert len(calls) == (sum(lengths) > 0)
 
 
 def test_capacity_and_packed_input(calls):
@@ -107,7 +105,7 @@ def test_same_bits_at_any_thread_count():
 @settings(
     deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(lengths=st.lists(st.integers(16, 50), min_size=2, max_size=8), data=st.data())
+@given(lengths=st.lists(st.integers(LEAST, 50), min_size=2, max_size=8), data=st.data())
 def test_a_text_depends_on_itself_alone(lengths, data):
     """Bit for bit: whatever else is in the batch, in whatever order."""
     model = drawn_model()

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import bert_fast
-from bert_fast import _C, backends, ops
+from bert_fast import backends, ops
 from bert_fast.backends import cpu
 from bert_fast.models import bert, blocks
 from bert_fast.models.one_call import OneCall
@@ -61,9 +61,6 @@ def calls(monkeypatch):
     return counted
 
 
-needs_a_row = pytest.mark.skipif(_C.linear_min_rows(0) > 1, reason="few rows are left to torch")
-
-
 @settings(
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -95,11 +92,10 @@ def test_same_bits(calls, lengths, mask, dtypes, wide, strided):
     wanted = by_definition(model, *given, **options)
     calls.clear()
     assert same(run(model, *given, **options), wanted)
-    if _C.linear_min_rows(0) == 1 and mask is None:
+    if mask is None:
         assert ("forward" in calls) == all(g is None or g.is_contiguous() for g in given)
 
 
-@needs_a_row
 @pytest.mark.parametrize("precision", [None, "float32", "int8"])
 def test_a_single_query_calls_neither(calls, precision):
     model, ids = drawn_model(), torch.randint(1, VOCABULARY, (1, 16))

@@ -101,8 +101,6 @@ def test_kernel(kind, rows, in_features, out_features, approximate, with_bias):
 
 @pytest.mark.parametrize("rows", range(1, 16))
 def test_few_rows(kind, rows):
-    if rows < _C.linear_min_rows(0):
-        pytest.skip("so few rows are left to torch")
     check(rows, 500, 300, "none", True)
 
 
@@ -176,8 +174,10 @@ def test_bitwise_a_row_depends_on_itself_alone(kind, approximate):
 
     together = product(x)
     for first, count in [(0, 1), (7, 2), (31, 3), (100, 4), (100, 5), (3, 13), (150, 145)]:
-        if count >= _C.linear_min_rows(0):
-            assert torch.equal(product(x[first : first + count]), together[first : first + count])
+        among = together[first : first + count]
+        if _C.linear_kind(0) == "amx" and count < 32:  # fewer rows are AVX-512's
+            among = product(x[first : first + 31])[:count]
+        assert torch.equal(product(x[first : first + count]), among)
 
 
 def model():
