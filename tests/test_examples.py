@@ -26,7 +26,8 @@ def example(name):
 def test_each_is_short_and_tested():
     names = sorted(path.stem for path in FOLDER.glob("*.py"))
     assert names == [
-        "drop_in", "pretrain", "question_answering", "sentiment", "tagging", "translation",
+        "drop_in", "graphed_training", "pretrain", "question_answering", "sentiment", "tagging",
+        "translation",
     ]  # fmt: skip
     for path in FOLDER.glob("*.py"):
         assert len(path.read_text(encoding="utf-8").splitlines()) < 60, path
@@ -34,6 +35,12 @@ def test_each_is_short_and_tested():
 
 def test_drop_in():
     assert example("drop_in")(limit=16) < 2e-5
+
+
+def test_graphed_training():
+    """Without a GPU there are no graphs, and the rest runs."""
+    sizes = {"vocab_size": 50, "hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+    assert example("graphed_training")(batch=3, seqlen=9, steps=2, **sizes) < 3
 
 
 def test_sentiment():

@@ -1,11 +1,8 @@
 """The graph runner. What it decides (buckets, padding, which graph) is tested with a capture that
 calls the function again; that CUDA can capture the model, on a GPU."""
 
-import contextlib
 import copy
-import gc
 from concurrent.futures import ThreadPoolExecutor
-from unittest import mock
 
 import pytest
 import torch
@@ -377,27 +374,6 @@ def test_in_the_place_of_a_model_inside_another():
     assert ours.encoder.layer[0].intermediate.dense.weight.grad is not None
 
 
-def test_products_of_a_capture_have_workspaces_of_their_own(monkeypatch):
-    """All that torch keeps are let go of before a capture and after it, but not of the run before
-    it, in another stream."""
-    done = []
-
-    @contextlib.contextmanager
-    def capture(graph, pool, **options):
-        done.append("capture")
-        yield
-        done.append("captured")
-
-    for name in ("Stream", "current_stream", "CUDAGraph", "graph_pool_handle"):
-        monkeypatch.setattr(torch.cuda, name, mock.Mock())
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-    name = "_cuda_clearCublasWorkspaces"
-    monkeypatch.setattr(torch._C, name, lambda: done.append("clear"), raising=False)
-    graphs._Capture()(lambda: done.append("run"))
-    assert done == ["run", "clear", "capture", "run", "captured", "clear"]
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs an NVIDIA GPU; its logic ran without one"
@@ -431,29 +407,6 @@ class TestOnAGpu:
         runner = bert_fast.cudagraph(ours)
         for lengths in ([5, 2, 9], [7], [5, 2, 9]):
             check_theirs(runner, theirs, lengths)
-
-    def test_what_other_graphs_leave_behind(self):
-        """A graph of products outlives another's memory and torch's workspaces. Of a size at which
-        an H200's products use one: without their own they fail there."""
-        x, w = (torch.randn(n, 384, device="cuda", dtype=torch.bfloat16) for n in (21300, 1536))
-
-        def capture():
-            return graphs._Capture()(lambda: [torch.nn.functional.linear(x, w)])
-
-        first, second = capture(), capture()
-        wanted = torch.nn.functional.linear(x, w)
-        del first
-        gc.collect()
-        torch._C._cuda_clearCublasWorkspaces()  # as torch.compile's graphs do
-        kept = [torch.full((1 << n,), float("nan"), device="cuda") for n in range(8, 26)]
-        replay, (found,) = second
-        for between in (torch.cuda.synchronize, torch.cuda.empty_cache):
-            between()
-            found.zero_()
-            replay()
-            torch.cuda.synchronize()
-            assert torch.equal(found, wanted)
-        assert all(tensor.isnan().all() for tensor in kept)
 
     def test_threads_with_streams_of_their_own(self):
         model = build().cuda()
