@@ -80,6 +80,10 @@ def own_workspaces():
     graph's products would work where those of other graphs do, and, once that memory's holder is
     gone, or torch.compile's graphs or the end of any graph have let all workspaces go, where
     somebody else's tensors are or nothing is (pytorch/pytorch#193402).
+
+    As torch.compile does for its graphs, it lets go of the workspaces of all streams, which come
+    back with the next product. Who captures in a thread beside others that multiply in the same
+    stream leaves torch a moment in which one may be handed on while it is used.
     """
     torch._C._cuda_clearCublasWorkspaces()  # lest the capture takes one that is there
     try:

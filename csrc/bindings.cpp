@@ -10,6 +10,7 @@
 #include <array>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -402,8 +403,8 @@ bool linear_of_first(int precision, int64_t batch, int64_t in_features, int64_t 
   const int32_t* begins = pointer<int32_t>(cu_seqlens);
   const int64_t firsts = ceil_div(batch * in_features, 16) * 16;
   const int64_t scratch = kernels.scratch_size(batch, in_features, num_threads);
-  std::vector<float> memory(firsts + ceil_div(scratch, 4) + 16);
-  float* first = memory.data();
+  const std::unique_ptr<float[]> memory(new float[firsts + ceil_div(scratch, 4) + 16]);
+  float* first = memory.get();
   while (reinterpret_cast<Address>(first) % 64) ++first;
   for (int64_t i = 0; i < batch; ++i) {
     if (begins[i] == begins[i + 1]) return false;

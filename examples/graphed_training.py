@@ -3,7 +3,8 @@
 python examples/graphed_training.py
 
 BERT-base, 64 x 128 tokens, 70% real, without dropout, on an H200 with a slow host: a step takes
-8.5 ms, and 27.2 without graphs.
+8.5 ms, and 27.2 without graphs. One such graph a process: its products share torch's workspace with
+other captures (docs/architecture.md).
 """
 
 import time

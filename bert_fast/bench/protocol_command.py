@@ -9,7 +9,7 @@ from rich.table import Table
 from bert_fast.bench import plots, protocol, quality, report
 from bert_fast.extras import can_draw
 
-OPTIONS = ("models", "peers", "quick", "json", "plot")
+OPTIONS = ("models", "peers", "samples", "quick", "json", "plot")
 
 
 def add_options(bench):
@@ -22,6 +22,9 @@ def add_options(bench):
         help=f"{', '.join(protocol.MODELS)}, or directories of checkpoints")  # fmt: skip
     add("--peers", nargs="+", dest="protocol_peers", metavar="PEER",
         help="backends by name or part of a name (default: all)")  # fmt: skip
+    add("--samples", type=int, dest="protocol_samples", metavar="N",
+        help=f"texts of each length (default {protocol.SAMPLES}, with --quick "
+        f"{protocol.QUICK.samples})")  # fmt: skip
     add("--quick", action="store_true", dest="protocol_quick", help="few texts, one model")
     add("--json", dest="protocol_json", help="write the results to this file")
     add("--plot", dest="protocol_plot", help="draw speed against quality to this PNG file")
@@ -29,7 +32,10 @@ def add_options(bench):
 
 def given(args):
     """The protocol's options that were given, as they are written."""
-    found = [f"--{name}" for name in OPTIONS if getattr(args, f"protocol_{name}", None)]
+    said = {name: getattr(args, f"protocol_{name}", None) for name in OPTIONS}
+    found = [
+        f"--{name}" for name, value in said.items() if value is not None and value is not False
+    ]
     return (["--protocol"] if getattr(args, "protocol", None) else []) + found
 
 
@@ -46,6 +52,10 @@ def run(args):
         plan = replace(plan, models=tuple(args.protocol_models))
     if args.protocol_peers:
         plan = replace(plan, peers=tuple(args.protocol_peers))
+    if args.protocol_samples is not None:
+        if args.protocol_samples < 1:
+            raise ValueError(f"--samples must be at least 1, not {args.protocol_samples}")
+        plan = replace(plan, samples=args.protocol_samples)
     for path in filter(None, (args.protocol_json, args.protocol_plot)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     console = Console(width=None if Console().is_terminal else 120)

@@ -1,6 +1,7 @@
 """Correctness before speed: a work's contestants are checked, then timed, in one row."""
 
 import contextlib
+import functools
 import io
 import logging
 import math
@@ -78,16 +79,17 @@ def measure(work, who, seconds=10.0, rounds=None, blocks=BLOCKS):
         times = {name: [] for name in contestants}
         for block in range(blocks):
             for name, contestant in contestants.items():
-                try:
-                    contestant.prepare(work, clock, again=block > 0)
-                except Exception as error:  # it was right before: not to be passed over
-                    raise RuntimeError(f"{name} failed on {work}: {_first_line(error)}") from error
-            samplers = {name: c.sample for name, c in contestants.items()}
+                _named(name, work, contestant.prepare, work, clock, again=block > 0)
+            samplers = {
+                name: functools.partial(_named, name, work, c.sample)
+                for name, c in contestants.items()
+            }
             least = max(3, timing.LEAST_ROUNDS // blocks)
             for name, ms in timing.interleaved(samplers, seconds, rounds, least).items():
                 times[name].append(ms)
         for name, contestant in contestants.items():
-            results[name] |= timing.summary(times[name]) | contestant.measured(work)
+            measured = _named(name, work, contestant.measured, work)
+            results[name] |= timing.summary(times[name]) | measured
     ceilings = [c.peer.name for c in contestants.values() if c.peer.ceiling]
     possible = _possible(results, ceilings)
     for name in contestants:
@@ -97,6 +99,14 @@ def measure(work, who, seconds=10.0, rounds=None, blocks=BLOCKS):
         "work": str(work), "kind": work.kind, "tokens": work.tokens, "flops": work.flops,
         "bytes": work.num_bytes, "ceilings": ceilings, "results": results, "absent": absent,
     }  # fmt: skip
+
+
+def _named(name, work, function, *args, **options):
+    """function(*args), of a contestant that was right before: what it raises names it."""
+    try:
+        return function(*args, **options)
+    except Exception as error:
+        raise RuntimeError(f"{name} failed on {work}: {_first_line(error)}") from error
 
 
 class _Contestant:

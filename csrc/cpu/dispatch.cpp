@@ -93,6 +93,10 @@ const LinearKernels& linear_kernels(Precision precision) {
   return kernels ? *kernels : cpu_kernels().linear(precision);
 }
 
+#ifdef BERT_FAST_X86
+const LinearKernels& avx512_linear_kernels() { return avx512::linear(Precision::kFloat32); }
+#endif
+
 bool set_cpu_isa(const char* name) {
   const Isa* isa = find(name);
   if (isa) chosen() = isa;

@@ -183,6 +183,7 @@ struct LinearKernels {
 
 const LinearKernels& linear_kernels(Precision);      // the best here of the chosen instruction set
 const LinearKernels* amx_linear_kernels(Precision);  // null where there is no AMX for it
+const LinearKernels& avx512_linear_kernels();        // in fp32, for AMX's few rows
 
 // One set of kernels an instruction set; each .cpp beside this file is compiled once for each.
 struct CpuKernels {

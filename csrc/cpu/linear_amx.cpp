@@ -13,9 +13,9 @@
 // fp32, which also keeps the rounding error of long sums below sgemm's.
 //
 // Three parts are 6 bytes of memory for a weight's 4, which is all that counts for few rows, and the
-// unit's time is the same for one row as for 32: below that AVX-512 multiplies, by panels of its own
-// in front of the unit's. (MiniLM, 1 x 16 tokens, 2 hardware threads of a Xeon: 2.0 ms
-// by AVX-512, 3.7 by the unit; 1 x 32: 4.1, 4.2; 1 x 128: 17.8, 15.8.)
+// unit takes as long for one row as for 32: below that AVX-512 multiplies, by panels of its own
+// before the unit's. (MiniLM, 2 hardware threads of a Xeon, by AVX-512 and by the unit: 1 x 16
+// tokens 2.0 and 3.7 ms, 1 x 32 4.1 and 4.2, 1 x 128 17.8 and 15.8.)
 #include "kernels.h"
 
 #ifdef BERT_FAST_AMX
@@ -211,12 +211,9 @@ void prefetch_group(const LinearForward& a, int64_t first_row, int64_t first_col
   }
 }
 
-// Those without the unit.
-const LinearKernels& of_few_rows() { return cpu_kernels().linear(Precision::kFloat32); }
-
 // Where the unit's panels begin, in bytes: a line of the cache.
 int64_t begin_of_parts(int64_t out_features, int64_t in_features) {
-  return ceil_div(of_few_rows().packed_size(out_features, in_features), 64) * 64;
+  return ceil_div(avx512_linear_kernels().packed_size(out_features, in_features), 64) * 64;
 }
 
 int64_t packed_size(int64_t out_features, int64_t in_features) {
@@ -226,7 +223,7 @@ int64_t packed_size(int64_t out_features, int64_t in_features) {
 }
 
 void pack(const LinearWeight& w, void* to, int num_threads) {
-  of_few_rows().pack(w, to, num_threads);
+  avx512_linear_kernels().pack(w, to, num_threads);
   uint16_t* packed = reinterpret_cast<uint16_t*>(static_cast<char*>(to) +
                                                  begin_of_parts(w.out_features, w.in_features));
   const int64_t panel_size = ceil_div(w.in_features, kTileDepth) * kStep;
@@ -237,7 +234,9 @@ void pack(const LinearWeight& w, void* to, int num_threads) {
   });
 }
 
-void unpack(const void* packed, const LinearWeight& w) { of_few_rows().unpack(packed, w); }
+void unpack(const void* packed, const LinearWeight& w) {
+  avx512_linear_kernels().unpack(packed, w);
+}
 
 void multiply_block(const LinearForward& a, int64_t first_group, int64_t last_group,
                     int64_t first_panel, int64_t last_panel, uint16_t* scratch) {
@@ -267,12 +266,12 @@ void multiply_block(const LinearForward& a, int64_t first_group, int64_t last_gr
 }
 
 int64_t scratch_size() { return kBlockGroups * kBlockSteps * kStep; }
-int64_t scratch_bytes(int64_t, int64_t, int threads) {
-  return threads * scratch_size() * static_cast<int64_t>(sizeof(uint16_t));
+int64_t scratch_bytes(int64_t rows, int64_t, int threads) {
+  return rows < kGroup ? 0 : threads * scratch_size() * static_cast<int64_t>(sizeof(uint16_t));
 }
 
 void forward(const LinearForward& given) {
-  if (given.rows < kGroup) return of_few_rows().forward(given);
+  if (given.rows < kGroup) return avx512_linear_kernels().forward(given);
   LinearForward a = given;
   a.packed = static_cast<const char*>(a.packed) + begin_of_parts(a.out_features, a.in_features);
   const int64_t groups = ceil_div(a.rows, kGroup), panels = ceil_div(a.out_features, kGroup);

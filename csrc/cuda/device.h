@@ -216,9 +216,11 @@ __device__ __forceinline__ float lesser(float x, float most) {
   return x > most ? most : x;
 #endif
 }
-// As torch has it. normcdff errs by up to 5 ulp where this errs by 1; only far below -1, where the
+// By torch's formula. normcdff errs by up to 5 ulp where this errs by 1; only far below -1, where the
 // result no longer counts beside x, is it the other way round.
-__device__ __forceinline__ float normal_cdf(float x) { return fmaf(0.5f, erff(x * 0.70710678f), 0.5f); }
+__device__ __forceinline__ float normal_cdf(float x) {
+  return fmaf(0.5f, erff(x * 0.70710678f), 0.5f);
+}
 template <class P>
 __device__ __forceinline__ void check_pack(const void*) {}
 

@@ -1,18 +1,11 @@
 // The products on AMX with that unit emulated, as functions of C for tests/amx_host.py; their
-// arguments are those of bindings.cpp's functions of the same names. Few rows are multiplied by this
+// arguments are those of bindings.cpp's functions of the same names. For few rows there are this
 // processor's other instructions.
 #undef BERT_FAST_AMX
 #include "../cpu/linear.cpp"
 
 namespace bert_fast {
-const CpuKernels& cpu_kernels() {
-  static const CpuKernels kernels = [] {
-    CpuKernels made = {};
-    made.linear = BERT_FAST_ISA::linear;
-    return made;
-  }();
-  return kernels;
-}
+const LinearKernels& avx512_linear_kernels() { return BERT_FAST_ISA::linear(Precision::kFloat32); }
 }  // namespace bert_fast
 
 using namespace bert_fast;

@@ -10,7 +10,7 @@ import torch
 
 from bert_fast.bench import changes, lengths, plots, report, run, selection, timing, works
 from bert_fast.bench.contestant import Run
-from bert_fast.bench.peers import Eager, Gemms, Ours, Peer, Torch, peers
+from bert_fast.bench.peers import Eager, Gemms, Ours, Torch, peers
 from bert_fast.cli import main
 from bert_fast.extras import can_draw
 
@@ -109,25 +109,6 @@ def test_a_wrong_gradient_is_refused():
     work = works.LayerNorm(torch.float32, backward=True, rows=64, width=48)
     row = measured(work, [Planted(Scaled.apply)])
     assert "its gradient 1 errs" in row["results"]["planted"]["refused"]
-
-
-def test_absences_and_failures_are_listed_with_their_reasons():
-    class Missing(Torch):
-        name, package = "missing", "no_such_package"
-
-    class Breaking(Peer):
-        name = "breaking"
-
-        def gelu(self, work, inputs):
-            raise RuntimeError("no kernel image\nfor this device")
-
-    work = works.Gelu(torch.float32, rows=8, width=16)
-    rows = [measured(work, [Torch(), Missing(), Breaking()])]
-    assert report.absences(rows) == {
-        "missing": "the package no_such_package is not installed",
-        "breaking": "RuntimeError: no kernel image",
-    }
-    assert list(rows[0]["results"]) == ["torch.nn.functional"]
 
 
 def test_contestants_take_turns():

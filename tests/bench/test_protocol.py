@@ -97,9 +97,10 @@ def test_shapes_are_drawn_with_the_tokenizer_of_another(shape, directory, tmp_pa
 
 def test_the_command(directory, tmp_path, capsys, monkeypatch):
     out, plot = tmp_path / "r.json", tmp_path / "r.png"
-    monkeypatch.setattr(protocol, "QUICK", replace(protocol.QUICK, samples=2, batch_sizes=(1, 2)))
+    monkeypatch.setattr(protocol, "QUICK", replace(protocol.QUICK, batch_sizes=(1, 2)))
     args = ["bench", "--protocol", "sentence-transformers", "--quick", "--models", str(directory)]
-    args += ["--peers", "bert_fast bfloat16", "--json", str(out), "--plot", str(plot)]
+    args += ["--peers", "bert_fast bfloat16", "--samples", "2"]
+    args += ["--json", str(out), "--plot", str(plot)]
     assert main(args) == 0
     found = json.loads(out.read_text())
     assert found["environment"]["torch"] == torch.__version__
@@ -107,6 +108,7 @@ def test_the_command(directory, tmp_path, capsys, monkeypatch):
         encoders.REFERENCE,
         "bert_fast bfloat16",
     ]
+    assert found["plan"]["samples"] == 2
     assert found["results"][0]["speedup"] == 1.0
     assert found["summary"][encoders.REFERENCE]["quality"] == 1.0
     assert plot.read_bytes().startswith(b"\x89PNG")
@@ -137,6 +139,8 @@ def test_a_wrong_encoder_is_refused(directory, monkeypatch):
     [
         ([], "say what to measure"),
         (["--json", "x.json", "op"], "--json before 'op'"),
+        (["--protocol", "sentence-transformers", "--samples", "0"], "--samples must be at least 1"),
+        (["--samples", "0", "op"], "--samples before 'op'"),
         (["--protocol", "sentence-transformers", "train"], "--protocol before 'train'"),
         (["--protocol", "sentence-transformers", "--models", "gpt"], "--models: 'gpt' is neither"),
         (

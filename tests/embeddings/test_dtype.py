@@ -11,6 +11,7 @@ from checkpoints import SIZES, TEXTS, VOCABULARY, bert, cross_encoder, sentence_
 from sentence_transformers.models import Pooling
 
 import bert_fast
+from bert_fast import _C
 from bert_fast.cli import main
 from bert_fast.files import CheckpointError
 from bert_fast.models.packed_file import PACKED_FILE
@@ -32,7 +33,8 @@ def test_sentence_encoder(dtype, tmp_path):
     assert found.dtype == np.float32
     assert encoder.model.served_in == str(dtype).removeprefix("torch.")
     assert cosines(found, wanted).min() > {"int8": 0.98}.get(dtype, 0.999)
-    assert np.array_equal(encoder.encode(TEXTS[:1])[0], found[0])
+    if dtype != "float32" or _C.linear_kind(0) != "amx":  # where few rows are rounded otherwise
+        assert np.array_equal(encoder.encode(TEXTS[:1])[0], found[0])
     with pytest.raises(RuntimeError, match="packed this model for the CPU"):
         encoder.to("meta")
 

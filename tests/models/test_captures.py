@@ -96,9 +96,10 @@ def test_training_by_graphs(dropout):
     graphed = torch.cuda.make_graphed_callables(Encode(model), draw())
     for _ in range(3):
         given = *draw(), torch.randn(4, 20, 96, device="cuda")
-        found, wanted = gradients(graphed, *given), gradients(plain, *given)
+        found = gradients(graphed, *given)
         if dropout:
             assert all(tensor.isfinite().all() for tensor in found)
-            assert not torch.equal(gradients(graphed, *given)[0], found[0])
+            # All but the last norm's bias depend on what is dropped.
+            assert sum(map(torch.equal, found, gradients(graphed, *given))) <= 1
         else:
-            assert all(map(torch.equal, found, wanted))
+            assert all(map(torch.equal, found, gradients(plain, *given)))

@@ -11,12 +11,13 @@ from pathlib import Path
 import amx_host
 import pytest
 import torch
-from conftest import assert_within, same_bits_at_any_thread_count
+from conftest import ISAS, assert_within, same_bits_at_any_thread_count
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import bert_fast
 from bert_fast import _C, ops
+from bert_fast import _C as compiled
 from bert_fast.backends import cpu
 from bert_fast.models.blocks import Linear
 from bert_fast.models.workspace import Workspace
@@ -142,10 +143,36 @@ def test_another_instruction_set_is_packed_anew():
         _C.set_cpu_isa(best)
 
 
-def test_infinities_stay_and_nan_is_seen(kind):
-    x, weight = torch.randn(4, 40), torch.rand(8, 40) + 0.1
+def test_with_amx_few_rows_are_avx512s(kind):
+    """To its bits; and from 32 on they are the unit's."""
+    if kind != "amx":
+        pytest.skip("no AMX here; its emulation is another of these")
+    weight = torch.randn(70, 400)
+
+    def product(x):
+        return ops.pack_weight(weight).forward(
+            x, weight, None, None, torch.empty(len(x), 70), Workspace()
+        )
+
+    for rows in (1, 31, 32):
+        x = torch.randn(rows, 400)
+        ours = product(x)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cpu, "_C", compiled)
+            best = compiled.cpu_isa()
+            try:
+                compiled.set_cpu_isa("avx512_no_amx" if "avx512" in ISAS else ISAS[0])
+                assert torch.equal(product(x), ours) == (rows < 32)
+            finally:
+                compiled.set_cpu_isa(best)
+    assert _C.linear_scratch_size(0, 31, 400, 2) == 0
+
+
+@pytest.mark.parametrize("rows", [4, 36])
+def test_infinities_stay_and_nan_is_seen(kind, rows):
+    x, weight = torch.randn(rows, 40), torch.rand(8, 40) + 0.1
     x[1, 3], x[2, 5] = math.inf, math.nan
-    out = ops.pack_weight(weight).forward(x, weight, None, None, torch.empty(4, 8), Workspace())
+    out = ops.pack_weight(weight).forward(x, weight, None, None, torch.empty(rows, 8), Workspace())
     assert out[0].isfinite().all()
     assert out[3].isfinite().all()
     assert not out[1].isfinite().any()

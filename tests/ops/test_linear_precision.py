@@ -184,7 +184,10 @@ def test_a_changed_weight_is_packed_anew(precision):
 
 
 @drawn
-@given(precision=st.sampled_from(LOWER), depth=st.integers(1, 70), columns=st.integers(1, 70))
+@given(
+    precision=st.sampled_from(["float32", *LOWER]), depth=st.integers(1, 70),
+    columns=st.integers(1, 70),
+)  # fmt: skip
 def test_elements_come_back(precision, depth, columns):
     x, weight = torch.randn(3, depth), torch.randn(columns, depth)
     packed = ops.pack_weight(
@@ -201,6 +204,7 @@ def test_sizes():
     """What the docs say of memory."""
     size = {name: _C.linear_packed_size(code, 1536, 384) for name, code in cpu.PRECISIONS.items()}
     whole = 4 * 1536 * 384
+    assert size["float32"] == whole * (2.5 if _C.linear_kind(0) == "amx" else 1)
     assert size["bfloat16"] == whole // 2
     assert whole / 4 < size["int8"] < whole / 4 * 1.03
 
