@@ -3,6 +3,7 @@
 Needs g++ on x86-64 Linux. Compiled for this processor's other instructions, whichever they are.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -15,6 +16,7 @@ from ctypes import c_bool, c_char_p, c_int, c_int64, c_void_p
 from pathlib import Path
 
 import pytest
+from conftest import ISAS
 
 from bert_fast import _C
 from bert_fast.backends import cpu
@@ -83,3 +85,16 @@ def use(monkeypatch):
         pytest.skip("AMX is emulated by g++ on Linux, x86-64")
     monkeypatch.setattr(cpu, "_C", emulated())
     return emulated()
+
+
+@contextlib.contextmanager
+def without():
+    """Meanwhile packed products run on the extension's kernels for this processor without AMX."""
+    best = _C.cpu_isa()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "_C", _C)
+        try:
+            _C.set_cpu_isa("avx512_no_amx" if "avx512" in ISAS else ISAS[0])
+            yield
+        finally:
+            _C.set_cpu_isa(best)

@@ -234,10 +234,6 @@ void pack(const LinearWeight& w, void* to, int num_threads) {
   });
 }
 
-void unpack(const void* packed, const LinearWeight& w) {
-  avx512_linear_kernels().unpack(packed, w);
-}
-
 void multiply_block(const LinearForward& a, int64_t first_group, int64_t last_group,
                     int64_t first_panel, int64_t last_panel, uint16_t* scratch) {
   const int64_t steps = ceil_div(a.in_features, kTileDepth);
@@ -305,7 +301,7 @@ const LinearKernels& linear(Precision);  // bf16, int8: linear.cpp
 const LinearKernels* amx_linear_kernels(Precision precision) {
   static const LinearKernels kernels = {"amx", true, BERT_FAST_ISA::packed_size,
                                         BERT_FAST_ISA::scratch_bytes, BERT_FAST_ISA::pack,
-                                        BERT_FAST_ISA::unpack, BERT_FAST_ISA::forward};
+                                        avx512_linear_kernels().unpack, BERT_FAST_ISA::forward};
   if (!BERT_FAST_ISA::has_amx(precision)) return nullptr;
   return precision == Precision::kFloat32 ? &kernels : &BERT_FAST_ISA::linear(precision);
 }

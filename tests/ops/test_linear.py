@@ -11,13 +11,12 @@ from pathlib import Path
 import amx_host
 import pytest
 import torch
-from conftest import ISAS, assert_within, same_bits_at_any_thread_count
+from conftest import assert_within, same_bits_at_any_thread_count
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import bert_fast
 from bert_fast import _C, ops
-from bert_fast import _C as compiled
 from bert_fast.backends import cpu
 from bert_fast.models.blocks import Linear
 from bert_fast.models.workspace import Workspace
@@ -157,14 +156,8 @@ def test_with_amx_few_rows_are_avx512s(kind):
     for rows in (1, 31, 32):
         x = torch.randn(rows, 400)
         ours = product(x)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cpu, "_C", compiled)
-            best = compiled.cpu_isa()
-            try:
-                compiled.set_cpu_isa("avx512_no_amx" if "avx512" in ISAS else ISAS[0])
-                assert torch.equal(product(x), ours) == (rows < 32)
-            finally:
-                compiled.set_cpu_isa(best)
+        with amx_host.without():
+            assert torch.equal(product(x), ours) == (rows < 32)
     assert _C.linear_scratch_size(0, 31, 400, 2) == 0
 
 

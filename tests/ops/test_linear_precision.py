@@ -242,14 +242,8 @@ def test_int8_has_the_same_bits_with_amx(
     bias = torch.randn(columns) if with_bias else None
     factor = torch.rand(depth) + 0.5 if factors else None
     ours = product(ops.pack_weight(weight, "int8", factor), x, weight, bias, approximate)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "_C", compiled)
-        best = compiled.cpu_isa()
-        try:
-            compiled.set_cpu_isa("avx512_no_amx" if "avx512" in ISAS else ISAS[0])
-            wanted = product(ops.pack_weight(weight, "int8", factor), x, weight, bias, approximate)
-        finally:
-            compiled.set_cpu_isa(best)
+    with amx_host.without():
+        wanted = product(ops.pack_weight(weight, "int8", factor), x, weight, bias, approximate)
     assert torch.equal(ours, wanted)
 
 
