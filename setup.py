@@ -171,8 +171,8 @@ class NinjaBuild(build_ext):
             if source.stem == "linear_amx":  # fp32 for AMX, or an answer that there is none
                 compile_file("cxx", "cpu/linear_amx.cpp", "linear_amx.o", amx)
                 continue
-            if source.stem == "linear" and amx:
-                compile_file("cxx", "cpu/linear.cpp", "linear.amx.o", amx)
+            if source.stem in ("attention", "linear") and amx:  # their products in bf16, int8
+                compile_file("cxx", f"cpu/{source.name}", f"{source.stem}.amx.o", amx)
             for isa, flags in CPU_ISAS.items() if x86 else [("generic", "")]:
                 compile_file("cxx", f"cpu/{source.name}", f"{source.stem}.{isa}.o", flags)
 

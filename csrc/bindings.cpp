@@ -52,11 +52,13 @@ using PositionTuple = std::tuple<Address, int64_t, int64_t, Address>;  // as in 
 AttentionShape attention_shape(int dtype, int64_t batch, int64_t num_heads, int64_t head_dim,
                                int64_t total_q, int64_t total_k, Address cu_q, Address cu_k,
                                float scale, bool causal, double dropout_p, uint64_t seed,
-                               int num_threads, const PositionTuple& position_bias) {
+                               int num_threads, const PositionTuple& position_bias,
+                               int precision) {
   const auto& [data, rows, columns, gradient] = position_bias;
   return {static_cast<DType>(dtype), batch, num_heads, head_dim, total_q, total_k,
           pointer<int32_t>(cu_q), pointer<int32_t>(cu_k), scale, causal, dropout_p, seed,
-          num_threads, {pointer<float>(data), rows, columns, pointer<float>(gradient)}};
+          num_threads, {pointer<float>(data), rows, columns, pointer<float>(gradient)},
+          static_cast<Precision>(precision)};
 }
 
 // ---- what a call's arguments are, on either kind of processor ----
@@ -116,7 +118,7 @@ void bind_shapes(py::module_& m) {
            py::arg("num_heads"), py::arg("head_dim"), py::arg("total_q"), py::arg("total_k"),
            py::arg("cu_q"), py::arg("cu_k"), py::arg("scale"), py::arg("causal"),
            py::arg("dropout_p"), py::arg("seed"), py::arg("num_threads"),
-           py::arg("position_bias") = PositionTuple());
+           py::arg("position_bias") = PositionTuple(), py::arg("precision") = 0);
 }
 
 // ---- CUDA ----
@@ -349,23 +351,22 @@ class Encoder {
                      intermediate_, num_heads_, pointer<int32_t>(cu_seqlens),
                      static_cast<float>(scale_), activation_, pointer<float>(x), memory + at[0],
                      memory + at[1], memory + at[2], memory + at[3], memory + at[4],
-                     memory + at[5], memory + at[6], num_threads});
+                     memory + at[5], num_threads});
   }
 
  private:
   // Where each part of the workspace begins, on a cache line of it; and the end.
-  std::array<int64_t, 8> parts(int64_t rows, int num_threads) const {
+  std::array<int64_t, 7> parts(int64_t rows, int num_threads) const {
     int64_t scratch = 0;
     for (const auto& [precision, kernels] : kernels_) {
       for (int64_t width : {hidden_, intermediate_}) {
         scratch = std::max(scratch, kernels->scratch_size(rows, width, num_threads));
       }
     }
-    const int64_t floats[] = {3 * rows * hidden_,    rows * hidden_,    rows * hidden_,
-                              rows * intermediate_, rows * num_heads_, 3 * hidden_,
-                              ceil_div(scratch, 4)};
-    std::array<int64_t, 8> begins = {};
-    for (int i = 0; i < 7; ++i) begins[i + 1] = begins[i] + ceil_div(floats[i], 16) * 16;
+    const int64_t floats[] = {3 * rows * hidden_,    rows * hidden_, rows * hidden_,
+                              rows * intermediate_, 3 * hidden_,    ceil_div(scratch, 4)};
+    std::array<int64_t, 7> begins = {};
+    for (int i = 0; i < 6; ++i) begins[i + 1] = begins[i] + ceil_div(floats[i], 16) * 16;
     return begins;
   }
 
@@ -622,7 +623,12 @@ PYBIND11_MODULE(_C, m) {
   });
 
   bind_shapes(m);
-  bind_cpu(m, "attention_forward", attention_forward, &CpuKernels::attention_forward);
+  m.def("attention_forward",
+        [](const AttentionShape& shape, StridedTensor q, StridedTensor k, StridedTensor v,
+           StridedTensor out, Address bias, Address lse) {
+          bert_fast::attention_forward(attention_forward(shape, q, k, v, out, bias, lse));
+        },
+        release_gil());
   bind_cpu(m, "attention_backward", attention_backward, &CpuKernels::attention_backward);
   bind_cpu(m, "layer_norm_forward", layer_norm_forward, &CpuKernels::layer_norm_forward);
   bind_cpu(m, "layer_norm_backward", layer_norm_backward, &CpuKernels::layer_norm_backward);

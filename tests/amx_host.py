@@ -12,7 +12,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from ctypes import c_bool, c_char_p, c_int, c_int64, c_void_p
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
 
 import pytest
@@ -27,6 +27,7 @@ FLAGS = [  # arithmetic as setup.py has it
     "-march=native", "-DBERT_FAST_X86", "-DBERT_FAST_AMX", "-DBERT_FAST_HOST",
     "-fopenmp", "-fPIC", "-shared", "-w",
 ]  # fmt: skip
+NAMES = "attention", "linear", "linear_amx", "threads"
 FUNCTIONS = {
     "linear_kind": (c_char_p, c_int),
     "linear_is_fast": (c_bool, c_int),
@@ -38,13 +39,17 @@ FUNCTIONS = {
         None, c_int, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p,
         c_int, c_int,
     ),
+    "attention_in_bf16": (
+        None, c_int64, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_float, c_bool,
+        c_int, POINTER(c_int64), POINTER(c_int64), c_void_p, c_void_p,
+    ),
 }  # fmt: skip
 
 
 def build(folder):
     """The library's path; compiled where these sources were not yet, on this kind of processor."""
     csrc = ROOT / "csrc"
-    sources = [csrc / "cpu" / f"{name}.cpp" for name in ("linear", "linear_amx", "threads")]
+    sources = [csrc / "cpu" / f"{name}.cpp" for name in NAMES]
     sources.append(csrc / "host" / "amx.cpp")
     native = subprocess.run(
         ["g++", "-march=native", "-Q", "--help=target"], capture_output=True, check=True
@@ -63,8 +68,9 @@ def build(folder):
 
 
 class Emulated:
-    """Stands for bert_fast._C in packed products, layer by layer."""
+    """Stands for bert_fast._C in packed products and in attention on bf16, layer by layer."""
 
+    AttentionShape = dict
     Samples, gelu_forward = _C.Samples, staticmethod(_C.gelu_forward)
 
     def __init__(self):
@@ -74,6 +80,20 @@ class Emulated:
             function.restype, function.argtypes = result, arguments
             setattr(self, name, function)
         self.linear_kind = lambda precision: library.linear_kind(precision).decode()
+
+    def attention_forward(self, shape, q, k, v, out, bias, lse):
+        if shape["precision"] == 0:
+            return _C.attention_forward(_C.AttentionShape(**shape), q, k, v, out, bias, lse)
+        assert (shape["dtype"], shape["dropout_p"]) == (0, 0.0)
+        names = (
+            "batch", "num_heads", "head_dim", "total_q", "total_k", "cu_q", "cu_k", "scale",
+            "causal", "num_threads",
+        )  # fmt: skip
+        table, strided = shape["position_bias"][:3], (*q, *k, *v, *out)
+        self.attention_in_bf16(
+            *(shape[name] for name in names), (c_int64 * 3)(*table), (c_int64 * 12)(*strided),
+            bias, lse,
+        )  # fmt: skip
 
 
 emulated = functools.cache(Emulated)

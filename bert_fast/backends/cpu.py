@@ -14,6 +14,7 @@ if processes.forked:  # before the extension was loaded: it could not notice
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 APPROXIMATE = {"none": 0, "tanh": 1}
+PRECISIONS = {"float32": 0, "bfloat16": 1, "int8": 2}
 
 
 ACTIVATIONS = {None: 0, "none": 1, "tanh": 2}  # GELU's approximate, or no GELU
@@ -39,8 +40,9 @@ def _seed(seed):
 
 
 def attention_shape(
-    q, k, cu_q, cu_k, scale, causal, dropout_p, seed=0, module=_C, table=None, dtable=None
-):
+    q, k, cu_q, cu_k, scale, causal, dropout_p, seed=0, module=None, table=None, dtable=None,
+    precision="float32",
+):  # fmt: skip
     rows, columns = (0, 0) if table is None else table.shape[1:]
     if table is not None and cu_q.numel() > 1:  # where max_seqlen was only said, this was not seen
         longest = int(cu_q.diff().max()), int(cu_k.diff().max())
@@ -49,23 +51,26 @@ def attention_shape(
                 f"position_bias is for {rows} queries and {columns} keys; the longest sequences "
                 f"have {longest[0]} and {longest[1]}"
             )
-    return module.AttentionShape(
+    return (module or _C).AttentionShape(
         dtype=DTYPES[q.dtype], batch=cu_q.numel() - 1, num_heads=q.shape[1], head_dim=q.shape[2],
         total_q=q.shape[0], total_k=k.shape[0], cu_q=cu_q.data_ptr(), cu_k=cu_k.data_ptr(),
         scale=scale, causal=causal, dropout_p=dropout_p, seed=seed,
         num_threads=num_threads(), position_bias=(address(table), rows, columns, address(dtable)),
+        precision=PRECISIONS[precision],
     )  # fmt: skip
 
 
 def attention_forward(
     q, k, v, cu_q, cu_k, max_q, max_k, bias, scale, causal, dropout_p, seed, out=None,
-    position_bias=None,
+    position_bias=None, precision="float32",
 ):  # fmt: skip
     cu_q, cu_k = cu_q.contiguous(), cu_k.contiguous()
     out = q.new_empty(q.shape) if out is None else out
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32)
     table, bias = as_float32(position_bias), as_float32(bias)
-    shape = attention_shape(q, k, cu_q, cu_k, scale, causal, dropout_p, _seed(seed), table=table)
+    shape = attention_shape(
+        q, k, cu_q, cu_k, scale, causal, dropout_p, _seed(seed), table=table, precision=precision
+    )
     _C.attention_forward(
         shape, strided(q), strided(k), strided(v), strided(out), address(bias), address(lse)
     )
@@ -170,7 +175,6 @@ def gelu_backward(dout, x, bias, approximate):
     return dx, dbias
 
 
-PRECISIONS = {"float32": 0, "bfloat16": 1, "int8": 2}
 _packing = threading.RLock()  # one thread at a time replaces what others may be reading
 
 
@@ -233,6 +237,11 @@ class PackedWeight:
         """Whether the weight is of the kind that can be packed."""
         plain = weight.dtype == torch.float32 and weight.device.type == "cpu"
         return plain and not weight.is_inference()
+
+    @property
+    def rounds(self):
+        """Whether products round their factors to less than float32."""
+        return self.precision != "float32"
 
     def release(self):
         """The weight will not be there any more, nor its samples' memory."""

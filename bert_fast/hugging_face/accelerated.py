@@ -35,6 +35,7 @@ from bert_fast.hugging_face.precision import check_arguments, is_plain, pack_lay
 from bert_fast.models.blocks import (
     GELU_APPROXIMATE,
     as_autocast_gives,
+    attention_precision,
     feed_forward,
     product_adds_bias,
     project_add_norm,
@@ -408,16 +409,17 @@ class _Layer(_Accelerated):
                 fused.view(tokens, 3, *heads), packing.cu_seqlens, **options
             )
         else:
+            linears = [
+                (linear, workspace.take(name, tokens, width, x))
+                for name, linear in (("q", q), ("k", k), ("v", v))
+            ]
             projected, biases = zip(
-                *(
-                    linear.project(x, workspace.take(name, tokens, width, x), workspace)
-                    for name, linear in (("q", q), ("k", k), ("v", v))
-                ),
-                strict=True,
+                *(linear.project(x, out, workspace) for linear, out in linears), strict=True
             )
             context = ops.attention(
                 *(p.view(tokens, *heads) for p in projected), packing.cu_seqlens,
                 bias=_stacked(biases, heads), **options,
+                precision=attention_precision(x, linears, options["dropout_p"]),
             )  # fmt: skip
         x = project_add_norm(
             context.view(tokens, width), out, parts.attention_norm, x,

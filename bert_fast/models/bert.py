@@ -19,6 +19,7 @@ from bert_fast.models.blocks import (
     GELU_APPROXIMATE,
     Linear,
     as_autocast_gives,
+    attention_precision,
     check_ids,
     feed_forward,
     initialiser,
@@ -67,18 +68,17 @@ class Attention(nn.Module):
 
     def forward(self, x, packing, workspace):
         (tokens, hidden), take, parts = x.shape, workspace.take, self._modules
-        qkv, bias = parts["qkv"].project(x, take("qkv", tokens, 3 * hidden, x), workspace)
-        context = take("hidden", tokens, hidden, x)
+        projected = parts["qkv"], take("qkv", tokens, 3 * hidden, x)
+        qkv, bias = projected[0].project(x, projected[1], workspace)
+        context, dropout_p = take("hidden", tokens, hidden, x), self.dropout_p * self.training
         context = ops.attention_qkv(
-            qkv.view(tokens, 3, self.num_heads, self.head_dim),
-            packing.cu_seqlens,
+            qkv.view(tokens, 3, self.num_heads, self.head_dim), packing.cu_seqlens,
             max_seqlen=packing.max_seqlen,
             bias=None if bias is None else bias.view(3, self.num_heads, self.head_dim),
-            causal=self.causal,
-            dropout_p=self.dropout_p if self.training else 0.0,
-            padded_tail=packing.padded_tail,
+            causal=self.causal, dropout_p=dropout_p, padded_tail=packing.padded_tail,
             out=None if context is None else context.view(tokens, self.num_heads, self.head_dim),
-        ).view(tokens, hidden)
+            precision=attention_precision(x, [projected], dropout_p),
+        ).view(tokens, hidden)  # fmt: skip
         dropout_p = self.hidden_dropout_p if self.training else 0.0
         return project_add_norm(context, parts["out"], parts["norm"], x, dropout_p, workspace)
 

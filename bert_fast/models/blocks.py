@@ -48,6 +48,11 @@ class Product:
         self._check_weight()
         return F.linear(x, *self.parts()), None
 
+    def rounds(self, x, out):
+        """Whether a product of x, written to ``out``, rounds its factors to less than float32."""
+        packed = self.packed
+        return packed is not None and packed.rounds and out is not None and self._use_packed(x)
+
     def matmul(self, x, out, workspace):
         """x Wᵀ"""
         if out is not None and self._use_packed(x):
@@ -85,6 +90,13 @@ class Product:
         if packed is None or x.dtype != torch.float32 or x.shape[-1] != packed.shape[1]:
             return False
         return ops.can_use_packed(packed, self.weight)
+
+
+def attention_precision(x, projected, dropout_p):
+    """What attention rounds to: bfloat16 where all that it reads of x came of rounded products, and
+    the ``cpu`` backend reads it. ``projected``: (product, its out) of each."""
+    rounds = dropout_p == 0 and all(product.rounds(x, out) for product, out in projected)
+    return "bfloat16" if rounds and ops.can_round_attention(x) else "float32"
 
 
 # What a packed weight is in a state dict: see bert_fast.backends.cpu.PackedWeight.elements.
@@ -137,6 +149,9 @@ class View(Product):
 class Called:
     """Another module in the place of a linear layer: an adapter around one, a quantised one. It
     adds its bias itself."""
+
+    def rounds(self, x, out):
+        return False  # as far as anybody knows
 
     def __init__(self, module):
         self.module, self.out_features = module, module.out_features

@@ -139,7 +139,7 @@ def _say_where_slow(precision):
 class Observer:
     """Stands in a packed weight's place, computes in fp32, and keeps what it sees of the input."""
 
-    released = False
+    released = rounds = False
 
     def __init__(self, weight):
         self.weight, self.shape, self.greatest, self.rows = weight, weight.shape, None, []

@@ -42,12 +42,12 @@ def attention(
     softmax_scale: float | None = None, causal: bool = False, dropout_p: float = 0.0,
     seed: int | Tensor | None = None, padded_tail: bool = False, return_lse: Literal[False] = False,
     backend: BackendName | None = None, out: Tensor | None = None,
-    position_bias: Tensor | None = None,
+    position_bias: Tensor | None = None, precision: Literal["float32", "bfloat16"] = "float32",
 ) -> Tensor: ...  # fmt: skip
 def attention(
     q, k, v, cu_seqlens, cu_seqlens_k=None, *, max_seqlen=None, max_seqlen_k=None, bias=None,
     softmax_scale=None, causal=False, dropout_p=0.0, seed=None, padded_tail=False,
-    return_lse=False, backend=None, out=None, position_bias=None,
+    return_lse=False, backend=None, out=None, position_bias=None, precision="float32",
 ):  # fmt: skip
     """softmax(Q Kᵀ · softmax_scale + position_bias) V over packed sequences (Vaswani et al. 2017).
 
@@ -76,6 +76,9 @@ def attention(
         position_bias: (num_heads, at least max_seqlen, at least max_seqlen_k), any float dtype:
             entry (h, i, j) is added to head h's score, after the scale, of every sequence's query i
             and key j. What lies past max_seqlen is ignored, with zero gradient; -inf hides a key.
+        precision: what the factors of the two products are rounded to, "float32" or "bfloat16":
+            of float32 tensors, in inference on the ``cpu`` backend. Sums and softmax are float32
+            either way. A processor that has no product in bfloat16 multiplies in float32.
 
     Returns:
         (total_tokens, num_heads, head_dim); with ``return_lse`` the pair (out, lse). A row that
@@ -106,7 +109,7 @@ def attention(
     return _run_attention(
         (q, k, v), "attention", cu_seqlens, cu_seqlens_k,
         max_seqlen, max_seqlen_k, bias, softmax_scale, causal, dropout_p, seed, padded_tail,
-        return_lse, backend, out, position_bias,
+        return_lse, backend, out, position_bias, precision,
     )  # fmt: skip
 
 
@@ -120,12 +123,12 @@ def attention_qkv(
     softmax_scale: float | None = None, causal: bool = False, dropout_p: float = 0.0,
     seed: int | Tensor | None = None, padded_tail: bool = False, return_lse: Literal[False] = False,
     backend: BackendName | None = None, out: Tensor | None = None,
-    position_bias: Tensor | None = None,
+    position_bias: Tensor | None = None, precision: Literal["float32", "bfloat16"] = "float32",
 ) -> Tensor: ...  # fmt: skip
 def attention_qkv(
     qkv, cu_seqlens, *, max_seqlen=None, bias=None, softmax_scale=None, causal=False,
     dropout_p=0.0, seed=None, padded_tail=False, return_lse=False, backend=None, out=None,
-    position_bias=None,
+    position_bias=None, precision="float32",
 ):  # fmt: skip
     """:func:`attention` of one fused projection, (total_tokens, 3, num_heads, head_dim), read by
     strides and never copied; its gradient is one tensor of the same shape."""
@@ -138,13 +141,13 @@ def attention_qkv(
     return _run_attention(
         (qkv,), "attention_qkv", cu_seqlens, cu_seqlens, max_seqlen,
         max_seqlen, bias, softmax_scale, causal, dropout_p, seed, padded_tail, return_lse,
-        backend, out, position_bias,
+        backend, out, position_bias, precision,
     )  # fmt: skip
 
 
 def _run_attention(
     tensors, op, cu_q, cu_k, max_q, max_k, bias, softmax_scale, causal, dropout_p,
-    seed, padded_tail, return_lse, backend, out, position_bias,
+    seed, padded_tail, return_lse, backend, out, position_bias, precision,
 ):  # fmt: skip
     q, k = tensors[0], tensors[:2][-1]  # or both qkv: what is asked of them it has, too
     num_heads, head_dim = q.shape[-2:]
@@ -180,7 +183,10 @@ def _run_attention(
         )
     needs_grad = needs_grad_of(*tensors, bias, position_bias)
     name = backends.choose("attention", q.device, q.dtype, needs_grad, backend, head_dim)
-    if out is not None or name == "eager":
+    rounds = precision != "float32"
+    if rounds:
+        _check_precision(precision, name, q, needs_grad, dropout_p)
+    if out is not None or rounds or name == "eager":
         tensors = tensors if len(tensors) > 1 else q.unbind(1)
     if out is not None:
         check_out(out, tensors[0], needs_grad)
@@ -193,12 +199,35 @@ def _run_attention(
         result, lse = reference.attention(*tensors, *options[:4], bias, *options[5:], position_bias)
         if out is not None:
             result = out.copy_(result)
-    elif out is not None:
-        options = (*options, name, position_bias)
-        result, lse = _attention_forward(*map(rows_contiguous, tensors), options, out=out)
+    elif out is not None or rounds:
+        options, asked = (*options, name, position_bias), {"out": out}
+        if rounds:
+            asked["precision"] = precision
+        result, lse = _attention_forward(*map(rows_contiguous, tensors), options, **asked)
     else:
         result, lse = call(op, needs_grad, *tensors, *options, name, position_bias)
     return (result, lse) if return_lse else result
+
+
+def can_round_attention(x):
+    """Whether ``precision`` may be "bfloat16" of attention on tensors like ``x``, in inference."""
+    chosen = backends.choose("attention", x.device, x.dtype, needs_grad=False)
+    return chosen == "cpu" and x.dtype == torch.float32
+
+
+def _check_precision(precision, name, q, needs_grad, dropout_p):
+    check(
+        precision == "bfloat16",
+        lambda: f"precision must be 'float32' or 'bfloat16', not {precision!r}",
+    )
+    check(
+        name == "cpu" and q.dtype == torch.float32 and not needs_grad and dropout_p == 0.0,
+        lambda: (
+            "precision 'bfloat16' is for float32 tensors in inference, without dropout, on the "
+            f"cpu backend; not for {q.dtype} on {name}{', with gradients' if needs_grad else ''}"
+            f"{', dropout' if dropout_p else ''}"
+        ),
+    )
 
 
 _ATTENTION_OPTIONS = (

@@ -9,16 +9,12 @@
 #include <cmath>
 #include <vector>
 
-#include "blocks.h"
-#include "gemm.h"
+#include "attention_products.h"
 
 namespace bert_fast {
 namespace BERT_FAST_ISA {
 namespace {
 
-// Rows of a query block and columns of a key block. At head_dim 64 a block of scores is 64 KB and
-// the K, V, Q, O blocks 32 KB each: all within a core's L2.
-constexpr int64_t kBlockQ = 128, kBlockK = 128;
 constexpr float kNegative = -3.4e38f;  // a masked score: finite, so that no inf - inf arises
 
 // One sequence's place in the packed rows.
@@ -79,14 +75,15 @@ void zero_tail(const AttentionShape& s, const Strided& tensor, int64_t begin, in
   }
 }
 
-template <class T>
+template <class Products>
 class ForwardTask {
  public:
+  using T = typename Products::Stored;
+
   explicit ForwardTask(const AttentionForward& a)
-      : a_(a), ld_(round_up(a.head_dim, kWidth)), q_(kBlockQ * ld_),
-        k_(a.head_dim * kBlockK), v_(kBlockK * ld_),
-        scores_(kBlockQ * kBlockK), out_(kBlockQ * ld_),
-        factors_(kBlockK + 4 * kWidth), top_(kBlockQ), total_(kBlockQ) {}
+      : a_(a), ld_(round_up(a.head_dim, Products::kColumns)), products_(a.head_dim),
+        scores_(Products::kRows * kBlockK), out_(kBlockQ * ld_),
+        factors_(kBlockK + 4 * kWidth), top_(kBlockQ + kWidth), total_(kBlockQ + kWidth) {}
 
   void run(const Task& task) {
     const Sequence seq(a_, task.sequence);
@@ -94,96 +91,132 @@ class ForwardTask {
     const int64_t rows = std::min(kBlockQ, seq.q_len - first);
     const int64_t keys = seq.visible(first + rows - 1, a_.causal);
 
-    pack(head_data<const T>(a_.q, seq.q_begin + first, head), a_.q.token, rows, a_.head_dim,
-         head_bias(a_.bias, 0, a_, head), static_cast<float>(a_.scale * kLog2e), q_, ld_);
-    fill(top_, rows, kNegative);
-    fill(total_, rows, 0.0f);
+    products_.pack_q(head_data<const T>(a_.q, seq.q_begin + first, head), a_.q.token, rows,
+                     head_bias(a_.bias, 0, a_, head), static_cast<float>(a_.scale * kLog2e));
+    fill(top_, rows + kWidth, kNegative);
+    fill(total_, rows + kWidth, 0.0f);
     if (keys == 0) fill(out_, rows * ld_, 0.0f);
 
     for (int64_t begin = 0; begin < keys; begin += kBlockK) {
-      const int64_t count = std::min(kBlockK, keys - begin), padded = round_up(count, kWidth);
-      pack_transposed(head_data<const T>(a_.k, seq.k_begin + begin, head), a_.k.token, count,
-                      a_.head_dim, head_bias(a_.bias, 1, a_, head), k_, kBlockK);
-      pack(head_data<const T>(a_.v, seq.k_begin + begin, head), a_.v.token, count, a_.head_dim,
-           head_bias(a_.bias, 2, a_, head), 1.0f, v_, ld_);
-      gemm(rows, padded, a_.head_dim, {q_, ld_, 1}, k_, kBlockK, scores_, kBlockK, false);
-      for (int64_t row = 0; row < rows; ++row) {
-        const int64_t visible = seq.visible(first + row, a_.causal) - begin;
+      const int64_t count = std::min(kBlockK, keys - begin);
+      const int64_t padded = round_up(count, Products::kColumns);
+      products_.pack_k(head_data<const T>(a_.k, seq.k_begin + begin, head), a_.k.token, count,
+                       head_bias(a_.bias, 1, a_, head));
+      products_.pack_v(head_data<const T>(a_.v, seq.k_begin + begin, head), a_.v.token, count,
+                       head_bias(a_.bias, 2, a_, head));
+      // A few rows at a time from scores to values: they stay in L1.
+      for (int64_t row = 0, next; row < rows; row = next) {
+        next = std::min(row + Products::kRows, rows);
+        products_.multiply_keys(row, next - row, count, scores_);
         if (a_.position_bias.data) {
-          add_position_bias(a_.position_bias, head, first + row, begin, count,
-                            scores_ + row * kBlockK);
+          for (int64_t i = row; i < next; ++i) {
+            add_position_bias(a_.position_bias, head, first + i, begin, count, scores_of(i - row));
+          }
         }
-        softmax_row(row, std::clamp<int64_t>(visible, 0, count), padded, begin == 0);
-        if (a_.dropout_p > 0.0f) drop_row(seq, head, first + row, row, begin, padded);
+        const auto visible = [&](int64_t i) {
+          return std::clamp<int64_t>(seq.visible(first + row + i, a_.causal) - begin, 0, count);
+        };
+        for (int64_t i = 0; i < next - row; i += kWidth) {
+          softmax_rows(row, i, std::min<int64_t>(i + kWidth, next - row), padded, begin == 0, visible);
+        }
+        if (a_.dropout_p > 0.0) {
+          for (int64_t i = row; i < next; ++i) drop_row(seq, head, first + i, i - row, begin, padded);
+        }
+        products_.multiply_values(next - row, count, scores_, out_ + row * ld_, begin != 0);
       }
-      gemm(rows, ld_, count, {scores_, kBlockK, 1}, v_, ld_, out_, ld_, begin != 0);
     }
 
     T* out = head_data<T>(a_.out, seq.q_begin + first, head);
-    float* lse = a_.lse + head * a_.total_q + seq.q_begin + first;
     for (int64_t row = 0; row < rows; ++row) {
       // A row that sees no key: zeros, and the log of an empty sum. A NaN total passes through.
       const bool empty = total_[row] == 0.0f;
       unpack(out_ + row * ld_, ld_, 1, a_.head_dim, empty ? 0.0f : 1.0f / total_[row],
              out + row * a_.out.token, a_.out.token);
-      lse[row] = empty ? -INFINITY
-                       : static_cast<float>((top_[row] + std::log2(double{total_[row]})) * kLn2);
+      if (!a_.lse) continue;
+      a_.lse[head * a_.total_q + seq.q_begin + first + row] =
+          empty ? -INFINITY
+                : static_cast<float>((top_[row] + std::log2(double{total_[row]})) * kLn2);
     }
   }
 
  private:
-  // Turns scores into 2^(score - max), columns from `visible` on into zeros, and rescales what
-  // earlier blocks left in out_ and total_ to the new maximum.
-  void softmax_row(int64_t row, int64_t visible, int64_t padded, bool first_block) {
-    float* s = scores_ + row * kBlockK;
-    const vi lanes = lane_index();
-    if (visible < padded) {
-      for (int64_t col = visible / kWidth * kWidth; col < padded; col += kWidth) {
-        store(s + col, select(lanes < static_cast<int32_t>(visible - col), load(s + col),
-                              splat(kNegative)));
-      }
+  float* scores_of(int64_t i) { return scores_ + i * kBlockK; }
+
+  // Turns rows [begin, end) of scores into 2^(score - max), columns from `visible` on into zeros, and
+  // rescales what earlier blocks left in out_ and total_ to the new maximum. At most kWidth rows at
+  // once: what is one number of a row is one vector of them. They are rows of the block from `first`.
+  template <class Visible>
+  void softmax_rows(int64_t first, int64_t begin, int64_t end, int64_t padded, bool first_block,
+                    Visible visible) {
+    const vi given = lane_index() < static_cast<int32_t>(end - begin);
+    const auto update = [&](float* numbers, vf by) {
+      store(numbers, select(given, by, load(numbers)));
+    };
+    float *top_of = top_ + first + begin, *total_of = total_ + first + begin;
+    vf of_rows[kWidth];
+    for (int64_t i = end - begin; i < kWidth; ++i) of_rows[i] = vf{};
+    for (int64_t i = begin; i < end; ++i) of_rows[i - begin] = greatest(i, visible(i), padded);
+    const vf before = load(top_of), top = vmax(across(of_rows, vmax), before);
+    update(top_of, top);
+    for (int64_t i = begin; i < end; ++i) {
+      of_rows[i - begin] = exponents(i, top_of[i - begin], visible(i), padded);
     }
-    vf top = splat(top_[row]);
-    for (int64_t col = 0; col < padded; col += kWidth) top = vmax(load(s + col), top);
-    const float new_top = max(top);
-    vf total = {};
-    for (int64_t col = 0; col < padded; col += kWidth) {
-      vf p = exp2(load(s + col) - new_top);
-      // Where no key has been seen yet the maximum is itself kNegative, and 2^0 is not 0.
-      if (visible < padded) p = select(lanes < static_cast<int32_t>(visible - col), p, vf{});
-      store(s + col, p);
-      total += p;
+    const vf rescale = exp2(before - top);
+    const vf total = across(of_rows, [](vf a, vf b) { return a + b; });
+    update(total_of, load(total_of) * rescale + total);
+    for (int64_t i = begin; i < end && !first_block; ++i) {
+      float* out = out_ + (first + i) * ld_;
+      const float by = rescale[i - begin];
+      if (by == 1.0f) continue;
+      for (int64_t col = 0; col < ld_; col += kWidth) store(out + col, load(out + col) * by);
     }
-    if (first_block) {
-      total_[row] = sum(total);
-    } else {
-      const float rescale = std::exp2(top_[row] - new_top);
-      total_[row] = total_[row] * rescale + sum(total);
-      float* out = out_ + row * ld_;
-      if (rescale != 1.0f) {
-        for (int64_t col = 0; col < ld_; col += kWidth) store(out + col, load(out + col) * rescale);
-      }
-    }
-    top_[row] = new_top;
   }
 
-  void drop_row(const Sequence& seq, int64_t head, int64_t q_row, int64_t row, int64_t begin,
+  vf greatest(int64_t i, int64_t visible, int64_t padded) {
+    float* s = scores_of(i);
+    for (int64_t col = visible / kWidth * kWidth; col < padded; col += kWidth) {
+      store(s + col, select(lane_index() < static_cast<int32_t>(visible - col), load(s + col),
+                            splat(kNegative)));
+    }
+    vf top = splat(kNegative);
+    for (int64_t col = 0; col < padded; col += kWidth) top = vmax(load(s + col), top);
+    return top;
+  }
+
+  // Their sums, too.
+  vf exponents(int64_t i, float top, int64_t visible, int64_t padded) {
+    float* s = scores_of(i);
+    vf total = {};
+    for (int64_t col = 0; col < padded; col += kWidth) {
+      vf p = exp2(load(s + col) - top);
+      // Where no key has been seen yet the maximum is itself kNegative, and 2^0 is not 0.
+      if (visible < padded) {
+        p = select(lane_index() < static_cast<int32_t>(visible - col), p, vf{});
+      }
+      Products::store_probability(s, col, p);
+      total += p;
+    }
+    return total;
+  }
+
+  void drop_row(const Sequence& seq, int64_t head, int64_t q_row, int64_t i, int64_t begin,
                 int64_t padded) {
     dropout_row(factors_, padded, a_.seed, a_.dropout_p, static_cast<uint32_t>(begin),
                 static_cast<uint32_t>(q_row), static_cast<uint32_t>(head),
                 static_cast<uint32_t>(seq.index));
-    float* s = scores_ + row * kBlockK;
+    float* s = scores_of(i);
     for (int64_t col = 0; col < padded; col += kWidth) {
       store(s + col, load(s + col) * load(factors_ + col));
     }
   }
 
   const AttentionForward& a_;
-  int64_t ld_;  // head_dim rounded up to whole vectors
-  Buffer q_, k_, v_, scores_, out_, factors_, top_, total_;
+  int64_t ld_;  // head_dim, padded
+  Products products_;
+  Buffer scores_, out_, factors_, top_, total_;
 };
 
-template <class T>
+template <class Products>
 void forward(const AttentionForward& a) {
   std::vector<Task> tasks;
   int64_t total_cost = 0;
@@ -199,16 +232,18 @@ void forward(const AttentionForward& a) {
   sort_by_cost(tasks);
   const int threads = threads_for(total_cost * a.head_dim / 8, a.num_threads);
   parallel(threads, static_cast<int64_t>(tasks.size()), 1, [&](Work& work) {
-    ForwardTask<T> worker(a);
+    [[maybe_unused]] const Tiles tiles{};
+    ForwardTask<Products> worker(a);
     for (int64_t i, end; work.take(i, end);) worker.run(tasks[i]);
   });
   const int64_t end = a.cu_q[a.batch];
-  zero_tail<T>(a, a.out, end, a.total_q);
-  for (int64_t head = 0; head < a.num_heads; ++head) {
+  zero_tail<typename Products::Stored>(a, a.out, end, a.total_q);
+  for (int64_t head = 0; a.lse && head < a.num_heads; ++head) {
     fill(a.lse + head * a.total_q + end, a.total_q - end, -INFINITY);
   }
 }
 
+#ifndef BERT_FAST_AMX
 // One sequence and head, with P = exp(S - lse) and Z the dropout factors:
 //   dV = (P Z)^T dO,  dP = (dO V^T) Z,  dS = P (dP - delta) with delta = rowsum(dO O),
 //   dQ = scale dS K,  dK = scale dS^T Q.
@@ -379,15 +414,28 @@ void backward(const AttentionBackward& a) {
   zero_tail<T>(a, a.dv, a.cu_k[a.batch], a.total_k);
 }
 
+#endif
+
 }  // namespace
 
+#ifdef BERT_FAST_AMX
+void attention_in_bf16(const AttentionForward& a) { forward<BFloat16Products<BFloat16Tiles>>(a); }
+
+#else
+#ifdef __AVX512F__
+void attention_in_bf16(const AttentionForward& a) { forward<BFloat16Products<BFloat16Dot>>(a); }
+#endif
+
 void attention_forward(const AttentionForward& a) {
-  dispatch_dtype(a.dtype, [&](auto* type) { forward<std::remove_pointer_t<decltype(type)>>(a); });
+  dispatch_dtype(a.dtype, [&](auto* type) {
+    forward<Float32Products<std::remove_pointer_t<decltype(type)>>>(a);
+  });
 }
 
 void attention_backward(const AttentionBackward& a) {
   dispatch_dtype(a.dtype, [&](auto* type) { backward<std::remove_pointer_t<decltype(type)>>(a); });
 }
+#endif
 
 }  // namespace BERT_FAST_ISA
 }  // namespace bert_fast

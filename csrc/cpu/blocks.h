@@ -41,6 +41,20 @@ BERT_FAST_INLINE void transpose(vf (&rows)[kWidth]) {
   }
 }
 
+// Of each row all lanes in one, side by side: a round halves the rows, and a row's lanes lie twice as
+// far apart. op(a, b) is commutative.
+template <class Op>
+BERT_FAST_INLINE vf across(vf (&rows)[kWidth], Op op) {
+  constexpr auto lanes = std::make_integer_sequence<int, kWidth>{};
+  for (int half = kWidth / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) {
+      rows[i] = op(interleave_low(rows[i], rows[i + half], lanes),
+                   interleave_high(rows[i], rows[i + half], lanes));
+    }
+  }
+  return rows[0];
+}
+
 template <class T, class Lanes>
 BERT_FAST_INLINE vf load_biased(const T* row, const float* bias, int64_t col, Lanes lanes) {
   const vf value = load_row(row + col, lanes);

@@ -17,20 +17,28 @@ namespace bert_fast {
   void gelu_backward(const GeluBackward&);                           \
   const LinearKernels& linear(Precision);                            \
   const LinearKernels& linear_base(Precision);                       \
-  constexpr CpuKernels with(const LinearKernels& (*products)(Precision)) { \
-    return {attention_forward,  attention_backward,                  \
+  constexpr CpuKernels with(const LinearKernels& (*products)(Precision), \
+                            void (*in_bf16)(const AttentionForward&) = nullptr) { \
+    return {attention_forward,  in_bf16,                             \
+            attention_backward,                                      \
             layer_norm_forward, layer_norm_backward,                 \
             embedding_forward,                                       \
             gelu_forward,       gelu_backward,                       \
             products};                                               \
   }                                                                  \
-  constexpr CpuKernels kernels = with(linear), base = with(linear_base); \
+  constexpr CpuKernels base = with(linear_base);                     \
   }
 
 BERT_FAST_DECLARE(generic)
+namespace generic { constexpr CpuKernels kernels = with(linear); }
 #ifdef BERT_FAST_X86
 BERT_FAST_DECLARE(avx2)
+namespace avx2 { constexpr CpuKernels kernels = with(linear); }
 BERT_FAST_DECLARE(avx512)
+namespace avx512 {
+void attention_in_bf16(const AttentionForward&);
+constexpr CpuKernels kernels = with(linear, attention_in_bf16);
+}
 #endif
 
 namespace {
@@ -86,11 +94,24 @@ const Isa*& chosen() {
 const CpuKernels& cpu_kernels() { return *chosen()->kernels; }
 const char* cpu_isa() { return chosen()->name; }
 
-// Whoever asks for a lesser instruction set than AVX-512 gets no AMX either.
+// Null where there is no AMX; whoever asks for a lesser instruction set than AVX-512 gets none either.
+static const LinearKernels* amx_kernels(Precision precision) {
+  return std::strcmp(cpu_isa(), "avx512") == 0 ? amx_linear_kernels(precision) : nullptr;
+}
+
 const LinearKernels& linear_kernels(Precision precision) {
-  const bool amx = std::strcmp(cpu_isa(), "avx512") == 0;
-  const LinearKernels* kernels = amx ? amx_linear_kernels(precision) : nullptr;
+  const LinearKernels* kernels = amx_kernels(precision);
   return kernels ? *kernels : cpu_kernels().linear(precision);
+}
+
+void attention_forward(const AttentionForward& a) {
+  const CpuKernels& kernels = cpu_kernels();
+  const bool rounds = a.precision == Precision::kBFloat16;
+  if (rounds && amx_kernels(Precision::kBFloat16)) return amx_attention_in_bf16(a);
+  if (rounds && kernels.attention_in_bf16 && kernels.linear(Precision::kBFloat16).fast) {
+    return kernels.attention_in_bf16(a);
+  }
+  kernels.attention_forward(a);
 }
 
 #ifdef BERT_FAST_X86

@@ -1,6 +1,7 @@
 // A whole stack of encoder layers in one call, for inference with packed weights: at a single
 // query eight calls a layer from Python cost more than the arithmetic. What runs is what the
 // model in bert_fast/models/bert.py calls one by one, in the same order, to the same bits.
+#include <algorithm>
 #include <cstring>
 
 #include "kernels.h"
@@ -42,7 +43,6 @@ void encoder_forward(const EncoderForward& e) {
   attention.cu_q = attention.cu_k = e.cu_seqlens;
   attention.scale = e.scale;
   attention.num_threads = e.num_threads;
-  attention.lse = e.lse;
   attention.out = {e.context, e.hidden, head_dim};
 
   const auto project = [&](const PackedLinear* qkv, int count) {
@@ -53,6 +53,10 @@ void encoder_forward(const EncoderForward& e) {
       if (count > 1) std::memcpy(e.bias + i * width, qkv[i].bias, width * sizeof(float));
     }
     attention.bias = count > 1 ? e.bias : qkv[0].bias;
+    // As models ask for it: where all that is multiplied came of rounded products.
+    const auto is_rounded = [](const PackedLinear& by) { return by.precision != Precision::kFloat32; };
+    const bool rounds = std::all_of(qkv, qkv + count, is_rounded);
+    attention.precision = rounds ? Precision::kBFloat16 : Precision::kFloat32;
     const int64_t apart = count > 1 ? e.rows * width : e.hidden;  // from q to k, from k to v
     attention.q = {e.qkv, width, head_dim};
     attention.k = {e.qkv + apart, width, head_dim};
@@ -62,7 +66,7 @@ void encoder_forward(const EncoderForward& e) {
   for (int64_t i = 0; i < e.num_layers; ++i) {
     const EncoderLayer& layer = e.layers[i];
     project(layer.qkv, layer.qkv_products);
-    kernels.attention_forward(attention);
+    attention_forward(attention);
     multiply(e.context, e.hidden, layer.out, e.hidden, e.projected, nullptr, Activation::kNone);
     add_and_norm(layer.out.bias, layer.attention_norm);
     multiply(e.x, e.hidden, layer.up, e.intermediate, e.wide, layer.up.bias, e.activation);

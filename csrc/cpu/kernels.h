@@ -8,6 +8,8 @@ namespace bert_fast {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum class Gelu : int { kErf = 0, kTanh = 1 };
+// What a product's factors are rounded to. Sums are fp32, of int8 factors exact.
+enum class Precision : int { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
 
 // A (tokens, heads, head_dim) tensor whose last dimension is contiguous.
 struct Strided {
@@ -32,13 +34,15 @@ struct AttentionShape {
   double dropout_p;
   uint64_t seed;
   int num_threads;
-  PositionBias position_bias;   // the CPU's kernels; those of CUDA have it in their Call
+  // Of the CPU's kernels alone (those of CUDA have the first in their Call):
+  PositionBias position_bias;
+  Precision precision;          // of a forward on fp32 tensors without dropout: fp32 or bf16
 };
 
 struct AttentionForward : AttentionShape {
   Strided q, k, v, out;
   const float* bias;            // (3, num_heads, head_dim) or null; added to q, k, v as they are read
-  float* lse;                   // (num_heads, total_q): log-sum-exp of each row's scaled scores
+  float* lse;                   // (num_heads, total_q): log-sum-exp of each row's scaled scores; or null
 };
 
 struct AttentionBackward : AttentionShape {
@@ -118,8 +122,6 @@ struct GeluBackward {
 };
 
 enum class Activation : int { kNone = 0, kGelu = 1, kGeluTanh = 2 };
-// What a product's factors are rounded to. Sums are fp32, of int8 factors exact.
-enum class Precision : int { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
 
 // out = activation(x weight^T + bias); x and out are fp32.
 struct LinearForward {
@@ -185,9 +187,14 @@ const LinearKernels& linear_kernels(Precision);      // the best here of the cho
 const LinearKernels* amx_linear_kernels(Precision);  // null where there is no AMX for it
 const LinearKernels& avx512_linear_kernels();        // in fp32, for AMX's few rows
 
+// In bf16 where that is asked for and the processor has such a product.
+void attention_forward(const AttentionForward&);
+void amx_attention_in_bf16(const AttentionForward&);  // only where there is AMX for it
+
 // One set of kernels an instruction set; each .cpp beside this file is compiled once for each.
 struct CpuKernels {
   void (*attention_forward)(const AttentionForward&);
+  void (*attention_in_bf16)(const AttentionForward&);  // for processors with that product; or null
   void (*attention_backward)(const AttentionBackward&);
   void (*layer_norm_forward)(const LayerNormForward&);
   void (*layer_norm_backward)(const LayerNormBackward&);
@@ -224,7 +231,6 @@ struct EncoderForward {
   float* x;                     // (rows, hidden): read, and written with the last layer's output
   float* qkv;                   // (rows, 3 hidden), or three times (rows, hidden)
   float *context, *projected, *wide;  // (rows, hidden), (rows, hidden), (rows, intermediate)
-  float* lse;                   // (num_heads, rows)
   float* bias;                  // (3 hidden)
   void* scratch;                // as in LinearForward
   int num_threads;

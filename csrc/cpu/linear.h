@@ -63,6 +63,11 @@ struct BFloat16 {
       sums[j] += bit_cast<vf>(w[j] & 0xFFFF0000u) * high;
     }
   }
+  static BERT_FAST_INLINE vu16 round(vf x) {
+    vu16 bits;
+    store(reinterpret_cast<bf16*>(&bits), x);
+    return bits;
+  }
 };
 
 // Without an instruction for four: two by two in 16 bits, where vpmaddubsw would saturate.
@@ -132,6 +137,11 @@ struct BFloat16Dot : BFloat16 {
     for (int j = 0; j < vectors; ++j) {
       asm("vdpbf16ps %2, %1, %0" : "+v"(sums[j]) : "v"(all), "v"(w[j]));
     }
+  }
+  static BERT_FAST_INLINE vu16 round(vf x) {  // below 2^-126 to zero, as the product takes them
+    vu16 bits;
+    asm("vcvtneps2bf16 %1, %0" : "=v"(bits) : "v"(x));
+    return bits;
   }
 };
 struct Int8Dot : Int8 {

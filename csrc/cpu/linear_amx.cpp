@@ -296,7 +296,10 @@ void forward(const LinearForward& given) {
 
 namespace BERT_FAST_ISA {
 const LinearKernels& linear(Precision);  // bf16, int8: linear.cpp
+void attention_in_bf16(const AttentionForward&);
 }
+
+void amx_attention_in_bf16(const AttentionForward& a) { BERT_FAST_ISA::attention_in_bf16(a); }
 
 const LinearKernels* amx_linear_kernels(Precision precision) {
   static const LinearKernels kernels = {"amx", true, BERT_FAST_ISA::packed_size,
@@ -311,5 +314,6 @@ const LinearKernels* amx_linear_kernels(Precision precision) {
 #else  // a processor or compiler without AMX
 namespace bert_fast {
 const LinearKernels* amx_linear_kernels(Precision) { return nullptr; }
+void amx_attention_in_bf16(const AttentionForward&) {}
 }  // namespace bert_fast
 #endif

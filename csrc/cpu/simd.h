@@ -227,20 +227,31 @@ BERT_FAST_INLINE void each(Step step) {
 // 2^x for x <= 0, to 1 ulp or so: 2^n by the exponent bits, 2^r for |r| <= 1/2 by a Taylor series
 // whose next term is below half an ulp. x <= -127 gives 0, which is what a softmax wants there; a
 // NaN stays one (x * 0), so that a poisoned score poisons its row and is not lost.
-BERT_FAST_INLINE vf exp2(vf x) {
-  const vf clamped = vmax(x, splat(-127.0f));
-  const vf shifted = clamped + 0x1.8p23f;  // rounds to an integer, held in the low bits
-  const vf r = clamped - (shifted - 0x1.8p23f);
+BERT_FAST_INLINE vf exp2_of_half(vf r) {
   vf p = splat(1.5403530393e-4f);
   p = p * r + 1.3333558146e-3f;
   p = p * r + 9.6181291076e-3f;
   p = p * r + 5.5504108665e-2f;
   p = p * r + 2.4022650696e-1f;
   p = p * r + 6.9314718056e-1f;
-  p = p * r + 1.0f;
+  return p * r + 1.0f;
+}
+#if defined(__AVX512F__)
+BERT_FAST_INLINE vf exp2(vf x) {
+  const __mmask16 counts = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-127.0f), _CMP_NLE_UQ);
+  const vf clamped = vmax(splat(-127.0f), x);  // a NaN stays
+  const vf n = (vf)_mm512_roundscale_ps((__m512)clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return (vf)_mm512_maskz_scalef_ps(counts, (__m512)exp2_of_half(clamped - n), (__m512)n);
+}
+#else
+BERT_FAST_INLINE vf exp2(vf x) {
+  const vf clamped = vmax(x, splat(-127.0f));
+  const vf shifted = clamped + 0x1.8p23f;  // rounds to an integer, held in the low bits
+  const vf p = exp2_of_half(clamped - (shifted - 0x1.8p23f));
   const vf scaled = bit_cast<vf>(bit_cast<vi>(p) + (bit_cast<vi>(shifted) << 23));
   return select(x > -127.0f, scaled, select(x < -127.0f, vf{}, x * 0.0f));
 }
+#endif
 
 constexpr double kLog2e = 1.44269504088896341, kLn2 = 0.693147180559945309;
 

@@ -1,5 +1,5 @@
-// The products on AMX with that unit emulated, as functions of C for tests/amx_host.py; their
-// arguments are those of bindings.cpp's functions of the same names. For few rows there are this
+// The products on AMX with that unit emulated, as functions of C for tests/amx_host.py; the linear
+// ones' arguments are those of bindings.cpp's functions of the same names. For few rows there are this
 // processor's other instructions.
 #undef BERT_FAST_AMX
 #include "../cpu/linear.cpp"
@@ -39,6 +39,36 @@ void linear_forward(int precision, int64_t rows, int64_t in_features, int64_t ou
                     void* scratch, int activation, int threads) {
   kernels(precision).forward({rows, in_features, out_features, x, packed, bias, out, scratch,
                               static_cast<Activation>(activation), threads});
+}
+
+// A Strided of each of q, k, v and out in 3 numbers; (data, rows, columns) of the position bias.
+void attention_in_bf16(int64_t batch, int64_t num_heads, int64_t head_dim, int64_t total_q,
+                       int64_t total_k, const int32_t* cu_q, const int32_t* cu_k, float scale,
+                       bool causal, int threads, const int64_t* position_bias,
+                       const int64_t* strided, const float* bias, float* lse) {
+  const auto at = [&](int i) {
+    return Strided{reinterpret_cast<void*>(strided[3 * i]), strided[3 * i + 1], strided[3 * i + 2]};
+  };
+  AttentionForward a = {};
+  a.batch = batch;
+  a.num_heads = num_heads;
+  a.head_dim = head_dim;
+  a.total_q = total_q;
+  a.total_k = total_k;
+  a.cu_q = cu_q;
+  a.cu_k = cu_k;
+  a.scale = scale;
+  a.causal = causal;
+  a.num_threads = threads;
+  a.position_bias = {reinterpret_cast<const float*>(position_bias[0]), position_bias[1],
+                     position_bias[2], nullptr};
+  a.q = at(0);
+  a.k = at(1);
+  a.v = at(2);
+  a.out = at(3);
+  a.bias = bias;
+  a.lse = lse;
+  amx_attention_in_bf16(a);
 }
 
 }  // extern "C"
