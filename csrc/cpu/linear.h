@@ -184,10 +184,11 @@ inline bool has_avx_vnni() {
 
 // ---- a row of x, converted: what follows its last element is for the caller to fill ----
 
-inline void convert(BFloat16, const float* x, int64_t depth, const Factors&, uint16_t* to,
-                    Quantised*) {
+template <class P, class = std::enable_if_t<P::kPrecision == Precision::kBFloat16>>
+void convert(P, const float* x, int64_t depth, const Factors&, uint16_t* to, Quantised*) {
   for_columns(depth, [&](int64_t k, auto lanes) {
-    store_row(reinterpret_cast<bf16*>(to) + k, load_row(x + k, lanes), lanes);
+    const vu16 bits = P::round(load_row(x + k, lanes));
+    std::memcpy(to + k, &bits, lanes * sizeof(uint16_t));
   });
 }
 
