@@ -45,7 +45,7 @@ from bert_fast.models.one_call import OneCall
 from bert_fast.models.packing import Packing, is_captured
 from bert_fast.models.repeat import Layers
 from bert_fast.models.watch import is_watched
-from bert_fast.models.workspace import NoWorkspace, Workspace, can_reuse_memory
+from bert_fast.models.workspace import Kept, NoWorkspace, Workspace, can_reuse_memory
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -321,14 +321,16 @@ class _Encoder(_Accelerated):
         x = packing.pack(hidden_states)
         # A layer writes over what it has read, if nobody else may look at that.
         seen = recorded or any(map(is_watched, self.layer))
-        reuse = can_reuse_memory(x) and not seen
+        memory = can_reuse_memory(x)
+        reuse = memory and not seen
         if reuse and packing.index is None:
             x = x.clone()
         bias = None
         if bias_of is not None:
             bias = getattr(self, bias_of)(x.new_empty(1, packing.max_seqlen, 1))[0]
         where = whereabouts(x, is_captured(x.device)) if product_adds_bias(x) else None
-        run = _Run(packing, workspace if reuse else NoWorkspace(), bias, parts, where)
+        works_in = (Kept(workspace) if seen else workspace) if memory else NoWorkspace()
+        run = _Run(packing, works_in, bias, parts, where)
         last, states = None, []
         if reuse and bias is None:
             state = [layer._bert_fast.state for layer in self.layer]

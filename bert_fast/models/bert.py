@@ -214,8 +214,8 @@ class BertModel(nn.Module):
 
         Args:
             dtype: "float32"; "bfloat16" products; or "int8" ones, by token and channel, without
-                those that lose too much: they are left in bfloat16, or in float32 where that is
-                faster.
+                those that lose too much (left in bfloat16, or float32 where that is faster), with
+                attention's own two in bfloat16.
             calibration: for int8: inputs, as keyword arguments of :meth:`encode`. Default: 32
                 sequences of 32 drawn tokens.
 

@@ -93,10 +93,10 @@ class Product:
 
 
 def attention_precision(x, projected, dropout_p):
-    """What attention rounds to: bfloat16 where all that it reads of x came of rounded products, and
-    the ``cpu`` backend reads it. ``projected``: (product, its out) of each."""
+    """What attention rounds to: bfloat16 where all that it reads of x came of rounded products
+    (csrc/cpu/encoder.cpp has the same rule). ``projected``: (product, its out) of each."""
     rounds = dropout_p == 0 and all(product.rounds(x, out) for product, out in projected)
-    return "bfloat16" if rounds and ops.can_round_attention(x) else "float32"
+    return "bfloat16" if rounds else "float32"
 
 
 # What a packed weight is in a state dict: see bert_fast.backends.cpu.PackedWeight.elements.

@@ -1,4 +1,5 @@
-"""A model laid out for inference on the CPU: its products in fp32, bf16 or int8, all else in fp32.
+"""A model laid out for inference on the CPU: its products in fp32, bf16 or int8, attention's own
+in bf16 where these are bf16 or int8 (blocks.py, attention_precision), all else in fp32.
 
 int8 follows LLM.int8()'s scales by row and column (Dettmers et al. 2022) and SmoothQuant (Xiao et
 al. 2023): a channel of the input that is large in all texts takes the scale from the others, so it

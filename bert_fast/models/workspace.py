@@ -34,6 +34,16 @@ class Workspace:
         return tensor
 
 
+class Kept:
+    """A workspace where layers may not write over what they have read: somebody looks at it."""
+
+    def __init__(self, workspace):
+        self.take = workspace.take
+
+    def over(self, tensor):
+        return None
+
+
 class Fresh:
     """Memory that is new each time."""
 

@@ -1,7 +1,7 @@
 """The ops: what users call, what ``torch.library`` knows, what backends do. One file an op."""
 
 from bert_fast.ops import reference
-from bert_fast.ops.attention import attention, attention_qkv, can_round_attention
+from bert_fast.ops.attention import attention, attention_qkv
 from bert_fast.ops.checks import check_cu_seqlens, is_concrete
 from bert_fast.ops.embedding import embedding_layer_norm
 from bert_fast.ops.encoder import (
@@ -37,7 +37,6 @@ __all__ = [
     "bind_embeddings",
     "bind_encoder",
     "can_repeat",
-    "can_round_attention",
     "can_use_packed",
     "check_cu_seqlens",
     "embedding_layer_norm",

@@ -183,10 +183,9 @@ def _run_attention(
         )
     needs_grad = needs_grad_of(*tensors, bias, position_bias)
     name = backends.choose("attention", q.device, q.dtype, needs_grad, backend, head_dim)
-    rounds = precision != "float32"
-    if rounds:
-        _check_precision(precision, name, q, needs_grad, dropout_p)
-    if out is not None or rounds or name == "eager":
+    if precision != "float32":
+        _check_precision(precision, name, tensors, needs_grad, dropout_p)
+    if out is not None or name == "eager":
         tensors = tensors if len(tensors) > 1 else q.unbind(1)
     if out is not None:
         check_out(out, tensors[0], needs_grad)
@@ -199,32 +198,25 @@ def _run_attention(
         result, lse = reference.attention(*tensors, *options[:4], bias, *options[5:], position_bias)
         if out is not None:
             result = out.copy_(result)
-    elif out is not None or rounds:
-        options, asked = (*options, name, position_bias), {"out": out}
-        if rounds:
-            asked["precision"] = precision
-        result, lse = _attention_forward(*map(rows_contiguous, tensors), options, **asked)
+    elif out is not None:
+        options = (*options, name, position_bias, precision)
+        result, lse = _attention_forward(*map(rows_contiguous, tensors), options, out=out)
     else:
-        result, lse = call(op, needs_grad, *tensors, *options, name, position_bias)
+        result, lse = call(op, needs_grad, *tensors, *options, name, position_bias, precision)
     return (result, lse) if return_lse else result
 
 
-def can_round_attention(x):
-    """Whether ``precision`` may be "bfloat16" of attention on tensors like ``x``, in inference."""
-    chosen = backends.choose("attention", x.device, x.dtype, needs_grad=False)
-    return chosen == "cpu" and x.dtype == torch.float32
-
-
-def _check_precision(precision, name, q, needs_grad, dropout_p):
+def _check_precision(precision, name, tensors, needs_grad, dropout_p):
+    dtype = tensors[0].dtype
     check(
         precision == "bfloat16",
         lambda: f"precision must be 'float32' or 'bfloat16', not {precision!r}",
     )
     check(
-        name == "cpu" and q.dtype == torch.float32 and not needs_grad and dropout_p == 0.0,
+        name == "cpu" and dtype == torch.float32 and not needs_grad and dropout_p == 0.0,
         lambda: (
             "precision 'bfloat16' is for float32 tensors in inference, without dropout, on the "
-            f"cpu backend; not for {q.dtype} on {name}{', with gradients' if needs_grad else ''}"
+            f"cpu backend; not for {dtype} on {name}{', with gradients' if needs_grad else ''}"
             f"{', dropout' if dropout_p else ''}"
         ),
     )
@@ -235,15 +227,18 @@ _ATTENTION_OPTIONS = (
     "Tensor? bias, float softmax_scale, bool causal, float dropout_p, Tensor? seed, str backend, "
     "Tensor? position_bias=None"
 )
+_FORWARD_OPTIONS = f'{_ATTENTION_OPTIONS}, str precision="float32"'
 # The last output is position_bias's gradient, float32; of no elements where it is not asked for.
 _BACKWARD_OPTIONS = f"{_ATTENTION_OPTIONS}, bool position_bias_grad=False"
 
 
 def _attention_forward(q, k, v, options, **keywords):
     """Runs the kernels; options as in the schema, whose defaults torch leaves out."""
-    *options, name, position_bias = (*options, None)[:11]
+    *options, name, position_bias, precision = (*options, None, None)[:12]
     if position_bias is not None:
         keywords["position_bias"] = position_bias
+    if precision not in (None, "float32"):
+        keywords["precision"] = precision
     return backends.module(name).attention_forward(q, k, v, *options, **keywords)
 
 
@@ -260,12 +255,12 @@ def _run_backward(tensors, options, gradients):
     return dposition_bias
 
 
-@define(f"attention(Tensor q, Tensor k, Tensor v, {_ATTENTION_OPTIONS}) -> (Tensor, Tensor)")
+@define(f"attention(Tensor q, Tensor k, Tensor v, {_FORWARD_OPTIONS}) -> (Tensor, Tensor)")
 def _attention(q, k, v, *options):
     return _attention_forward(*map(rows_contiguous, (q, k, v)), options)
 
 
-@define(f"attention_qkv(Tensor qkv, {_ATTENTION_OPTIONS}) -> (Tensor, Tensor)")
+@define(f"attention_qkv(Tensor qkv, {_FORWARD_OPTIONS}) -> (Tensor, Tensor)")
 def _attention_qkv(qkv, *options):
     return _attention_forward(*rows_contiguous(qkv).unbind(1), options)
 
@@ -325,7 +320,7 @@ _TENSOR_OPTIONS = (0, 1, 4, 8, 10)
 
 
 def _save_attention(ctx, inputs, output):
-    tensors, options = inputs[:-11], list(inputs[-11:])
+    tensors, options = inputs[:-12], list(inputs[-12:-1])  # with gradients the last is float32
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(*tensors, out, lse, *(options[i] for i in _TENSOR_OPTIONS))
@@ -342,7 +337,7 @@ def _differentiate(ctx, dout, backward):
     needed = ctx.needs_input_grad[len(tensors) - 2 :]  # without the options left at their defaults
     wanted = position_bias is not None and needed[10]
     *gradients, dposition_bias = call_backward(backward, dout, *tensors, *options, wanted)
-    of_options = [None] * 11
+    of_options = [None] * 12
     if bias is not None and needed[4]:
         sums = [g.sum(0, dtype=torch.float32) for g in gradients]
         of_options[4] = (torch.stack(sums) if len(sums) > 1 else sums[0]).to(bias.dtype)

@@ -2,7 +2,8 @@
 // over keys with the online softmax of Milakov & Gimelshein 2018, so that no matrix of queries by
 // keys is ever stored; backward recomputes the blocks from the log-sum-exp (Dao et al. 2022).
 //
-// A block is first copied into padded fp32 scratch (K and, for backward, V transposed). That is
+// A block is first copied into padded scratch (K and, for backward, V transposed), in fp32 or, for
+// forward's products in bf16, in that (attention_products.h). That is
 // where strides, 16-bit storage, head sizes that are no multiple of the vector and the projection's
 // bias are dealt with, once; the products and the softmax see plain aligned matrices in L1/L2.
 #include <algorithm>

@@ -106,7 +106,8 @@ const LinearKernels& linear_kernels(Precision precision) {
 
 void attention_forward(const AttentionForward& a) {
   const CpuKernels& kernels = cpu_kernels();
-  const bool rounds = a.precision == Precision::kBFloat16;
+  const bool rounds = a.precision == Precision::kBFloat16 && a.dtype == DType::kFloat32 &&
+                      a.dropout_p == 0.0;
   if (rounds && amx_kernels(Precision::kBFloat16)) return amx_attention_in_bf16(a);
   if (rounds && kernels.attention_in_bf16 && kernels.linear(Precision::kBFloat16).fast) {
     return kernels.attention_in_bf16(a);

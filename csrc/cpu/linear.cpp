@@ -4,10 +4,10 @@
 // A panel is 2 vectors of W's columns over the whole depth, [step][column], a step as in linear.h:
 // it is read as a stream, once for every tile of up to 8 or 12 rows of x, whose products are
 // accumulated in registers. Blocks: 144 rows of x over 384 steps of depth stay in a core's L2 while
-// all panels pass. Each block of depth is summed on its own, in order, and added to y: the bits of
-// a row of y depend on that row of x alone, on no other row, on no number of rows or threads. (Goto
-// & van de Geijn 2008, "Anatomy of high-performance matrix multiplication"; few rows need none of
-// its copies of x.) For AMX, in bf16 and int8, tiles are the unit's (tile_of under BERT_FAST_AMX).
+// all panels pass. Runs of depth (P::kSumSteps, a block at most) are summed on their own, in order,
+// and added to y: the bits of a row of y depend on that row of x alone, on no other row, on no number
+// of rows or threads. (Goto & van de Geijn 2008, "Anatomy of high-performance matrix multiplication";
+// few rows need none of its copies of x.) For AMX, in bf16 and int8, tiles are the unit's (tile_of under BERT_FAST_AMX).
 //
 // In bf16 and int8 the rows of x are converted first. int8 (Bhandare et al. 2019, "Efficient 8-bit
 // quantization of Transformer"; Dettmers et al. 2022, LLM.int8(): a scale for each row of x and

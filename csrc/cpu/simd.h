@@ -224,9 +224,7 @@ BERT_FAST_INLINE void each(Step step) {
 
 // ---- functions ----
 
-// 2^x for x <= 0, to 1 ulp or so: 2^n by the exponent bits, 2^r for |r| <= 1/2 by a Taylor series
-// whose next term is below half an ulp. x <= -127 gives 0, which is what a softmax wants there; a
-// NaN stays one (x * 0), so that a poisoned score poisons its row and is not lost.
+// 2^r for |r| <= 1/2, by a Taylor series whose next term is below half an ulp.
 BERT_FAST_INLINE vf exp2_of_half(vf r) {
   vf p = splat(1.5403530393e-4f);
   p = p * r + 1.3333558146e-3f;
@@ -236,6 +234,9 @@ BERT_FAST_INLINE vf exp2_of_half(vf r) {
   p = p * r + 6.9314718056e-1f;
   return p * r + 1.0f;
 }
+// 2^x for x <= 0, to 1 ulp or so: 2^r, and 2^n by the instruction for it or by the exponent bits.
+// x <= -127 gives 0, which is what a softmax wants there; a NaN stays one, so that a poisoned score
+// poisons its row and is not lost.
 #if defined(__AVX512F__)
 BERT_FAST_INLINE vf exp2(vf x) {
   const __mmask16 counts = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-127.0f), _CMP_NLE_UQ);

@@ -4,15 +4,17 @@ emulated."""
 import amx_host
 import pytest
 import torch
+import transformers
 from conftest import ISAS, assert_within, cu_seqlens, same_bits_at_any_thread_count
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import bert_fast
 from bert_fast import _C, backends, models, ops
 from bert_fast.backends import cpu
 
-HAS_DOT = _C.linear_kind(1) in ("avx512_bf16", "amx_bf16")
 drawn = settings(
     deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -29,7 +31,7 @@ def rounds(request, monkeypatch):
         pytest.skip("this processor has no AVX-512")
     best = _C.cpu_isa()
     _C.set_cpu_isa(request.param)
-    yield HAS_DOT and request.param == "avx512"
+    yield _C.linear_kind(1) in ("avx512_bf16", "amx_bf16")
     _C.set_cpu_isa(best)
 
 
@@ -177,6 +179,23 @@ def test_other_tensors_are_refused():
         rounded(qkv.requires_grad_(), cu)
 
 
+def test_whoever_looks_on_sees_it():
+    """A traced call rounds as the call does, of other inputs, too."""
+    qkv, other = torch.randn(2, 6, 3, 2, 16)
+    cu = cu_seqlens([6])
+
+    def run(qkv):
+        return rounded(qkv, cu, max_seqlen=6)
+
+    wanted = run(other)
+    assert torch.equal(make_fx(run)(qkv)(other), wanted)
+    assert torch.equal(torch.jit.trace(run, qkv)(other), wanted)
+    assert torch.equal(torch.compile(run, backend="aot_eager", fullgraph=True)(other), wanted)
+    with FakeTensorMode() as mode:
+        fake = run(mode.from_tensor(qkv)) if (cu := mode.from_tensor(cu)) is not None else None
+    assert fake.shape == wanted.shape
+
+
 @pytest.fixture
 def asked(monkeypatch):
     """What attention was asked for, call by call."""
@@ -223,3 +242,23 @@ def test_models_ask_nobody_who_cannot(asked):
     with torch.no_grad():
         made.train()(ids)  # with dropout
     assert asked == ["float32"] * 2
+
+
+def test_one_product_in_float32_keeps_attention_there(asked):
+    """Of queries, keys and values one that int8 would harm: in one call and layer by layer."""
+    config = transformers.BertConfig(
+        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64,
+    )  # fmt: skip
+    made, ids = transformers.BertModel(config).eval(), torch.randint(60, (2, 9))
+    bert_fast.accelerate(made, dtype="bfloat16")
+    layers, rounds = made.encoder.layer, ["bfloat16"] * 2
+    for wanted in (rounds, ["float32", "bfloat16"]):
+        asked.clear()
+        with torch.no_grad():
+            found = made(ids, output_hidden_states=True).hidden_states[-1]
+            assert asked == wanted
+            assert torch.equal(made(ids).last_hidden_state, found)
+        key = layers[0].attention.self.key
+        layers[0]._bert_fast.packed["attention.self.key"] = ops.pack_weight(key.weight)
+        layers[0]._bert_fast.changed()

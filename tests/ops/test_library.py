@@ -26,6 +26,10 @@ def leaf(*shape, dtype=torch.float32):
 OP_CALLS = {
     "attention": lambda: (leaf(14, 2, 8), leaf(14, 2, 8), leaf(14, 2, 8), *OPTIONS),
     "attention_qkv": lambda: (leaf(14, 3, 2, 8), *OPTIONS),
+    "attention_qkv-table": lambda: (leaf(14, 3, 2, 8), *OPTIONS, leaf(2, 9, 9)),
+    "attention_qkv-rounded": lambda: (
+        torch.randn(14, 3, 2, 8), *OPTIONS[:4], None, 0.3, True, 0.0, None, "cpu", None, "bfloat16",
+    ),
     "layer_norm": lambda: (
         leaf(6, 20), leaf(6, 20), leaf(20), leaf(20), leaf(20), 1e-5, 0.1, SEED, "cpu",
     ),
