@@ -19,10 +19,10 @@ def vectors(dtype, texts):
 
 @pytest.fixture(scope="module")
 def films():
-    """Plots, and up to 10 reviews of each."""
+    """Plots, and up to 20 reviews of each."""
     some = data.films()
     plots = [film.plot[:600] for film in some]
-    reviews = [(number, text) for number, film in enumerate(some) for text in film.reviews[:10]]
+    reviews = [(number, text) for number, film in enumerate(some) for text in film.reviews[:20]]
     return plots, [text for _, text in reviews], np.array([number for number, _ in reviews])
 
 
