@@ -51,9 +51,11 @@ class HuggingFace(Peer):
 
 
 class Accelerated(HuggingFace):
-    """Hugging Face's model after ``bert_fast.accelerate``: only its encoder is ours."""
+    """Hugging Face's model after ``bert_fast.accelerate``: only its encoder is ours. In inference
+    on a CPU it is a float32 model whose products are of the work's dtype; int8 is that alone."""
 
     layer = None  # type: ignore[assignment]
+    dtypes = (*HuggingFace.dtypes, torch.int8)
 
     def __init__(self):
         super().__init__("sdpa")
@@ -62,6 +64,9 @@ class Accelerated(HuggingFace):
     def load(self, work):
         from bert_fast.hugging_face import accelerate
 
+        if work.device == "cpu" and work.dtype in (torch.bfloat16, torch.int8) and not work.backward:
+            model = super().load(work.in_dtype(torch.float32))
+            return accelerate(model, dtype=work.dtype)
         return accelerate(super().load(work), prepack=not work.backward)
 
 
