@@ -79,7 +79,7 @@ class Attention(nn.Module):
             out=None if context is None else context.view(tokens, self.num_heads, self.head_dim),
             precision=attention_precision(x, [projected], dropout_p),
         ).view(tokens, hidden)  # fmt: skip
-        dropout_p = self.hidden_dropout_p if self.training else 0.0
+        dropout_p = self.hidden_dropout_p * self.training
         return project_add_norm(context, parts["out"], parts["norm"], x, dropout_p, workspace)
 
 
@@ -93,7 +93,7 @@ class FeedForward(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, x, workspace):
-        parts, dropout_p = self._modules, self.hidden_dropout_p if self.training else 0.0
+        parts, dropout_p = self._modules, self.hidden_dropout_p * self.training
         return feed_forward(
             x, parts["up"], parts["down"], parts["norm"], self.approximate, dropout_p, workspace
         )

@@ -150,14 +150,14 @@ class Called:
     """Another module in the place of a linear layer: an adapter around one, a quantised one. It
     adds its bias itself."""
 
-    def rounds(self, x, out):
-        return False  # as far as anybody knows
-
     def __init__(self, module):
         self.module, self.out_features = module, module.out_features
 
     def parts(self):
         return None, None
+
+    def rounds(self, x, out):
+        return False  # as far as anybody knows
 
     def matmul(self, x, out, workspace):
         return self.module(x)

@@ -187,6 +187,8 @@ void run_on_team(int num_threads, Job job, void* data) {
 
 void forked() { generation.fetch_add(1); }
 
+bool is_on_team() { return on_team; }
+
 bool put_on_team(bool on) {
   const bool before = on_team;
   on_team = on;

@@ -41,7 +41,10 @@ void run_parallel(int num_threads, Job job, void* data);
 // Says that the process was forked, to those who were not there.
 void forked();
 
-// Whether the calling thread's parallel work runs on a team from now on; returns whether it did.
+// Whether the calling thread's parallel work runs on a team.
+bool is_on_team();
+
+// Says so for what is to come; returns whether it did.
 bool put_on_team(bool on);
 
 // While one of these lives, its thread's parallel work runs on a team.

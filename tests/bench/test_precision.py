@@ -37,6 +37,8 @@ CHEAP = [
     ("OpenVINO", "bfloat16", "openvino"), ("HF sdpa", "bfloat16", "transformers"),
     ("ONNX Runtime", "int8", "onnxruntime"), ("OpenVINO", "int8", "nncf"),
     ("CTranslate2", "int8", "ctranslate2"), ("torch dynamic int8", "int8", "transformers"),
+    ("bert_fast.accelerate", "bfloat16", "transformers"),
+    ("bert_fast.accelerate", "int8", "transformers"),
 ]  # fmt: skip
 
 
@@ -52,6 +54,16 @@ def test_peers_in_cheaper_formats_are_near_float32_and_not_it(name, dtype, packa
     assert mean < cosine["mean"] <= 1 - 1e-9, row
     assert least < cosine["least"] <= cosine["p1"] <= cosine["mean"]
     assert row["results"][name]["ms"] > 0
+
+
+@pytest.mark.parametrize("dtype", works.LOW, ids=str)
+def test_the_accelerated_model_multiplies_as_users_are_told_to_ask_for(dtype):
+    pytest.importorskip("transformers")
+    layers = NAMES["bert_fast.accelerate"].load(model(dtype)).encoder.layer
+    packed = [p for layer in layers for p in layer._bert_fast.packed.values()]
+    assert len(packed) == 2 * 6
+    assert all(p.rounds for p in packed)
+    assert next(layers.parameters()).dtype == torch.float32
 
 
 class Faulty(HuggingFace):

@@ -64,9 +64,9 @@ class Accelerated(HuggingFace):
     def load(self, work):
         from bert_fast.hugging_face import accelerate
 
-        if work.device == "cpu" and work.dtype in (torch.bfloat16, torch.int8) and not work.backward:
-            model = super().load(work.in_dtype(torch.float32))
-            return accelerate(model, dtype=work.dtype)
+        low = work.device == "cpu" and work.dtype in (torch.bfloat16, torch.int8)
+        if low and not work.backward:
+            return accelerate(super().load(work.in_dtype(torch.float32)), dtype=work.dtype)
         return accelerate(super().load(work), prepack=not work.backward)
 
 
