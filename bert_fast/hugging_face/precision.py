@@ -56,8 +56,8 @@ def pack_layers(layers, bases, dtype, calibration):
     for name, slot in products:
         if slot.weight.dtype != torch.float32 or slot.weight.device.type != "cpu":
             raise ValueError(
-                f"dtype is for float32 models on the CPU (from_pretrained(..., "
-                f"dtype=torch.float32)); {name} is {slot.weight.dtype} on {slot.weight.device}"
+                f"dtype is for float32 models on the CPU; {name} is {slot.weight.dtype} on "
+                f"{slot.weight.device}: from_pretrained(..., dtype=torch.float32) loads it so"
             )
 
     def calibrate():
