@@ -339,35 +339,21 @@ class Encoder {
   }
 
   // Floats that forward needs to work in.
-  int64_t workspace(int64_t rows, int num_threads) const {
-    return parts(rows, num_threads).back();
+  int64_t workspace(int64_t rows, int64_t batch, Address cu_seqlens, int num_threads) const {
+    return encoder_memory(call(rows, batch, cu_seqlens, {}, {}, num_threads));
   }
 
   void forward(int64_t rows, int64_t batch, Address cu_seqlens, Address x, Address workspace,
                int num_threads) const {
-    const auto at = parts(rows, num_threads);
-    float* memory = pointer<float>(workspace);
-    encoder_forward({layers_.data(), static_cast<int64_t>(layers_.size()), rows, batch, hidden_,
-                     intermediate_, num_heads_, pointer<int32_t>(cu_seqlens),
-                     static_cast<float>(scale_), activation_, pointer<float>(x), memory + at[0],
-                     memory + at[1], memory + at[2], memory + at[3], memory + at[4],
-                     memory + at[5], num_threads});
+    encoder_forward(call(rows, batch, cu_seqlens, x, workspace, num_threads));
   }
 
  private:
-  // Where each part of the workspace begins, on a cache line of it; and the end.
-  std::array<int64_t, 7> parts(int64_t rows, int num_threads) const {
-    int64_t scratch = 0;
-    for (const auto& [precision, kernels] : kernels_) {
-      for (int64_t width : {hidden_, intermediate_}) {
-        scratch = std::max(scratch, kernels->scratch_size(rows, width, num_threads));
-      }
-    }
-    const int64_t floats[] = {3 * rows * hidden_,    rows * hidden_, rows * hidden_,
-                              rows * intermediate_, 3 * hidden_,    ceil_div(scratch, 4)};
-    std::array<int64_t, 7> begins = {};
-    for (int i = 0; i < 6; ++i) begins[i + 1] = begins[i] + ceil_div(floats[i], 16) * 16;
-    return begins;
+  EncoderForward call(int64_t rows, int64_t batch, Address cu_seqlens, Address x, Address memory,
+                      int num_threads) const {
+    return {layers_.data(), static_cast<int64_t>(layers_.size()), rows, batch, hidden_,
+            intermediate_, num_heads_, pointer<int32_t>(cu_seqlens), static_cast<float>(scale_),
+            activation_, pointer<float>(x), pointer<float>(memory), num_threads};
   }
 
   PackedLinear linear(const Linear& l) {

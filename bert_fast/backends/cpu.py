@@ -394,12 +394,10 @@ class Encoder:
         bound = self.bound  # kept here: another thread may bind anew meanwhile
         if not bound[0].holds():
             bound = self.bound = self._bind()
-        rows, threads = x.shape[0], num_threads()
-        memory = workspace.take("layers", 1, bound[0].workspace(rows, threads), x)
-        cu_seqlens = cu_seqlens.contiguous()
-        bound[0].forward(
-            rows, cu_seqlens.numel() - 1, *map(address, (cu_seqlens, x, memory)), threads
-        )
+        cu_seqlens, threads = cu_seqlens.contiguous(), num_threads()
+        of = x.shape[0], cu_seqlens.numel() - 1, address(cu_seqlens)
+        memory = workspace.take("layers", 1, bound[0].workspace(*of, threads), x)
+        bound[0].forward(*of, address(x), address(memory), threads)
         return x
 
 

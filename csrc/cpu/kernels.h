@@ -185,7 +185,8 @@ struct LinearKernels {
 
 const LinearKernels& linear_kernels(Precision);      // the best here of the chosen instruction set
 const LinearKernels* amx_linear_kernels(Precision);  // null where there is no AMX for it
-const LinearKernels& avx512_linear_kernels();        // in fp32, for AMX's few rows
+const LinearKernels& avx512_linear_kernels();        // in fp32, for AMX's few rows: below
+constexpr int64_t kFewRows = 32;
 
 // In bf16 where that is asked for and the processor has such a product.
 void attention_forward(const AttentionForward&);
@@ -229,12 +230,10 @@ struct EncoderForward {
   float scale;
   Activation activation;
   float* x;                     // (rows, hidden): read, and written with the last layer's output
-  float* qkv;                   // (rows, 3 hidden), or three times (rows, hidden)
-  float *context, *projected, *wide;  // (rows, hidden), (rows, hidden), (rows, intermediate)
-  float* bias;                  // (3 hidden)
-  void* scratch;                // as in LinearForward
+  float* memory;                // of encoder_memory floats, to work in
   int num_threads;
 };
+int64_t encoder_memory(const EncoderForward&);
 void encoder_forward(const EncoderForward&);
 
 const CpuKernels& cpu_kernels();     // those of the chosen instruction set

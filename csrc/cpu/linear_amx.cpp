@@ -263,11 +263,11 @@ void multiply_block(const LinearForward& a, int64_t first_group, int64_t last_gr
 
 int64_t scratch_size() { return kBlockGroups * kBlockSteps * kStep; }
 int64_t scratch_bytes(int64_t rows, int64_t, int threads) {
-  return rows < kGroup ? 0 : threads * scratch_size() * static_cast<int64_t>(sizeof(uint16_t));
+  return rows < kFewRows ? 0 : threads * scratch_size() * static_cast<int64_t>(sizeof(uint16_t));
 }
 
 void forward(const LinearForward& given) {
-  if (given.rows < kGroup) return avx512_linear_kernels().forward(given);
+  if (given.rows < kFewRows) return avx512_linear_kernels().forward(given);
   LinearForward a = given;
   a.packed = static_cast<const char*>(a.packed) + begin_of_parts(a.out_features, a.in_features);
   const int64_t groups = ceil_div(a.rows, kGroup), panels = ceil_div(a.out_features, kGroup);

@@ -6,7 +6,13 @@ import pickle
 
 import pytest
 import torch
-from conftest import ISAS, in_threads, same_bits_at_any_thread_count
+from conftest import (
+    ISAS,
+    cu_seqlens,
+    in_threads,
+    same_bits_at_any_thread_count,
+    torch_threads,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -15,6 +21,7 @@ from torch.nn.utils import parametrize
 import bert_fast
 from bert_fast import _C
 from bert_fast.backends import cpu
+from bert_fast.models.workspace import Workspace
 
 VOCABULARY = 50
 # With AMX fewer rows than its own 32 are AVX-512's, and rounded otherwise.
@@ -85,6 +92,49 @@ def test_same_bits(calls, lengths, heads, head_dim, wide, hidden_act):
     mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
     assert torch.equal(run(model, ids, mask), one_by_one(model, ids, mask))
     assert len(calls) == (sum(lengths) > 0)
+
+
+@settings(
+    deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    lengths=st.lists(st.sampled_from([0, 1, 17, 64, 100, 330]), min_size=2, max_size=14),
+    dtype=st.sampled_from([None, "bfloat16", "int8"]),
+    threads=st.integers(1, 4),
+    spare=st.integers(0, 130),
+)
+def test_many_sequences_run_by_run(calls, lengths, dtype, threads, spare):
+    """Some are computed by one thread each and the others by all: no bit depends on that."""
+    lengths.append(1)
+    calls.clear()
+    model = drawn_model(2, 8, 40)
+    model = model.for_inference(dtype) if dtype else model
+    mask = (torch.arange(330) < torch.tensor(lengths)[:, None]).long()
+    ids = torch.randint(1, VOCABULARY, mask.shape)
+    wanted = one_by_one(model, ids, mask)
+    with torch_threads(threads):
+        assert torch.equal(run(model, ids, mask), wanted)
+        assert torch.equal(run(model, ids, mask, capacity=sum(lengths) + spare), wanted)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_memory_does_not_grow_with_the_batch(threads):
+    """Once all threads have a run of their own; one that is longer than others is whole."""
+    model = drawn_model(2, 8, 40)
+
+    def taken(lengths):
+        ids = torch.randint(1, VOCABULARY, (sum(lengths),))
+        model.workspace = Workspace()
+        with torch_threads(threads):
+            run(model, ids, cu_seqlens=cu_seqlens(lengths))
+        return model.workspace.take("layers", 1, 1, torch.empty(0))._base.numel()
+
+    many = taken([32] * 100 * threads)
+    assert taken([32] * 20 * threads) == many
+    one = taken([32])
+    assert many < 5.5 * threads * one  # 160 rows a thread
+    assert taken([32] * 20 * threads + [320]) > 9 * one
 
 
 def test_capacity_and_packed_input(calls):
