@@ -399,7 +399,8 @@ bool linear_of_first(int precision, int64_t batch, int64_t in_features, int64_t 
                 in_features * sizeof(float));
   }
   kernels.forward({batch, in_features, out_features, first, pointer(packed), pointer<float>(bias),
-                   pointer<float>(out), first + firsts, Activation::kNone, num_threads});
+                   pointer<float>(out), first + firsts, Activation::kNone, num_threads,
+                   in_features, out_features});
   return true;
 }
 
@@ -443,7 +444,7 @@ void bind_linear(py::module_& m) {
           linear_kernels_of(precision).forward(
               {rows, in_features, out_features, pointer<float>(x), pointer(packed),
                pointer<float>(bias), pointer<float>(out), pointer(scratch),
-               static_cast<Activation>(activation), num_threads});
+               static_cast<Activation>(activation), num_threads, in_features, out_features});
         },
         release_gil());
 }

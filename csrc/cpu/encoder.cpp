@@ -99,8 +99,9 @@ Parts parts_of(const EncoderForward& e, int64_t rows, int num_threads) {
     std::for_each_n(layer.qkv, layer.qkv_products, look_at);
     for (const PackedLinear* by : {&layer.out, &layer.up, &layer.down}) look_at(*by);
   }
-  const int64_t floats[] = {3 * rows * e.hidden,    rows * e.hidden, rows * e.hidden,
-                            rows * e.intermediate, 3 * e.hidden,    ceil_div(scratch, 4)};
+  const int64_t hidden = spaced(e.hidden);
+  const int64_t floats[] = {3 * rows * hidden,             rows * hidden, rows * hidden,
+                            rows * spaced(e.intermediate), 3 * hidden,    ceil_div(scratch, 4)};
   Parts begins = {};
   for (int i = 0; i < 6; ++i) begins[i + 1] = begins[i] + ceil_div(floats[i], 16) * 16;
   return begins;
@@ -131,31 +132,40 @@ Plan plan_of(const EncoderForward& e) {
   return plan;
 }
 
+struct Rows {
+  float* at;
+  int64_t width, stride;  // from one to the next
+};
+
 // Through all layers.
 void forward(const EncoderForward& e, const Run& run, const Parts& parts, float* memory,
              int num_threads) {
   const CpuKernels& kernels = cpu_kernels();
   const auto part = [&](int i) { return memory + parts[i]; };
   float* const qkv = part(0);  // (rows, 3 hidden), or three times (rows, hidden)
-  float *const context = part(1), *const projected = part(2), *const wide = part(3);
+  const Rows x = {e.x + run.begin * e.hidden, e.hidden, e.hidden};
+  const Rows context = {part(1), e.hidden, spaced(e.hidden)};
+  const Rows projected = {part(2), e.hidden, e.hidden};
+  const Rows wide = {part(3), e.intermediate, spaced(e.intermediate)};
   float *const bias_of_qkv = part(4), *const scratch = part(5);
   const int64_t head_dim = e.hidden / e.num_heads, rows = run.rows();
-  float* const rows_of_x = e.x + run.begin * e.hidden;
   std::vector<int32_t> cu_seqlens(e.cu_seqlens + run.first, e.cu_seqlens + run.last + 1);
   for (int32_t& start : cu_seqlens) start -= static_cast<int32_t>(run.begin);
 
-  const auto multiply = [&](const float* x, int64_t in, const PackedLinear& by, int64_t out,
-                            float* y, const float* bias, Activation activation) {
+  const auto multiply = [&](const Rows& from, const PackedLinear& by, const Rows& to,
+                            const float* bias = nullptr,
+                            Activation activation = Activation::kNone) {
     linear_kernels(by.precision)
-        .forward({rows, in, out, x, by.packed, bias, y, scratch, activation, num_threads});
+        .forward({rows, from.width, to.width, from.at, by.packed, bias, to.at, scratch, activation,
+                  num_threads, from.stride, to.stride});
   };
   const auto add_and_norm = [&](const float* linear_bias, const Norm& norm) {
     LayerNormForward a = {};
     a.dtype = DType::kFloat32;
     a.rows = rows;
     a.hidden = e.hidden;
-    a.x = projected;
-    a.residual = a.out = rows_of_x;
+    a.x = projected.at;
+    a.residual = a.out = x.at;
     a.linear_bias = linear_bias;
     a.weight = norm.weight;
     a.bias = norm.bias;
@@ -173,13 +183,12 @@ void forward(const EncoderForward& e, const Run& run, const Parts& parts, float*
   attention.cu_q = attention.cu_k = cu_seqlens.data();
   attention.scale = e.scale;
   attention.num_threads = num_threads;
-  attention.out = {context, e.hidden, head_dim};
+  attention.out = {context.at, context.stride, head_dim};
 
   const auto project = [&](const PackedLinear* weights, int count) {
-    const int64_t width = 3 / count * e.hidden;
+    const int64_t width = 3 / count * e.hidden, stride = spaced(width);
     for (int i = 0; i < count; ++i) {
-      multiply(rows_of_x, e.hidden, weights[i], width, qkv + i * rows * width, nullptr,
-               Activation::kNone);
+      multiply(x, weights[i], {qkv + i * rows * stride, width, stride});
       // Side by side, as attention reads them: whatever was written to them since they were bound.
       if (count > 1) std::memcpy(bias_of_qkv + i * width, weights[i].bias, width * sizeof(float));
     }
@@ -188,23 +197,20 @@ void forward(const EncoderForward& e, const Run& run, const Parts& parts, float*
     const auto is_rounded = [](const PackedLinear& by) { return by.precision != Precision::kFloat32; };
     const bool rounds = std::all_of(weights, weights + count, is_rounded);
     attention.precision = rounds ? Precision::kBFloat16 : Precision::kFloat32;
-    const int64_t apart = count > 1 ? rows * width : e.hidden;  // from q to k, from k to v
-    attention.q = {qkv, width, head_dim};
-    attention.k = {qkv + apart, width, head_dim};
-    attention.v = {qkv + 2 * apart, width, head_dim};
+    const int64_t apart = count > 1 ? rows * stride : e.hidden;  // from q to k, from k to v
+    attention.q = {qkv, stride, head_dim};
+    attention.k = {qkv + apart, stride, head_dim};
+    attention.v = {qkv + 2 * apart, stride, head_dim};
   };
 
   for (int64_t i = 0; i < e.num_layers; ++i) {
     const EncoderLayer& layer = e.layers[i];
     project(layer.qkv, layer.qkv_products);
     attention_forward(attention);
-    multiply(context, e.hidden, layer.out, e.hidden, projected, nullptr,
-             Activation::kNone);
+    multiply(context, layer.out, projected);
     add_and_norm(layer.out.bias, layer.attention_norm);
-    multiply(rows_of_x, e.hidden, layer.up, e.intermediate, wide, layer.up.bias,
-             e.activation);
-    multiply(wide, e.intermediate, layer.down, e.hidden, projected, nullptr,
-             Activation::kNone);
+    multiply(x, layer.up, wide, layer.up.bias, e.activation);
+    multiply(wide, layer.down, projected);
     add_and_norm(layer.down.bias, layer.output_norm);
   }
 }

@@ -123,6 +123,10 @@ struct GeluBackward {
 
 enum class Activation : int { kNone = 0, kGelu = 1, kGeluTanh = 2 };
 
+// Where rows best begin, in numbers of 4 bytes: at multiples of 2 KB they fall into two sets of the
+// L1 cache, which has no room for a tile's. (Zen 4, 128 rows times 768 x 3072: 104 and 110 GFLOP/s.)
+inline int64_t spaced(int64_t width) { return width % 512 == 0 ? width + 16 : width; }
+
 // out = activation(x weight^T + bias); x and out are fp32.
 struct LinearForward {
   int64_t rows, in_features, out_features;
@@ -133,6 +137,7 @@ struct LinearForward {
   void* scratch;                // scratch_size bytes, on a cache line; or null where that is 0
   Activation activation;
   int num_threads;
+  int64_t x_stride, out_stride;  // from row to row
 };
 
 // A weight to pack: float, bf16 or int8_t elements by the precision.

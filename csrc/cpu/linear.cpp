@@ -66,7 +66,7 @@ Factors factors(const void* packed, int64_t out_features, int64_t in_features) {
 // A product under way: what its rows are converted to, and what the weight was packed with.
 struct Call : LinearForward {
   const uint32_t* steps;      // (rows, depth): x, or what it was converted to
-  int64_t depth;
+  int64_t stride, depth;
   const Quantised* quantised;  // (rows), int8
   Factors by;
 };
@@ -83,7 +83,7 @@ BERT_FAST_INLINE void for_each(const Call& a, float* y, int64_t row, int64_t row
       std::memcpy(&sum, a.by.sum + column + at, sizeof(sum));
     }
     const auto summed = [&](int64_t i) {
-      vf value = load_row(y + i * a.out_features + at, lanes);
+      vf value = load_row(y + i * a.out_stride + at, lanes);
       if constexpr (kIsInt8<P>) {
         const Quantised& x = a.quantised[row + i];
         value = __builtin_convertvector(bit_cast<vi>(value) - sum * x.zero, vf) * (scale * x.scale);
@@ -95,12 +95,12 @@ BERT_FAST_INLINE void for_each(const Call& a, float* y, int64_t row, int64_t row
       vf values[kTogether];
       each<kTogether>([&](int j) { values[j] = summed(i + j); });
       activate(values);
-      each<kTogether>([&](int j) { store_row(y + (i + j) * a.out_features + at, values[j], lanes); });
+      each<kTogether>([&](int j) { store_row(y + (i + j) * a.out_stride + at, values[j], lanes); });
     }
     for (; i < rows; ++i) {
       vf value = summed(i);
       activate(value);
-      store_row(y + i * a.out_features + at, value, lanes);
+      store_row(y + i * a.out_stride + at, value, lanes);
     }
   });
 }
@@ -138,13 +138,13 @@ template <class P, int kPanels, int64_t kMostRows>
 void add_tile(const Call& a, int64_t row, int64_t rows, int64_t panel, int64_t k, Fetch fetch = {}) {
   const int64_t column = panel * kPanel, steps = std::min(kBlockSteps, a.depth - k);
   const int64_t columns = std::min(kPanels * kPanel, a.out_features - column);
-  float* y = a.out + row * a.out_features + column;
+  float* y = a.out + row * a.out_stride + column;
   const uint32_t* w = block_of(a, panel, k);
   if (!fetch.block) fetch.block = w + kAhead * kPanel;
   const int64_t bytes = ceil_div(4 * kPanel, fetch.shares);  // of a share, a step
-  Block block = {a.steps + row * a.depth + k, w,
+  Block block = {a.steps + row * a.stride + k, w,
                  reinterpret_cast<const char*>(fetch.block) + fetch.share * steps * bytes, bytes,
-                 y, a.depth, kPanel * a.depth, a.out_features, steps, k == 0};
+                 y, a.stride, kPanel * a.depth, a.out_stride, steps, k == 0};
   constexpr auto kRows = std::make_integer_sequence<int, kMostRows>{};
   if (columns == kPanels * kPanel) {
     tile_of<P, kPanels>(rows, block, kRows);
@@ -153,11 +153,11 @@ void add_tile(const Call& a, int64_t row, int64_t rows, int64_t panel, int64_t k
     block.y = whole;
     block.y_stride = kPanels * kPanel;
     for (int64_t i = 0; !block.first && i < rows; ++i) {
-      std::memcpy(whole + i * block.y_stride, y + i * a.out_features, columns * sizeof(float));
+      std::memcpy(whole + i * block.y_stride, y + i * a.out_stride, columns * sizeof(float));
     }
     tile_of<P, kPanels>(rows, block, kRows);
     for (int64_t i = 0; i < rows; ++i) {
-      std::memcpy(y + i * a.out_features, whole + i * block.y_stride, columns * sizeof(float));
+      std::memcpy(y + i * a.out_stride, whole + i * block.y_stride, columns * sizeof(float));
     }
   }
   if (k + steps == a.depth) finish<P>(a, y, row, rows, column, columns);
@@ -211,22 +211,23 @@ constexpr int64_t kSpareRows = kWhole - 1;
 template <class P>
 int64_t scratch_size(int64_t rows, int64_t in_features, int) {
   if (!kConverts<P>) return 0;
-  return (rows + kSpareRows) * 4 * steps_of<P>(in_features) +
+  return (rows + kSpareRows) * 4 * spaced(steps_of<P>(in_features)) +
          rows * static_cast<int64_t>(sizeof(Quantised));
 }
 
 template <class P>
 void forward(const LinearForward& a) {
-  Call call = {a, reinterpret_cast<const uint32_t*>(a.x), steps_of<P>(a.in_features), nullptr,
-               factors<P>(a.packed, a.out_features, a.in_features)};
+  Call call = {a, reinterpret_cast<const uint32_t*>(a.x), a.x_stride, steps_of<P>(a.in_features),
+               nullptr, factors<P>(a.packed, a.out_features, a.in_features)};
   if constexpr (kConverts<P>) {
     uint32_t* steps = static_cast<uint32_t*>(a.scratch);
-    Quantised* rows = reinterpret_cast<Quantised*>(steps + (a.rows + kSpareRows) * call.depth);
+    call.stride = spaced(call.depth);
+    Quantised* rows = reinterpret_cast<Quantised*>(steps + (a.rows + kSpareRows) * call.stride);
     const int threads = threads_for(a.rows * a.in_features / 4, a.num_threads);
     parallel_for(threads, a.rows, grain_for(a.rows, threads), [&](int64_t row) {
       using Steps = std::conditional_t<kIsInt8<P>, uint8_t, uint16_t>;
-      Steps* to = reinterpret_cast<Steps*>(steps + row * call.depth);
-      convert(P{}, a.x + row * a.in_features, a.in_features, call.by, to, rows + row);
+      Steps* to = reinterpret_cast<Steps*>(steps + row * call.stride);
+      convert(P{}, a.x + row * a.x_stride, a.in_features, call.by, to, rows + row);
       std::memset(to + a.in_features, 0, 4 * call.depth - a.in_features * sizeof(Steps));
     });
     call.steps = steps;

@@ -176,7 +176,7 @@ BERT_FAST_INLINE void add_group(const LinearForward& a, const float* result, int
     const int64_t at = first_column + column;
     const vf bias = a.bias ? load_row(a.bias + at, lanes) : vf{};
     for (int64_t row = 0; row < rows; ++row) {
-      float* y = a.out + (first_row + row) * a.out_features + at;
+      float* y = a.out + (first_row + row) * a.out_stride + at;
       vf value = load(result + row * kGroup + column);
       if (!kFirst) value += load_row(y, lanes);
       store_row(y, finish(value, bias), lanes);
@@ -204,8 +204,8 @@ void finish_group(const LinearForward& a, const float* result, int64_t row, int6
 // they lie a row apart, each on a page of its own, and waiting for them cost a fifth of the time.
 void prefetch_group(const LinearForward& a, int64_t first_row, int64_t first_column) {
   const int64_t rows = std::min(kGroup, a.rows - first_row);
-  const float* y = a.out + first_row * a.out_features + first_column;
-  for (int64_t row = 0; row < rows; ++row, y += a.out_features) {
+  const float* y = a.out + first_row * a.out_stride + first_column;
+  for (int64_t row = 0; row < rows; ++row, y += a.out_stride) {
     __builtin_prefetch(y, 1);
     __builtin_prefetch(y + kWidth, 1);
   }
@@ -244,8 +244,8 @@ void multiply_block(const LinearForward& a, int64_t first_group, int64_t last_gr
     const auto finish = step == 0 ? finish_group<true> : finish_group<false>;
     for (int64_t group = first_group; group < last_group; ++group) {
       const int64_t row = group * kGroup;
-      pack_rows(a.x + row * a.in_features + step * kTileDepth, std::min(kGroup, a.rows - row),
-                depth, a.in_features, scratch + (group - first_group) * count * kStep);
+      pack_rows(a.x + row * a.x_stride + step * kTileDepth, std::min(kGroup, a.rows - row),
+                depth, a.x_stride, scratch + (group - first_group) * count * kStep);
     }
     before_loads();
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {

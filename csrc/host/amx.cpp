@@ -38,7 +38,8 @@ void linear_forward(int precision, int64_t rows, int64_t in_features, int64_t ou
                     const float* x, const void* packed, const float* bias, float* out,
                     void* scratch, int activation, int threads) {
   kernels(precision).forward({rows, in_features, out_features, x, packed, bias, out, scratch,
-                              static_cast<Activation>(activation), threads});
+                              static_cast<Activation>(activation), threads, in_features,
+                              out_features});
 }
 
 // A Strided of each of q, k, v and out in 3 numbers; (data, rows, columns) of the position bias.

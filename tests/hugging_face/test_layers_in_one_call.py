@@ -74,6 +74,14 @@ def test_same_bits(calls, family, made):
     assert len(calls) == (0 if family == "MPNet" else 3)
 
 
+def test_runs_of_many_texts_and_rows_laid_apart(calls):
+    """Three products for queries, keys and values, 512 wide: csrc/cpu/encoder.cpp's other paths."""
+    model = drawn_model(hidden_size=512, intermediate_size=1024, max_position_embeddings=100)
+    inputs = batch([90, 3, 50, 90, 90, 17, 60, 80, 90])
+    assert torch.equal(run(model, inputs), one_by_one(model, inputs))
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_on_each_instruction_set(calls, isa):
     best = _C.cpu_isa()

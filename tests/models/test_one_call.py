@@ -118,6 +118,16 @@ def test_many_sequences_run_by_run(calls, lengths, dtype, threads, spare):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "int8"])
+def test_rows_that_are_laid_apart(dtype):
+    """Those of a multiple of 512 numbers, which would fall into the same sets of a cache."""
+    model = drawn_model(8, 64, 2048)
+    model = model.for_inference(dtype) if dtype else model
+    ids = torch.randint(1, VOCABULARY, (2, 30))
+    mask = (torch.arange(30) < torch.tensor([30, 11])[:, None]).long()
+    assert torch.equal(run(model, ids, mask), one_by_one(model, ids, mask))
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_memory_does_not_grow_with_the_batch(threads):
     """Once all threads have a run of their own; one that is longer than others is whole."""
