@@ -440,11 +440,11 @@ void bind_linear(py::module_& m) {
   m.def("linear_forward",
         [](int precision, int64_t rows, int64_t in_features, int64_t out_features, Address x,
            Address packed, Address bias, Address out, Address scratch, int activation,
-           int num_threads) {
+           int num_threads, int64_t x_stride, int64_t out_stride) {
           linear_kernels_of(precision).forward(
               {rows, in_features, out_features, pointer<float>(x), pointer(packed),
                pointer<float>(bias), pointer<float>(out), pointer(scratch),
-               static_cast<Activation>(activation), num_threads, in_features, out_features});
+               static_cast<Activation>(activation), num_threads, x_stride, out_stride});
         },
         release_gil());
 }

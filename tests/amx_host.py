@@ -37,7 +37,7 @@ FUNCTIONS = {
     "linear_unpack": (None, c_int, c_int64, c_int64, c_void_p, c_void_p),
     "linear_forward": (
         None, c_int, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p,
-        c_int, c_int,
+        c_int, c_int, c_int64, c_int64,
     ),
     "attention_in_bf16": (
         None, c_int64, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_float, c_bool,

@@ -311,6 +311,7 @@ class PackedWeight:
         _C.linear_forward(
             self.code, rows, width, self.shape[0],
             *map(address, (x, packed, bias, out, scratch)), ACTIVATIONS[approximate], threads,
+            x.stride(0), out.stride(0),
         )  # fmt: skip
         return out
 

@@ -19,10 +19,11 @@
 namespace bert_fast {
 namespace {
 
-// Rows of a run: at most of one thread's; at least, which those near the end have, so that all
-// threads get equal shares; and for each thread of one that all compute.
-constexpr int64_t kApart = 160, kLeast = 96, kTogether = 256;
-static_assert(kLeast >= kFewRows, "all runs are to be multiplied in the same way");
+// Rows of a run. In one thread: at most a block of linear.cpp's, but for a longer sequence, so that
+// weights are read once; and at least kLeast, as near the end, where runs are smaller so that all
+// threads have equal shares. Of all threads: for each. (Measured with two threads, without AMX.)
+constexpr int64_t kApart = 144, kLeast = 96, kTogether = 256;
+static_assert(kLeast >= kFewRows, "else rows would be multiplied otherwise than in a whole batch");
 
 struct Run {
   int64_t first, last;  // sequences
@@ -42,8 +43,8 @@ struct Plan {
 
 // Adds the sequences from `first` on, as many at once as have at most rows_at(rows left) rows, but
 // kLeast at the least. Rows after the last sequence are its.
-template <class Rows>
-void add_runs(const EncoderForward& e, int64_t first, Rows rows_at, std::vector<Run>& runs) {
+template <class Limit>
+void add_runs(const EncoderForward& e, int64_t first, Limit rows_at, std::vector<Run>& runs) {
   const size_t before = runs.size();
   const auto begin_of = [&](int64_t b) {
     return b == 0 ? 0 : b < e.batch ? static_cast<int64_t>(e.cu_seqlens[b]) : e.rows;
@@ -71,7 +72,7 @@ int64_t even_ones(const EncoderForward& e, const std::vector<Run>& runs) {
   std::vector<int64_t> shares(e.num_threads);
   int64_t even = 0, total = 0;
   for (const Run& run : runs) {
-    int64_t cost = run.rows() * (2 * e.hidden + e.intermediate);
+    int64_t cost = run.rows() * (2 * e.hidden + e.intermediate);  // 1 is 2 hidden products
     for (int64_t b = run.first; b < run.last; ++b) {
       const int64_t length = e.cu_seqlens[b + 1] - e.cu_seqlens[b];
       cost += length * length;
@@ -127,8 +128,9 @@ Plan plan_of(const EncoderForward& e) {
     std::for_each(from, to, [&](const Run& run) { rows = std::max(rows, run.rows()); });
     return rows;
   };
-  plan.alone = parts_of(e, most(runs.begin(), runs.begin() + plan.apart), 1);
-  plan.together = parts_of(e, most(runs.begin() + plan.apart, runs.end()), e.num_threads);
+  const auto others = runs.begin() + plan.apart;
+  if (others > runs.begin()) plan.alone = parts_of(e, most(runs.begin(), others), 1);
+  if (others < runs.end()) plan.together = parts_of(e, most(others, runs.end()), e.num_threads);
   return plan;
 }
 

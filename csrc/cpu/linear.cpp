@@ -23,7 +23,7 @@ namespace {
 #ifdef BERT_FAST_AMX
 constexpr int64_t kBlockRows = 256, kPanelsFor2 = 1, kPanelsFor4 = 1;  // not measured
 #else
-constexpr int64_t kBlockRows = 144;
+constexpr int64_t kBlockRows = 144;  // as encoder.cpp's runs have them
 // Few rows take several panels at once, so that enough sums are under way to hide an FMA's latency.
 constexpr int64_t kPanelsFor2 = k512 ? 4 : 2, kPanelsFor4 = kPanelsFor2 / 2;
 #endif
@@ -65,7 +65,7 @@ Factors factors(const void* packed, int64_t out_features, int64_t in_features) {
 
 // A product under way: what its rows are converted to, and what the weight was packed with.
 struct Call : LinearForward {
-  const uint32_t* steps;      // (rows, depth): x, or what it was converted to
+  const uint32_t* steps;      // (rows, depth), stride apart: x, or what it was converted to
   int64_t stride, depth;
   const Quantised* quantised;  // (rows), int8
   Factors by;

@@ -36,10 +36,10 @@ void linear_unpack(int precision, int64_t out_features, int64_t in_features, voi
 }
 void linear_forward(int precision, int64_t rows, int64_t in_features, int64_t out_features,
                     const float* x, const void* packed, const float* bias, float* out,
-                    void* scratch, int activation, int threads) {
+                    void* scratch, int activation, int threads, int64_t x_stride,
+                    int64_t out_stride) {
   kernels(precision).forward({rows, in_features, out_features, x, packed, bias, out, scratch,
-                              static_cast<Activation>(activation), threads, in_features,
-                              out_features});
+                              static_cast<Activation>(activation), threads, x_stride, out_stride});
 }
 
 // A Strided of each of q, k, v and out in 3 numbers; (data, rows, columns) of the position bias.

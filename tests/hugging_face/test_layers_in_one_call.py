@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 import transformers
-from conftest import ISAS, in_threads, same_bits_at_any_thread_count
+from conftest import ISAS, in_threads, same_bits_at_any_thread_count, torch_threads
 from small_models import SIZES
 from test_accelerate import FAMILIES, build
 from torch import nn
@@ -77,9 +77,12 @@ def test_same_bits(calls, family, made):
 def test_runs_of_many_texts_and_rows_laid_apart(calls):
     """Three products for queries, keys and values, 512 wide: csrc/cpu/encoder.cpp's other paths."""
     model = drawn_model(hidden_size=512, intermediate_size=1024, max_position_embeddings=100)
-    inputs = batch([90, 3, 50, 90, 90, 17, 60, 80, 90])
-    assert torch.equal(run(model, inputs), one_by_one(model, inputs))
-    assert len(calls) == 1
+    inputs = batch([90, 3, 90, 80, 70, 90, 88, 60, 80, 90, 17, 82])
+    wanted = one_by_one(model, inputs)
+    for threads in (1, 2, 3):
+        with torch_threads(threads):
+            assert torch.equal(run(model, inputs), wanted)
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -89,6 +89,23 @@ def check(rows, in_features, out_features, approximate, with_bias):
     assert_within(out, torchs(x, weight, bias), truth)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 40, 300])
+@pytest.mark.parametrize(("in_features", "out_features"), [(40, 65), (800, 96)])
+def test_rows_may_lie_apart(kind, rows, in_features, out_features):
+    """As csrc/cpu/encoder.cpp lays them; nothing is written between."""
+    x, weight = torch.randn(rows, in_features), torch.randn(out_features, in_features)
+    packed, wanted = ops.pack_weight(weight), torch.empty(rows, out_features)
+    packed.forward(x, weight, None, "none", wanted, Workspace())
+    x_apart = torch.full((rows, in_features + 16), math.nan)
+    x_apart[:, :in_features] = x
+    apart = torch.full((rows, out_features + 16), math.nan)
+    packed.forward(
+        x_apart[:, :in_features], weight, None, "none", apart[:, :out_features], Workspace()
+    )
+    assert torch.equal(apart[:, :out_features], wanted)
+    assert apart[:, out_features:].isnan().all()
+
+
 @pytest.mark.parametrize("approximate", [None, "none", "tanh"])
 @pytest.mark.parametrize(
     ("rows", "in_features", "out_features"),
