@@ -22,7 +22,7 @@ namespace {
 // Rows of a run. In one thread: at most a block of linear.cpp's, but for a longer sequence, so that
 // weights are read once; and at least kLeast, as near the end, where runs are smaller so that all
 // threads have equal shares. Of all threads: for each. (Measured with two threads, without AMX.)
-constexpr int64_t kApart = 144, kLeast = 96, kTogether = 256;
+constexpr int64_t kApart = kRowsOfBlock, kLeast = 96, kTogether = 256;
 static_assert(kLeast >= kFewRows, "else rows would be multiplied otherwise than in a whole batch");
 
 struct Run {
@@ -47,7 +47,7 @@ template <class Limit>
 void add_runs(const EncoderForward& e, int64_t first, Limit rows_at, std::vector<Run>& runs) {
   const size_t before = runs.size();
   const auto begin_of = [&](int64_t b) {
-    return b == 0 ? 0 : b < e.batch ? static_cast<int64_t>(e.cu_seqlens[b]) : e.rows;
+    return b < e.batch ? static_cast<int64_t>(e.cu_seqlens[b]) : e.rows;
   };
   for (int64_t last, begin; first < e.batch; first = last) {
     begin = begin_of(first);

@@ -127,6 +127,9 @@ enum class Activation : int { kNone = 0, kGelu = 1, kGeluTanh = 2 };
 // the L1 cache, which have no room for a tile's. (Zen 4, BERT-base's 8 x 128: 890 and 840 ms.)
 inline int64_t spaced(int64_t width) { return width % 512 == 0 ? width + 16 : width; }
 
+// Rows of x that linear.cpp multiplies before it reads the weight anew (without AMX).
+constexpr int64_t kRowsOfBlock = 144;
+
 // out = activation(x weight^T + bias); x and out are fp32.
 struct LinearForward {
   int64_t rows, in_features, out_features;

@@ -23,7 +23,7 @@ namespace {
 #ifdef BERT_FAST_AMX
 constexpr int64_t kBlockRows = 256, kPanelsFor2 = 1, kPanelsFor4 = 1;  // not measured
 #else
-constexpr int64_t kBlockRows = 144;  // as encoder.cpp's runs have them
+constexpr int64_t kBlockRows = kRowsOfBlock;
 // Few rows take several panels at once, so that enough sums are under way to hide an FMA's latency.
 constexpr int64_t kPanelsFor2 = k512 ? 4 : 2, kPanelsFor4 = kPanelsFor2 / 2;
 #endif
