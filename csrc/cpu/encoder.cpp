@@ -144,7 +144,6 @@ void forward(const EncoderForward& e, const Run& run, const Parts& parts, float*
              int num_threads) {
   const CpuKernels& kernels = cpu_kernels();
   const auto part = [&](int i) { return memory + parts[i]; };
-  float* const qkv = part(0);  // (rows, 3 hidden), or three times (rows, hidden)
   const Rows x = {e.x + run.begin * e.hidden, e.hidden, e.hidden};
   const Rows context = {part(1), e.hidden, spaced(e.hidden)};
   const Rows projected = {part(2), e.hidden, e.hidden};
@@ -154,14 +153,28 @@ void forward(const EncoderForward& e, const Run& run, const Parts& parts, float*
   std::vector<int32_t> cu_seqlens(e.cu_seqlens + run.first, e.cu_seqlens + run.last + 1);
   for (int32_t& start : cu_seqlens) start -= static_cast<int32_t>(run.begin);
 
-  const auto multiply = [&](const Rows& from, const PackedLinear& by, const Rows& to,
-                            const float* bias = nullptr,
-                            Activation activation = Activation::kNone) {
-    linear_kernels(by.precision)
-        .forward({rows, from.width, to.width, from.at, by.packed, bias, to.at, scratch, activation,
-                  num_threads, from.stride, to.stride});
+  const auto product = [&](const Rows& from, const PackedLinear& by, const Rows& to) {
+    return LinearForward{rows,        from.width, to.width, from.at,           by.packed,
+                         nullptr,     to.at,      scratch,  Activation::kNone, num_threads,
+                         from.stride, to.stride};
   };
-  const auto add_and_norm = [&](const float* linear_bias, const Norm& norm) {
+  const auto qkv = [&](int i, int count) {  // (rows, 3 hidden), or three times (rows, hidden)
+    const int64_t width = 3 / count * e.hidden, stride = spaced(width);
+    return Rows{part(0) + i * rows * stride, width, stride};
+  };
+  const auto multiply = [&](const Rows& from, const PackedLinear& by, const Rows& to,
+                            bool converted = false, const float* bias = nullptr,
+                            Activation activation = Activation::kNone) {
+    LinearForward a = product(from, by, to);
+    a.converted = converted;
+    a.bias = bias;
+    a.activation = activation;
+    linear_kernels(by.precision).forward(a);
+  };
+  // Whether it has converted x for the product by `by` that reads it next, if there is one.
+  const auto add_and_norm = [&](const float* linear_bias, const Norm& norm, const PackedLinear* by,
+                                const Rows& to) {
+    const LinearForward next = by ? product(x, *by, to) : LinearForward{};
     LayerNormForward a = {};
     a.dtype = DType::kFloat32;
     a.rows = rows;
@@ -173,7 +186,10 @@ void forward(const EncoderForward& e, const Run& run, const Parts& parts, float*
     a.bias = norm.bias;
     a.eps = norm.eps;
     a.num_threads = num_threads;
+    a.convert = by ? linear_kernels(by->precision).convert : nullptr;
+    a.next = &next;
     kernels.layer_norm_forward(a);
+    return a.convert != nullptr;
   };
 
   AttentionForward attention = {};
@@ -187,10 +203,10 @@ void forward(const EncoderForward& e, const Run& run, const Parts& parts, float*
   attention.num_threads = num_threads;
   attention.out = {context.at, context.stride, head_dim};
 
-  const auto project = [&](const PackedLinear* weights, int count) {
-    const int64_t width = 3 / count * e.hidden, stride = spaced(width);
+  const auto project = [&](const PackedLinear* weights, int count, bool converted) {
+    const auto [q, width, stride] = qkv(0, count);
     for (int i = 0; i < count; ++i) {
-      multiply(x, weights[i], {qkv + i * rows * stride, width, stride});
+      multiply(x, weights[i], qkv(i, count), converted);
       // Side by side, as attention reads them: whatever was written to them since they were bound.
       if (count > 1) std::memcpy(bias_of_qkv + i * width, weights[i].bias, width * sizeof(float));
     }
@@ -200,20 +216,22 @@ void forward(const EncoderForward& e, const Run& run, const Parts& parts, float*
     const bool rounds = std::all_of(weights, weights + count, is_rounded);
     attention.precision = rounds ? Precision::kBFloat16 : Precision::kFloat32;
     const int64_t apart = count > 1 ? rows * stride : e.hidden;  // from q to k, from k to v
-    attention.q = {qkv, stride, head_dim};
-    attention.k = {qkv + apart, stride, head_dim};
-    attention.v = {qkv + 2 * apart, stride, head_dim};
+    attention.q = {q, stride, head_dim};
+    attention.k = {q + apart, stride, head_dim};
+    attention.v = {q + 2 * apart, stride, head_dim};
   };
 
+  bool converted = false;  // whether scratch holds x as the next product reads it
   for (int64_t i = 0; i < e.num_layers; ++i) {
-    const EncoderLayer& layer = e.layers[i];
-    project(layer.qkv, layer.qkv_products);
+    const EncoderLayer &layer = e.layers[i], *next = i + 1 < e.num_layers ? &layer + 1 : nullptr;
+    project(layer.qkv, layer.qkv_products, converted);
     attention_forward(attention);
     multiply(context, layer.out, projected);
-    add_and_norm(layer.out.bias, layer.attention_norm);
-    multiply(x, layer.up, wide, layer.up.bias, e.activation);
+    converted = add_and_norm(layer.out.bias, layer.attention_norm, &layer.up, wide);
+    multiply(x, layer.up, wide, converted, layer.up.bias, e.activation);
     multiply(wide, layer.down, projected);
-    add_and_norm(layer.down.bias, layer.output_norm);
+    converted = add_and_norm(layer.down.bias, layer.output_norm,
+                             next && next->qkv_products == 1 ? next->qkv : nullptr, qkv(0, 1));
   }
 }
 

@@ -51,6 +51,8 @@ struct AttentionBackward : AttentionShape {
   const float* lse;
 };
 
+struct LinearForward;
+
 // out = LN(residual + dropout(x + linear_bias)) * weight + bias, rows of `hidden` elements.
 struct LayerNormForward {
   DType dtype;
@@ -64,6 +66,10 @@ struct LayerNormForward {
   double dropout_p;
   uint64_t seed;
   int num_threads;
+  // Of the CPU's kernels alone: a LinearKernels' convert, and its product of out, whose rows are
+  // converted as they are written; or null.
+  void (*convert)(const LinearForward&, int64_t row);
+  const LinearForward* next;
 };
 
 struct LayerNormBackward {
@@ -141,6 +147,7 @@ struct LinearForward {
   Activation activation;
   int num_threads;
   int64_t x_stride, out_stride;
+  bool converted = false;       // whether scratch holds all rows of x already, by convert
 };
 
 // A weight to pack: float, bf16 or int8_t elements by the precision.
@@ -188,6 +195,7 @@ struct LinearKernels {
   int64_t (*scratch_size)(int64_t rows, int64_t in_features, int num_threads);       // bytes
   void (*pack)(const LinearWeight&, void* packed, int num_threads);
   void (*unpack)(const void* packed, const LinearWeight& to);  // elements back
+  void (*convert)(const LinearForward&, int64_t row);          // into scratch; null: not row by row
   void (*forward)(const LinearForward&);
 };
 

@@ -40,6 +40,7 @@ void forward(const LayerNormForward& a) {
       });
       normalise_row(h, total, a.hidden, a.eps, a.weight, a.bias, out,
                     a.mean ? a.mean + row : nullptr, a.rstd ? a.rstd + row : nullptr);
+      if (a.convert) a.convert(*a.next, row);
     });
   });
 }

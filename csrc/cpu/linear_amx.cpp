@@ -304,7 +304,8 @@ void amx_attention_in_bf16(const AttentionForward& a) { BERT_FAST_ISA::attention
 const LinearKernels* amx_linear_kernels(Precision precision) {
   static const LinearKernels kernels = {"amx", true, BERT_FAST_ISA::packed_size,
                                         BERT_FAST_ISA::scratch_bytes, BERT_FAST_ISA::pack,
-                                        avx512_linear_kernels().unpack, BERT_FAST_ISA::forward};
+                                        avx512_linear_kernels().unpack, nullptr,
+                                        BERT_FAST_ISA::forward};
   if (!BERT_FAST_ISA::has_amx(precision)) return nullptr;
   return precision == Precision::kFloat32 ? &kernels : &BERT_FAST_ISA::linear(precision);
 }

@@ -19,8 +19,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import bert_fast
-from bert_fast import _C
+from bert_fast import _C, ops
 from bert_fast.backends import cpu
+from bert_fast.models.blocks import Linear
 from bert_fast.models.workspace import Workspace
 
 VOCABULARY = 50
@@ -130,6 +131,35 @@ def test_many_sequences_run_by_run(calls, lengths, dtype, threads, spare):
             assert torch.equal(run(model, ids, mask, capacity=capacity), wanted)
         model.workspace.check()
     assert len(calls) == 2
+
+
+@settings(
+    deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    precisions=st.lists(
+        st.sampled_from(["float32", "bfloat16", "int8", "int8 with factors"]),
+        min_size=8,
+        max_size=8,
+    ),
+    lengths=st.lists(st.integers(0, 150), min_size=1, max_size=6),
+)
+def test_each_product_in_a_precision_of_its_own(calls, precisions, lengths):
+    """Layer-norm converts what it writes for the product that reads it next."""
+    calls.clear()
+    model = drawn_model(2, 20, 72)
+    linears = [module for module in model.layers.modules() if isinstance(module, Linear)]
+    for linear, precision in zip(linears, precisions, strict=True):
+        factors = torch.rand(linear.in_features) + 0.5 if "factors" in precision else None
+        linear.packed = ops.pack_weight(linear.weight, precision.split()[0], factors)
+    lengths.append(1)
+    ids = torch.randint(1, VOCABULARY, (sum(lengths),))
+    options = {"cu_seqlens": cu_seqlens(lengths), "max_seqlen": max(lengths)}
+    wanted = one_by_one(model, ids, **options)
+    model.workspace = Guarded()
+    assert torch.equal(run(model, ids, **options), wanted)
+    model.workspace.check()
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16", "int8"])
