@@ -64,8 +64,21 @@ def test_the_best_batch_size_counts():
         for _ in range(20_000 if size == 4 else 2_000_000):
             pass
 
-    assert protocol.best(encode, ["a"] * 8, (2, 4))[1] == 4
+    assert protocol.best(encode, ["a"] * 8, (2, 4), seconds=0)[1] == 4
     assert calls == [(2, 2), (8, 2), (4, 4), (8, 4)]
+    calls.clear()
+    protocol.best(encode, ["a"] * 8, (4, 16, 32), seconds=0)
+    assert calls == [(4, 4), (8, 4), (8, 8), (8, 8)]  # no size twice: there are no more texts
+
+
+def test_a_short_measurement_is_repeated(monkeypatch):
+    clock, taken = [0.0], iter([9.0, 0.4, 0.2, 0.5])  # to warm up, then of three calls the median
+
+    def encode(some, size):
+        clock[0] += next(taken)
+
+    monkeypatch.setattr(protocol.time, "perf_counter", lambda: clock[0])
+    assert protocol.best(encode, ["a"] * 8, (8,)) == (pytest.approx(8 / 0.4), 8)
 
 
 def test_summary_is_the_median_over_models_and_texts():
