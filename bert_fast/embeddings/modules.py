@@ -8,6 +8,7 @@ from bert_fast.embeddings import settings
 from bert_fast.embeddings.pooling import MODES, pool
 from bert_fast.embeddings.settings import check_settings, read_json, read_settings
 from bert_fast.files import CheckpointError
+from bert_fast.models.blocks import Linear
 from bert_fast.models.checkpoint import read_weights
 
 BOOLEANS = {  # of sentence-transformers before 5.4, in the order in which results are joined
@@ -56,17 +57,18 @@ class Pooling(nn.Module):
 
 
 class Dense(nn.Module):
-    """A linear layer and its activation."""
+    """A linear layer and its activation; on a CPU its products, too, give a row the same bits
+    whatever the others are."""
 
     rules = settings.DENSE
 
     def __init__(self, in_features, out_features, bias, activation, use_residual):
         super().__init__()
-        self.linear = nn.Linear(in_features, out_features, bias=bias)
+        self.linear = Linear(in_features, out_features, bias=bias)
         self.activation = activation
         self.use_residual = use_residual
         if use_residual and in_features != out_features:
-            self.residual = nn.Linear(in_features, out_features, bias=False)
+            self.residual = Linear(in_features, out_features, bias=False)
 
     @classmethod
     def load(cls, directory, width):
@@ -76,7 +78,10 @@ class Dense(nn.Module):
             width, values["out_features"], values.get("bias", True),
             read_activation(directory / "config.json", name), values.get("use_residual", False),
         )  # fmt: skip
-        return _with_weights(module, directory)
+        module = _with_weights(module, directory)
+        for linear in filter(lambda part: isinstance(part, Linear), module.children()):
+            linear.prepack()
+        return module
 
     def width(self, width):
         return self.linear.out_features

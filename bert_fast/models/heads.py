@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bert_fast import ops
 from bert_fast.models import checkpoint
 from bert_fast.models.bert import BertModel, exportable
-from bert_fast.models.blocks import GELU_APPROXIMATE, initialiser
+from bert_fast.models.blocks import GELU_APPROXIMATE, Linear, initialiser
 from bert_fast.models.config import BertConfig
 from bert_fast.models.inference import Precision, for_inference
 from bert_fast.ops.cross_entropy import IGNORED, linear_cross_entropy
@@ -126,7 +126,9 @@ class _BertWithHead(nn.Module):
 
     def prepack(self) -> Self:
         """As :meth:`bert_fast.BertModel.prepack`."""
-        self.bert.prepack()
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.prepack()
         return self
 
     def for_inference(
@@ -292,7 +294,7 @@ class BertForSequenceClassification(_BertWithHead):
     def __init__(self, config):
         super().__init__(config)
         self.dropout = _Dropout(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = Linear(config.hidden_size, config.num_labels)
         self._init_head()
 
     def forward(

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bert_fast
+from bert_fast import _C
 from bert_fast.bench import data
 from bert_fast.embeddings.pooling import pool
 from bert_fast.embeddings.tokenizer import batches_by_tokens
@@ -45,7 +46,8 @@ def test_order_and_budget_do_not_matter(encoder):
     short = [text[:200] for text in texts()]
     a = encoder.encode(short, batch_tokens=10_000)
     b = encoder.encode(short[::-1], batch_tokens=1)[::-1]
-    assert np.abs(a - b).max() < 2e-6
+    # On AMX few rows in float32 are rounded otherwise.
+    assert np.abs(a - b).max() < 2e-6 if _C.linear_kind(0) == "amx" else np.array_equal(a, b)
     assert encoder.encode([]).shape == (0, 384)
     assert encoder.encode([""]).shape == (1, 384)
 
