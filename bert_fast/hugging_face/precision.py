@@ -66,7 +66,7 @@ def pack_layers(layers, bases, dtype, calibration):
                 for inputs in drawn_inputs(base.config) if calibration is None else calibration:
                     base(**inputs)
 
-    pack(products, precision, calibrate)
+    pack(products, precision, calibrate, bases)
 
 
 class _Slot:

@@ -40,22 +40,22 @@ def check_calibration(precision, calibration):
         raise ValueError(f"calibration is for int8, not for {precision}")
 
 
-def pack(products, precision, calibrate):
+def pack(products, precision, calibrate, models):
     """Lays products out for inference. If it fails, they are as they were.
 
     Args:
         products: (name, product) pairs; a product has ``weight`` and takes ``packed``.
+        models: what the products are of.
         precision: "float32", "bfloat16" or "int8".
         calibrate: runs the model on calibration inputs; called for int8 alone.
 
     Raises:
         ValueError: a weight is not finite, or calibration ran no tokens.
     """
-    for name, product in products:
-        if precision != "float32" and not torch.isfinite(product.weight).all():
-            raise ValueError(
-                f"{name} is not finite: its rounding to {precision} would mean nothing"
-            )
+    for model in models if precision != "float32" else ():
+        for name, parameter in model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise ValueError(f"{name} is not finite: {precision} beside it would mean nothing")
     _say_where_slow(precision)
     if precision != "int8":
         for _, product in products:
@@ -106,7 +106,7 @@ def for_inference(model, precision, calibration):
             for inputs in drawn_inputs(encoder.config) if calibration is None else calibration:
                 encoder.encode(**inputs)
 
-    pack(products, precision, calibrate)
+    pack(products, precision, calibrate, [model])
     model.requires_grad_(False)
     for _, product in products:
         product.release()

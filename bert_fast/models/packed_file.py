@@ -23,6 +23,8 @@ def packed_alone(directory):
 
 
 PACKED_FILE, FORMAT, VERSION = "bert_fast.safetensors", "bert_fast packed weights", "1"
+# What a config says that changes results, and that no shape of a weight shows.
+UNSEEN = "num_attention_heads", "hidden_act", "layer_norm_eps"
 
 
 def save_packed(model, directory):
@@ -43,6 +45,7 @@ def save_packed(model, directory):
         "version": VERSION,
         "model": kind,
         "dtype": encoder_of(model).served_in,
+        **{name: str(getattr(model.config, name)) for name in UNSEEN},
     }
     with atomic_path(directory / PACKED_FILE) as path:
         save_file(state, path, metadata=about)
@@ -75,6 +78,12 @@ def fill_packed(model, state, about, path):
     """Gives ``model``, on the meta device, the weights that :func:`read_packed` read."""
     if about.get("model") != type(model).__name__:
         raise CheckpointError(f"{path} holds a {about.get('model')}, not a {type(model).__name__}")
+    for name in UNSEEN:
+        wanted = str(getattr(model.config, name))
+        if about.get(name, wanted) != wanted:
+            raise CheckpointError(
+                f"{path} is of another model: its {name} is {about[name]}, config.json's {wanted}"
+            )
     packed, weights = {}, []
     encoder = encoder_of(model)
     prefix = "layers" if encoder is model else "bert.layers"

@@ -28,16 +28,17 @@ def texts():
     ]
 
 
-def test_bfloat16_stands_beside_float32(directory, texts, capsys):
-    rows, tokens = comparison.compare(directory, texts, rounds=1, dtype="bfloat16")
-    assert [row.name for row in rows][-3:] == ["HF sdpa, sorted", "bert_fast", "bert_fast bfloat16"]
+@pytest.mark.parametrize(("dtype", "least"), [("bfloat16", 0.99), ("int8", 0.95)])
+def test_a_cheaper_format_stands_beside_float32(directory, texts, dtype, least, capsys):
+    rows, tokens = comparison.compare(directory, texts, rounds=1, dtype=dtype)
+    assert [row.name for row in rows][-3:] == ["HF sdpa, sorted", "bert_fast", f"bert_fast {dtype}"]
     theirs = SentenceTransformer(str(directory), device="cpu").encode(texts)
     exact, cheap = (quality.cosines(row.embeddings, theirs) for row in rows[-2:])
     assert exact["least"] > 1 - 1e-6
-    assert 0.99 < cheap["least"] < 1 - 1e-7
+    assert least < cheap["least"] < 1 - 1e-7
     comparison.report(rows, tokens)
     out = " ".join(capsys.readouterr().out.split())
-    assert "fp32 and bfloat16" in out
+    assert f"fp32 and {dtype}" in out
     figures = re.search(r"least: ([\d.]+) / ([\d.]+) / ([\d.]+)", out).groups()
     assert [float(f) for f in figures] == pytest.approx(list(cheap.values()), abs=1e-3)
     shared = quality.recall(rows[-1].embeddings, theirs)

@@ -48,6 +48,15 @@ def test_cross_encoder(dtype, tmp_path):
     assert not np.array_equal(found, wanted)
 
 
+def test_calibrate_a_cross_encoder(tmp_path):
+    _, directory = cross_encoder(tmp_path)
+    ranker = bert_fast.CrossEncoder(directory, dtype="int8")
+    wanted, before = bert_fast.CrossEncoder(directory).predict(PAIRS), ranker.predict(PAIRS)
+    ranker.calibrate(TEXTS)
+    assert not np.array_equal(ranker.predict(PAIRS), before)
+    assert np.abs(ranker.predict(PAIRS) - wanted).max() < 0.05
+
+
 def test_calibrate(tmp_path):
     _, directory = sentence_transformer(tmp_path, Pooling(32))
     encoder = bert_fast.SentenceEncoder(directory, dtype="int8")
@@ -100,6 +109,7 @@ def test_int8_is_for_the_cpu(tmp_path):
 
 
 def test_command_line(tmp_path):
+    kind = transformers.BertForSequenceClassification
     directory, text = bert(tmp_path / "bert"), tmp_path / "texts.txt"
     text.write_text("the film\ngood plot\n", encoding="utf-8")
     out = tmp_path / "out.npy"
@@ -108,7 +118,14 @@ def test_command_line(tmp_path):
     wanted = bert_fast.SentenceEncoder(directory, dtype="int8").encode(["the film", "good plot"])
     assert np.array_equal(np.load(out), wanted)
 
-    kind = transformers.BertForSequenceClassification
+    ranker, ranked = bert(tmp_path / "ranker", kind=kind, num_labels=1), tmp_path / "ranked.jsonl"
+    options = ["--model", str(ranker), "--text", str(text), "--out", str(ranked)]
+    words = ["rerank", *options, "--query", "good?", "--device", "cpu", "--dtype", "int8"]
+    assert main(words) == 0
+    scores = bert_fast.CrossEncoder(ranker, dtype="int8").rank("good?", ["the film", "good plot"])
+    found = [json.loads(row)["score"] for row in ranked.read_text().splitlines()]
+    assert found == [pytest.approx(float(row["score"]), rel=1e-6) for row in scores]
+
     tuned = bert(tmp_path / "tuned", kind=kind, num_labels=3)
     found = {}
     for dtype in ("float32", "int8"):
