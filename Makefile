@@ -34,6 +34,7 @@ bench: build
 	$(PY) -m pip install -q -c constraints.txt -e ".[bench]" --no-build-isolation
 	mkdir -p out
 	$(PY) -m benchmarks.bars --json out/bars.json
+	$(PY) -m benchmarks.busy --json out/busy.json
 
 docs: build
 	$(PY) -m pip install -q -c constraints.txt -e ".[docs]" --no-build-isolation

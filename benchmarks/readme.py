@@ -33,6 +33,7 @@ def tables(results=RESULTS):
     parts = [LEGEND]
     parts += [_device(path) for path in sorted(results.glob("*/bars*.json"))]
     parts += [_growth(path) for path in sorted(results.glob("*/sweep-batch.json"))]
+    parts += [_busy(path) for path in sorted(results.glob("*/busy.json"))]
     parts += [_drop_in(path) for path in sorted(results.glob("*/drop-in.json"))]
     parts += [_finetune(path) for path in sorted(results.glob("*/finetune.json"))]
     found = {level: sorted(results.glob(f"*/{level}.json")) for level in GPU_LEVELS}
@@ -96,6 +97,25 @@ def _drop_in(path):
             f"| {row['work']} | {theirs:,.0f} {row['unit']} | {ours:,.0f} {row['unit']} "
             f"| {ours / theirs:.2f} |"
         )
+    return "\n".join(table)
+
+
+def _busy(path):
+    """Beside busy processes, over the quiet time."""
+    result, facts = _read(path)
+    names = list(result["rows"][0]["quiet"])
+    table = [
+        f"Beside {result['processes']} busy processes, times a contestant's own quiet time: "
+        f"{_machine(facts)}:",
+        "",
+        "| workload | bert_fast, ms, quiet and beside | " + " | ".join(names) + " |",
+        "| --- " * (2 + len(names)) + "|",
+    ]
+    for row in result["rows"]:
+        quiet, beside = row["quiet"], row["busy"]
+        ratios = [f"{beside[name] / quiet[name]:.2f}" for name in names]
+        ours = f"{quiet['bert_fast']:.3g}, {beside['bert_fast']:.3g}"
+        table.append(f"| {row['work']} | {ours} | {' | '.join(ratios)} |")
     return "\n".join(table)
 
 
