@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bert_fast.embeddings.modules import read_activation
+from bert_fast.embeddings.modules import by_row, read_activation
 from bert_fast.embeddings.settings import read_json
 from bert_fast.embeddings.text_model import TextModel, check_batches, converted
 from bert_fast.files import CheckpointError
@@ -146,7 +146,7 @@ class CrossEncoder(TextModel):
         encodings = self._tokenize([(prompt + first, second) for first, second in texts])
 
         def finish(logits, cu_seqlens):
-            scores = activation_fn(logits.float())
+            scores = by_row(activation_fn, logits.float())
             if self.num_labels == 1 and scores.ndim > 1:
                 scores = scores.squeeze(-1)
             return torch.softmax(scores, dim=1) if apply_softmax and scores.ndim > 1 else scores

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bert_fast.embeddings import vectors
 from bert_fast.embeddings.backbone import load_backbone
-from bert_fast.embeddings.modules import list_modules, load_modules
+from bert_fast.embeddings.modules import list_modules, load_modules, place
 from bert_fast.embeddings.text_model import TextModel, check_batches, converted
 from bert_fast.files import CheckpointError
 
@@ -80,14 +80,14 @@ class SentenceEncoder(TextModel):
         self.backbone = load_backbone(inner, dtype, device, self.kind)
         self.pooling, *self.modules = load_modules(listed, self.backbone.config.hidden_size)
         for module in self.modules:
-            module.to(device)
+            place(module, device)
         return inner
 
     def to(self, device: torch.device | str):
         """Moves the model and its modules."""
         super().to(device)  # first: it may refuse
         for module in self.modules:
-            module.to(device)
+            place(module, device)
         return self
 
     @property

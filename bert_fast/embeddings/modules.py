@@ -21,6 +21,26 @@ BOOLEANS = {  # of sentence-transformers before 5.4, in the order in which resul
 }
 
 
+def place(module, device):
+    """Moves a module; on a CPU its products are packed, so that a row's bits are its own."""
+    module.to(device)
+    if torch.device(device).type == "cpu":
+        for part in module.modules():
+            if isinstance(part, Linear):
+                part.prepack()
+
+
+def by_row(activation, x):
+    """``activation(x)`` of (rows, width). On a CPU torch takes other exponentials at the end of a
+    tensor than inside it: a row's last bits would depend on how many rows there are."""
+    elementwise = type(activation).__module__ == nn.GELU.__module__ and not hasattr(
+        activation, "dim"
+    )
+    if not elementwise or x.device.type != "cpu" or len(x) < 2:
+        return activation(x)
+    return torch.cat([activation(row) for row in x.split(1)])
+
+
 class Pooling(nn.Module):
     """Token vectors to one per text; several modes are joined."""
 
@@ -78,16 +98,13 @@ class Dense(nn.Module):
             width, values["out_features"], values.get("bias", True),
             read_activation(directory / "config.json", name), values.get("use_residual", False),
         )  # fmt: skip
-        module = _with_weights(module, directory)
-        for linear in filter(lambda part: isinstance(part, Linear), module.children()):
-            linear.prepack()
-        return module
+        return _with_weights(module, directory)
 
     def width(self, width):
         return self.linear.out_features
 
     def forward(self, x):
-        out = self.activation(self.linear(x))
+        out = by_row(self.activation, self.linear(x))
         if not self.use_residual:
             return out
         return out + (self.residual(x) if hasattr(self, "residual") else x)

@@ -109,7 +109,7 @@ def accelerate(
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, _Layer)]
     if dtype is not None:
         bases = [module for module in model.modules() if isinstance(module, _Model)]
-        pack_layers(layers, bases, dtype, calibration)
+        pack_layers(model, layers, bases, dtype, calibration)
     elif prepack:
         for _, layer in layers:
             layer._bert_fast.how.clear()

@@ -36,8 +36,9 @@ def check_arguments(model, dtype, calibration):
         raise ValueError("calibration is for dtype='int8'")
 
 
-def pack_layers(layers, bases, dtype, calibration):
-    """``layers``: (name, accelerated layer); ``bases``: the encoders that calibration runs."""
+def pack_layers(model, layers, bases, dtype, calibration):
+    """``layers``: (name, accelerated layer) of ``model``; ``bases``: the encoders in it, which
+    calibration runs."""
     precision, products, others = check_precision(dtype), [], []
     for name, layer in layers:
         for path in layer._bert_fast.family.linears():
@@ -66,7 +67,7 @@ def pack_layers(layers, bases, dtype, calibration):
                 for inputs in drawn_inputs(base.config) if calibration is None else calibration:
                     base(**inputs)
 
-    pack(products, precision, calibrate, bases)
+    pack(products, precision, calibrate, model)
 
 
 class _Slot:

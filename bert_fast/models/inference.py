@@ -40,22 +40,32 @@ def check_calibration(precision, calibration):
         raise ValueError(f"calibration is for int8, not for {precision}")
 
 
-def pack(products, precision, calibrate, models):
+def _is_finite(weight):
+    if weight.is_meta or not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
+        return True  # elsewhere, or of somebody's own format: nothing can be said of it
+    if not weight.numel():
+        return True
+    return all(torch.isfinite(end) for end in torch.aminmax(weight.detach()))
+
+
+def pack(products, precision, calibrate, model):
     """Lays products out for inference. If it fails, they are as they were.
 
     Args:
         products: (name, product) pairs; a product has ``weight`` and takes ``packed``.
-        models: what the products are of.
+        model: what the products are of.
         precision: "float32", "bfloat16" or "int8".
         calibrate: runs the model on calibration inputs; called for int8 alone.
 
     Raises:
-        ValueError: a weight is not finite, or calibration ran no tokens.
+        ValueError: a parameter is not finite, or calibration ran no tokens.
     """
-    for model in models if precision != "float32" else ():
-        for name, parameter in model.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise ValueError(f"{name} is not finite: {precision} beside it would mean nothing")
+    if precision != "float32":
+        # Also what is computed of parameters: by a parametrisation, by weight_norm.
+        weights = [(name, product.weight) for name, product in products]
+        for name, weight in [*weights, *model.named_parameters()]:
+            if not _is_finite(weight):
+                raise ValueError(f"{name} is not finite: in {precision} results would mean nothing")
     _say_where_slow(precision)
     if precision != "int8":
         for _, product in products:
@@ -106,7 +116,7 @@ def for_inference(model, precision, calibration):
             for inputs in drawn_inputs(encoder.config) if calibration is None else calibration:
                 encoder.encode(**inputs)
 
-    pack(products, precision, calibrate, [model])
+    pack(products, precision, calibrate, model)
     model.requires_grad_(False)
     for _, product in products:
         product.release()

@@ -8,7 +8,7 @@ import torch
 
 from bert_fast import ops
 from bert_fast.files import CheckpointError, atomic_path
-from bert_fast.models.blocks import PACKED_KEYS, Linear
+from bert_fast.models.blocks import GELU_APPROXIMATE, PACKED_KEYS, Linear
 from bert_fast.models.inference import Precision, encoder_of
 
 WEIGHTS = [f"{stem}{index}" for stem in ("model.safetensors", "pytorch_model.bin")
@@ -24,7 +24,7 @@ def packed_alone(directory):
 
 PACKED_FILE, FORMAT, VERSION = "bert_fast.safetensors", "bert_fast packed weights", "1"
 # What a config says that changes results, and that no shape of a weight shows.
-UNSEEN = "num_attention_heads", "hidden_act", "layer_norm_eps"
+UNSEEN = {"num_attention_heads": int, "hidden_act": GELU_APPROXIMATE.get, "layer_norm_eps": float}
 
 
 def save_packed(model, directory):
@@ -78,11 +78,11 @@ def fill_packed(model, state, about, path):
     """Gives ``model``, on the meta device, the weights that :func:`read_packed` read."""
     if about.get("model") != type(model).__name__:
         raise CheckpointError(f"{path} holds a {about.get('model')}, not a {type(model).__name__}")
-    for name in UNSEEN:
-        wanted = str(getattr(model.config, name))
-        if about.get(name, wanted) != wanted:
+    for name, meaning in UNSEEN.items():
+        said, wanted = about.get(name), getattr(model.config, name)
+        if said is not None and meaning(said) != meaning(wanted):
             raise CheckpointError(
-                f"{path} is of another model: its {name} is {about[name]}, config.json's {wanted}"
+                f"{path} is of another model: of {name} {said}, not {wanted} as asked for"
             )
     packed, weights = {}, []
     encoder = encoder_of(model)

@@ -225,7 +225,7 @@ def test_a_packed_file_of_another_model_is_refused(name, value, tmp_path):
     config = json.loads(path.read_text())
     assert config[name] != value
     path.write_text(json.dumps({**config, name: value}))
-    with pytest.raises(CheckpointError, match=rf"another model: its {name} is .*, config.json's"):
+    with pytest.raises(CheckpointError, match=rf"another model: of {name} .*, not {value} as"):
         bert_fast.BertModel.from_pretrained(tmp_path)
 
 
@@ -262,21 +262,6 @@ def test_other_dtypes_are_refused(dtype):
 def test_models_that_cannot_be_packed_are_refused():
     with pytest.raises(ValueError, match=r"float32 models on the CPU, not torch.bfloat16"):
         drawn().bfloat16().for_inference("int8")
-
-
-@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
-@pytest.mark.parametrize(
-    "name",
-    ["layers.1.feed_forward.up.weight", "layers.0.attention.qkv.bias", "embeddings.word.weight",
-     "layers.0.feed_forward.norm.weight", "pooler.bias"],
-)  # fmt: skip
-def test_what_is_not_finite_is_refused(precision, name):
-    model = drawn()
-    with torch.no_grad():
-        model.get_parameter(name).flatten()[-1] = torch.nan if precision == "int8" else torch.inf
-    with pytest.raises(ValueError, match=rf"{name} is not finite"):
-        model.for_inference(precision)
-    assert model.served_in is None
 
 
 @pytest.mark.parametrize("calibration", [[], [{"input_ids": torch.zeros(2, 0, dtype=torch.long)}]])
@@ -383,23 +368,6 @@ def test_accelerate_says_which_products_it_leaves():
     model.encoder.layer[1].output.dense.__class__ = Other
     with pytest.warns(UserWarning, match=r"1 products .*layer.1.output.dense, a Other"):
         bert_fast.accelerate(model, dtype="bfloat16")
-
-
-def test_accelerate_refuses_what_is_not_finite():
-    model = transformers.BertModel(transformers.BertConfig(**SIZES)).eval()
-    with torch.no_grad():
-        model.encoder.layer[1].output.LayerNorm.bias[3] = torch.nan
-    with pytest.raises(ValueError, match=r"layer.1.output.LayerNorm.bias is not finite"):
-        bert_fast.accelerate(model, dtype="int8")
-
-
-def test_calibration_whose_activations_are_not_finite_is_refused():
-    model = drawn()
-    with torch.no_grad():
-        model.layers[0].feed_forward.norm.weight.mul_(1e38).mul_(1e1)  # finite, times more is not
-        model.layers[0].feed_forward.norm.weight.clamp_(-3e38, 3e38)
-    with pytest.raises(ValueError, match=r"calibration: the input of layers.1.*is not finite"):
-        model.for_inference("int8")
 
 
 def test_accelerate_refuses_what_it_cannot_pack():
