@@ -5,6 +5,7 @@ python -m benchmarks.readme
 
 from pathlib import Path
 
+from benchmarks import busy
 from bert_fast.bench import report
 from bert_fast.bench.command import lines
 
@@ -103,7 +104,8 @@ def _drop_in(path):
 def _busy(path):
     """Beside busy processes, over the quiet time."""
     result, facts = _read(path)
-    names = list(result["rows"][0]["quiet"])
+    rows = [(row, busy.ratios(row)) for row in result["rows"]]
+    names = list(dict.fromkeys(name for _, ratios in rows for name in ratios))
     table = [
         f"Beside {result['processes']} busy processes, times a contestant's own quiet time: "
         f"{_machine(facts)}:",
@@ -111,11 +113,10 @@ def _busy(path):
         "| workload | bert_fast, ms, quiet and beside | " + " | ".join(names) + " |",
         "| --- " * (2 + len(names)) + "|",
     ]
-    for row in result["rows"]:
-        quiet, beside = row["quiet"], row["busy"]
-        ratios = [f"{beside[name] / quiet[name]:.2f}" for name in names]
-        ours = f"{quiet['bert_fast']:.3g}, {beside['bert_fast']:.3g}"
-        table.append(f"| {row['work']} | {ours} | {' | '.join(ratios)} |")
+    for row, ratios in rows:
+        cells = [f"{ratios[name]:.2f}" if name in ratios else "-" for name in names]
+        ours = ", ".join(f"{row[state]['bert_fast']:.3g}" for state in ("quiet", "busy"))
+        table.append(f"| {row['work']} | {ours} | {' | '.join(cells)} |")
     return "\n".join(table)
 
 
