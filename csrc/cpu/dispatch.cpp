@@ -11,6 +11,7 @@ namespace bert_fast {
   void attention_forward(const AttentionForward&);                   \
   void attention_backward(const AttentionBackward&);                 \
   void layer_norm_forward(const LayerNormForward&);                  \
+  void layer_norm_converted(const LayerNormForward&, const LinearKernels&, const LinearForward&); \
   void layer_norm_backward(const LayerNormBackward&);                \
   void embedding_forward(const EmbeddingForward&);                   \
   void gelu_forward(const GeluForward&);                             \
@@ -21,7 +22,7 @@ namespace bert_fast {
                             void (*in_bf16)(const AttentionForward&) = nullptr) { \
     return {attention_forward,  in_bf16,                             \
             attention_backward,                                      \
-            layer_norm_forward, layer_norm_backward,                 \
+            layer_norm_forward, layer_norm_converted, layer_norm_backward, \
             embedding_forward,                                       \
             gelu_forward,       gelu_backward,                       \
             products};                                               \

@@ -174,7 +174,6 @@ void forward(const EncoderForward& e, const Run& run, const Parts& parts, float*
   // Whether it has converted x for the product by `by` that reads it next, if there is one.
   const auto add_and_norm = [&](const float* linear_bias, const Norm& norm, const PackedLinear* by,
                                 const Rows& to) {
-    const LinearForward next = by ? product(x, *by, to) : LinearForward{};
     LayerNormForward a = {};
     a.dtype = DType::kFloat32;
     a.rows = rows;
@@ -186,10 +185,11 @@ void forward(const EncoderForward& e, const Run& run, const Parts& parts, float*
     a.bias = norm.bias;
     a.eps = norm.eps;
     a.num_threads = num_threads;
-    a.convert = by ? linear_kernels(by->precision).convert : nullptr;
-    a.next = &next;
-    kernels.layer_norm_forward(a);
-    return a.convert != nullptr;
+    const LinearKernels* next = by ? &linear_kernels(by->precision) : nullptr;
+    const bool converts = next && next->convert;
+    if (converts) kernels.layer_norm_converted(a, *next, product(x, *by, to));
+    else kernels.layer_norm_forward(a);
+    return converts;
   };
 
   AttentionForward attention = {};

@@ -51,8 +51,6 @@ struct AttentionBackward : AttentionShape {
   const float* lse;
 };
 
-struct LinearForward;
-
 // out = LN(residual + dropout(x + linear_bias)) * weight + bias, rows of `hidden` elements.
 struct LayerNormForward {
   DType dtype;
@@ -66,10 +64,6 @@ struct LayerNormForward {
   double dropout_p;
   uint64_t seed;
   int num_threads;
-  // Of the CPU's kernels alone: a LinearKernels' convert, and its product of out, whose rows are
-  // converted as they are written; or null.
-  void (*convert)(const LinearForward&, int64_t row);
-  const LinearForward* next;
 };
 
 struct LayerNormBackward {
@@ -214,6 +208,8 @@ struct CpuKernels {
   void (*attention_in_bf16)(const AttentionForward&);  // for processors with that product; or null
   void (*attention_backward)(const AttentionBackward&);
   void (*layer_norm_forward)(const LayerNormForward&);
+  // Each row of out, fp32, is converted for the product that reads it next, as it is written.
+  void (*layer_norm_converted)(const LayerNormForward&, const LinearKernels&, const LinearForward& next);
   void (*layer_norm_backward)(const LayerNormBackward&);
   void (*embedding_forward)(const EmbeddingForward&);
   void (*gelu_forward)(const GeluForward&);

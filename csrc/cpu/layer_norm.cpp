@@ -6,8 +6,9 @@ namespace bert_fast {
 namespace BERT_FAST_ISA {
 namespace {
 
-template <class T>
-void forward(const LayerNormForward& a) {
+// then(row): what follows a row, while it is in the L1 cache.
+template <class T, class Then>
+void forward(const LayerNormForward& a, Then then) {
   const int threads = threads_for(a.rows * a.hidden, a.num_threads);
   parallel(threads, a.rows, grain_for(a.rows, threads), [&](Work& work) {
     // The row being normalised, in fp32, and its dropout factors: both stay in the L1 cache.
@@ -40,7 +41,7 @@ void forward(const LayerNormForward& a) {
       });
       normalise_row(h, total, a.hidden, a.eps, a.weight, a.bias, out,
                     a.mean ? a.mean + row : nullptr, a.rstd ? a.rstd + row : nullptr);
-      if (a.convert) a.convert(*a.next, row);
+      then(row);
     });
   });
 }
@@ -152,7 +153,14 @@ void backward(const LayerNormBackward& a) {
 }  // namespace
 
 void layer_norm_forward(const LayerNormForward& a) {
-  dispatch_dtype(a.dtype, [&](auto* type) { forward<std::remove_pointer_t<decltype(type)>>(a); });
+  dispatch_dtype(a.dtype, [&](auto* type) {
+    forward<std::remove_pointer_t<decltype(type)>>(a, [](int64_t) {});
+  });
+}
+
+void layer_norm_converted(const LayerNormForward& a, const LinearKernels& by,
+                          const LinearForward& next) {
+  forward<float>(a, [&](int64_t row) { by.convert(next, row); });
 }
 
 void layer_norm_backward(const LayerNormBackward& a) {
