@@ -51,7 +51,7 @@ from bert_fast.kernels.attention_tiles import (
     statistics,
     store_rows,
 )
-from bert_fast.kernels.common import cdiv, dot, precision, seed_or, threshold
+from bert_fast.kernels.common import dot, dropout_numbers, precision, seed_or
 from bert_fast.kernels.launch import kernel
 
 
@@ -129,12 +129,11 @@ def _forward(
 
 @triton.jit
 def _add_keys(
-    total, queries, douts, k, v, table, keeps, seed, log, center, extra, q_begin, k_begin, first,
-    begin, q_length, k_length, k_stride, k_head, v_stride, v_head, total_q, keep_width, heads,
-    table_rows, table_cols, factor, cut, keep_scale, sequence, MASKED: tl.constexpr,
-    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, KEEPS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_TABLE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    total, queries, douts, k, v, table, seed, log, center, extra, k_begin, first, begin, q_length,
+    k_length, k_stride, k_head, v_stride, v_head, heads, table_rows, table_cols, factor, cut,
+    keep_scale, sequence, MASKED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_TABLE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """total of the tile of queries from ``first`` plus what the keys from ``begin`` add to it."""
     keys = load_rows(k, k_begin, begin, k_length, k_stride, k_head, k, 1, heads, False, HEAD_DIM,
@@ -142,9 +141,9 @@ def _add_keys(
     values = load_rows(v, k_begin, begin, k_length, v_stride, v_head, v, 2, heads, False, HEAD_DIM,
                        BLOCK_D, BLOCK_N, MASKED, DROPOUT)  # fmt: skip
     _, dscores = score_gradients(
-        queries, keys, values, douts, log, center, extra, table, seed, keeps, q_begin, first, begin,
-        q_length, k_length, total_q, table_rows, table_cols, keep_width, factor, cut, keep_scale,
-        sequence, MASKED, CAUSAL, DROPOUT, KEEPS, HAS_BIAS, HAS_TABLE, BLOCK_M, BLOCK_N, PRECISION,
+        queries, keys, values, douts, log, center, extra, table, seed, first, begin, q_length,
+        k_length, table_rows, table_cols, factor, cut, keep_scale, sequence, MASKED, CAUSAL,
+        DROPOUT, HAS_BIAS, HAS_TABLE, BLOCK_M, BLOCK_N, PRECISION,
     )  # fmt: skip
     return dot(dscores.to(keys.dtype), keys, total, PRECISION)
 
@@ -153,14 +152,12 @@ def _add_keys(
 def _backward_q(
     dout, q, k, v, bias, table, out, lse,
     work,  # (3, heads, total_q) float32, what a row's tile finds for the other kernels
-    keeps,  # (heads, total_q, keep_width) uint8, what dropout keeps
     dq, cu_q, cu_k, seed,
     dout_stride, dout_head, q_stride, q_head, k_stride, k_head, v_stride, v_head, out_stride,
-    out_head, dq_stride, dq_head, batch, total_q, keep_width, heads, table_rows, table_cols, scale,
-    cut, keep_scale,
+    out_head, dq_stride, dq_head, batch, total_q, heads, table_rows, table_cols, scale, cut,
+    keep_scale,
     CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
-    KEEPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -174,8 +171,6 @@ def _backward_q(
     if first >= q_length:
         return
     k_begin, k_length = span(cu_k, sequence, batch)
-    if KEEPS == "stored":
-        tl.device_assert(k_length <= 8 * keep_width, "max_seqlen is below the longest sequence")
     queries = load_rows(q, q_begin, first, q_length, q_stride, q_head, bias, 0, heads, HAS_BIAS,
                         HEAD_DIM, BLOCK_D, BLOCK_M, True)  # fmt: skip
     douts = load_rows(dout, q_begin, first, q_length, dout_stride, dout_head, bias, 0, heads, False,
@@ -189,19 +184,17 @@ def _backward_q(
     last, whole = keys_seen(first, q_length, k_length, CAUSAL, BLOCK_M, BLOCK_N)
     for begin in range(0, whole, BLOCK_N):
         total = _add_keys(
-            total, queries, douts, k, v, table, keeps, seed, log, center, extra, q_begin, k_begin,
-            first, begin, q_length, k_length, k_stride, k_head, v_stride, v_head, total_q,
-            keep_width, heads, table_rows, table_cols, factor, cut, keep_scale, sequence, False,
-            CAUSAL, DROPOUT, KEEPS, HAS_BIAS, HAS_TABLE, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-            PRECISION,
+            total, queries, douts, k, v, table, seed, log, center, extra, k_begin, first, begin,
+            q_length, k_length, k_stride, k_head, v_stride, v_head, heads, table_rows, table_cols,
+            factor, cut, keep_scale, sequence, False, CAUSAL, DROPOUT, HAS_BIAS, HAS_TABLE,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
     for begin in tl.range(whole, last, BLOCK_N, num_stages=1):
         total = _add_keys(
-            total, queries, douts, k, v, table, keeps, seed, log, center, extra, q_begin, k_begin,
-            first, begin, q_length, k_length, k_stride, k_head, v_stride, v_head, total_q,
-            keep_width, heads, table_rows, table_cols, factor, cut, keep_scale, sequence, True,
-            CAUSAL, DROPOUT, KEEPS, HAS_BIAS, HAS_TABLE, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-            PRECISION,
+            total, queries, douts, k, v, table, seed, log, center, extra, k_begin, first, begin,
+            q_length, k_length, k_stride, k_head, v_stride, v_head, heads, table_rows, table_cols,
+            factor, cut, keep_scale, sequence, True, CAUSAL, DROPOUT, HAS_BIAS, HAS_TABLE, HEAD_DIM,
+            BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
     store_rows(dq, total * scale, q_begin, first, q_length, dq_stride, dq_head, HEAD_DIM, BLOCK_D,
                BLOCK_M)  # fmt: skip
@@ -209,12 +202,11 @@ def _backward_q(
 
 @triton.jit
 def _add_queries(
-    dkeys, dvalues, keys, values, dout, q, bias, table, work, keeps, seed, q_begin, first, begin,
-    q_length, k_length, dout_stride, dout_head, q_stride, q_head, total_q, keep_width, heads,
-    table_rows, table_cols, factor, cut, keep_scale, sequence, MASKED: tl.constexpr,
-    CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, KEEPS: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_TABLE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    dkeys, dvalues, keys, values, dout, q, bias, table, work, seed, q_begin, first, begin, q_length,
+    k_length, dout_stride, dout_head, q_stride, q_head, total_q, heads, table_rows, table_cols,
+    factor, cut, keep_scale, sequence, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
+    DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TABLE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dkeys and dvalues of the tile of keys from ``first`` plus what the queries from ``begin`` add
     to them."""
@@ -223,13 +215,12 @@ def _add_queries(
     douts = load_rows(dout, q_begin, begin, q_length, dout_stride, dout_head, bias, 0, heads, False,
                       HEAD_DIM, BLOCK_D, BLOCK_M, MASKED)  # fmt: skip
     log, center, extra = statistics(work, q_begin, begin, q_length, total_q, heads,
-                                    DROPOUT and HAS_BIAS, BLOCK_M)  # fmt: skip
+                                    DROPOUT and HAS_BIAS, MASKED, BLOCK_M)  # fmt: skip
     # Keys past the last have rows of their own in dkeys and dvalues, which are not stored.
     dropped, dscores = score_gradients(
-        queries, keys, values, douts, log, center, extra, table, seed, keeps, q_begin, begin, first,
-        q_length, k_length, total_q, table_rows, table_cols, keep_width, factor, cut, keep_scale,
-        sequence, MASKED and CAUSAL, CAUSAL, DROPOUT, KEEPS, HAS_BIAS, HAS_TABLE, BLOCK_M, BLOCK_N,
-        PRECISION,
+        queries, keys, values, douts, log, center, extra, table, seed, begin, first, q_length,
+        k_length, table_rows, table_cols, factor, cut, keep_scale, sequence, MASKED and CAUSAL,
+        CAUSAL, DROPOUT, HAS_BIAS, HAS_TABLE, BLOCK_M, BLOCK_N, PRECISION,
     )  # fmt: skip
     dvalues = dot(tl.trans(dropped.to(douts.dtype)), douts, dvalues, PRECISION)
     dkeys = dot(tl.trans(dscores.to(queries.dtype)), queries, dkeys, PRECISION)
@@ -238,13 +229,12 @@ def _add_queries(
 
 @kernel(do_not_specialize=COUNTS)
 def _backward_kv(
-    dout, q, k, v, bias, table, work, keeps, dk, dv, cu_q, cu_k, seed,
+    dout, q, k, v, bias, table, work, dk, dv, cu_q, cu_k, seed,
     dout_stride, dout_head, q_stride, q_head, k_stride, k_head, v_stride, v_head, dk_stride,
-    dk_head, dv_stride, dv_head, batch, total_q, keep_width, total_k, heads, table_rows, table_cols,
-    scale, cut, keep_scale,
+    dk_head, dv_stride, dv_head, batch, total_q, total_k, heads, table_rows, table_cols, scale, cut,
+    keep_scale,
     CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
-    KEEPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -274,20 +264,18 @@ def _backward_kv(
         whole = tl.maximum(whole, hidden)
     for begin in range(hidden, whole, BLOCK_M):
         dkeys, dvalues = _add_queries(
-            dkeys, dvalues, keys, values, dout, q, bias, table, work, keeps, seed, q_begin, first,
-            begin, q_length, k_length, dout_stride, dout_head, q_stride, q_head, total_q,
-            keep_width, heads, table_rows, table_cols, factor, cut, keep_scale, sequence, False,
-            CAUSAL, DROPOUT, KEEPS, HAS_BIAS, HAS_TABLE, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-            PRECISION,
+            dkeys, dvalues, keys, values, dout, q, bias, table, work, seed, q_begin, first, begin,
+            q_length, k_length, dout_stride, dout_head, q_stride, q_head, total_q, heads,
+            table_rows, table_cols, factor, cut, keep_scale, sequence, False, CAUSAL, DROPOUT,
+            HAS_BIAS, HAS_TABLE, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
     for at in tl.range(start, q_length - (whole - hidden), BLOCK_M, num_stages=1):
         begin = tl.where(at < hidden, at, at + whole - hidden)
         dkeys, dvalues = _add_queries(
-            dkeys, dvalues, keys, values, dout, q, bias, table, work, keeps, seed, q_begin, first,
-            begin, q_length, k_length, dout_stride, dout_head, q_stride, q_head, total_q,
-            keep_width, heads, table_rows, table_cols, factor, cut, keep_scale, sequence, True,
-            CAUSAL, DROPOUT, KEEPS, HAS_BIAS, HAS_TABLE, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
-            PRECISION,
+            dkeys, dvalues, keys, values, dout, q, bias, table, work, seed, q_begin, first, begin,
+            q_length, k_length, dout_stride, dout_head, q_stride, q_head, total_q, heads,
+            table_rows, table_cols, factor, cut, keep_scale, sequence, True, CAUSAL, DROPOUT,
+            HAS_BIAS, HAS_TABLE, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
     store_rows(dk, dkeys * scale, k_begin, first, k_length, dk_stride, dk_head, HEAD_DIM, BLOCK_D,
                BLOCK_N, DROPOUT)  # fmt: skip
@@ -339,9 +327,9 @@ def attention_forward(
         _forward[(total_q // BLOCK_M + batch + 1, heads)](
             q, k, v, q if bias is None else bias.contiguous(), table, out, lse, cu_q, cu_k,
             seed_or(seed, cu_q), *_strides(q, k, v, out), batch, total_q, heads, *table_size, scale,
-            threshold(dropout_p), 1.0 / (1.0 - dropout_p), NEGATIVE=scale < 0,
-            ONE_BLOCK=max_k <= BLOCK_N, BLOCK_D=block_d, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
-            num_warps=warps, num_stages=stages, debug=True, sanitize_overflow=False,
+            *dropout_numbers(dropout_p), NEGATIVE=scale < 0, ONE_BLOCK=max_k <= BLOCK_N,
+            BLOCK_D=block_d, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=warps, num_stages=stages,
+            debug=True, sanitize_overflow=False,
             **_common(q, bias, position_bias, causal, dropout_p),
         )  # fmt: skip
 
@@ -369,7 +357,7 @@ def attention_backward(
     )
     bias = q if bias is None else bias.contiguous()
     table, *table_size = _table_or(position_bias, q)
-    dropout = scale, threshold(dropout_p), 1.0 / (1.0 - dropout_p)
+    dropout = scale, *dropout_numbers(dropout_p)
     seed = seed_or(seed, cu_q)
     most = functools.partial(
         registers, biased=position_bias is not None, causal=causal, dtype=q.dtype
@@ -396,28 +384,21 @@ def attention_backward(
         name: settings(name, *kind, max_k, *given)[1]
         for name in ("backward_q", "backward_kv", "backward_table")
     }
-    # What dropout keeps is drawn once and stored, where it is no more than twice the size of q.
-    least = min(entries[name][1] for name in ("backward_q", "backward_kv"))
-    stored = dropout_p > 0 and least >= 32 and max_k <= 32 * head_dim
-    width = cdiv(max_k, 128) * 16 if stored else 0
-    keeps = q.new_empty(heads, total_q, width, dtype=torch.uint8) if stored else work
-    keeps_q, keeps_kv = ("stored", "loaded") if stored else ("drawn", "drawn")
 
     def launch_q(chosen):
         BLOCK_M, BLOCK_N, warps, stages = chosen
         _backward_q[(total_q // BLOCK_M + batch + 1, heads)](
-            *inputs, out, lse, work, keeps, dq, cu_q, cu_k, seed, *_strides(dout, q, k, v, out, dq),
-            batch, total_q, width, *numbers, **common, KEEPS=keeps_q, BLOCK_M=BLOCK_M,
-            BLOCK_N=BLOCK_N, num_warps=warps, num_stages=stages, maxnreg=most(warps),
-            debug=True, sanitize_overflow=False,
+            *inputs, out, lse, work, dq, cu_q, cu_k, seed, *_strides(dout, q, k, v, out, dq), batch,
+            total_q, *numbers, **common, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=warps,
+            num_stages=stages, maxnreg=most(warps), debug=True, sanitize_overflow=False,
         )  # fmt: skip
 
     def launch_kv(chosen):
         BLOCK_M, BLOCK_N, warps, stages = chosen
         _backward_kv[(total_k // BLOCK_N + batch + 1, heads)](
-            *inputs, work, keeps, dk, dv, cu_q, cu_k, seed, *_strides(dout, q, k, v, dk, dv), batch,
-            total_q, width, total_k, *numbers, **common, KEEPS=keeps_kv, BLOCK_M=BLOCK_M,
-            BLOCK_N=BLOCK_N, num_warps=warps, num_stages=stages, maxnreg=most(warps),
+            *inputs, work, dk, dv, cu_q, cu_k, seed, *_strides(dout, q, k, v, dk, dv), batch,
+            total_q, total_k, *numbers, **common, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=warps,
+            num_stages=stages, maxnreg=most(warps),
         )  # fmt: skip
 
     def launch_table(chosen):

@@ -70,9 +70,9 @@ def _backward(
         values = load_rows(v, k_begin, begin, k_length, v_stride, v_head, v, 2, heads, False,
                            HEAD_DIM, BLOCK_D, BLOCK_N, True, DROPOUT)  # fmt: skip
         dropped, dscores = score_gradients(
-            queries, keys, values, douts, log, center, extra, lse, seed, lse, q_begin, 0, begin,
-            q_length, k_length, total_q, 0, 0, 0, factor, cut, keep_scale, sequence, True, CAUSAL,
-            DROPOUT, "drawn", HAS_BIAS, False, BLOCK_M, BLOCK_N, PRECISION,
+            queries, keys, values, douts, log, center, extra, lse, seed, 0, begin, q_length,
+            k_length, 0, 0, factor, cut, keep_scale, sequence, True, CAUSAL, DROPOUT, HAS_BIAS,
+            False, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
         dvalues = dot(tl.trans(dropped.to(douts.dtype)), douts, None, PRECISION)
         store_rows(dv, dvalues, k_begin, begin, k_length, dv_stride, dv_head, HEAD_DIM, BLOCK_D,

@@ -59,12 +59,11 @@ def _backward(
             values = load_rows(v, k_begin, begin, k_length, v_stride, v_head, v, 2, heads, False,
                                HEAD_DIM, BLOCK_D, BLOCK_N, True, DROPOUT)  # fmt: skip
             log, center, extra = statistics(work, q_begin, first, q_length, total_q, heads,
-                                            DROPOUT and HAS_BIAS, BLOCK_M)  # fmt: skip
+                                            DROPOUT and HAS_BIAS, True, BLOCK_M)  # fmt: skip
             _, dscores = score_gradients(
-                queries, keys, values, douts, log, center, extra, table, seed, work, q_begin, first,
-                begin, q_length, k_length, total_q, table_rows, table_cols, 0, scale * LOG2E, cut,
-                keep_scale, sequence, True, CAUSAL, DROPOUT, "drawn", HAS_BIAS, True, BLOCK_M,
-                BLOCK_N, PRECISION,
+                queries, keys, values, douts, log, center, extra, table, seed, first, begin,
+                q_length, k_length, table_rows, table_cols, scale * LOG2E, cut, keep_scale,
+                sequence, True, CAUSAL, DROPOUT, HAS_BIAS, True, BLOCK_M, BLOCK_N, PRECISION,
             )  # fmt: skip
             total += dscores
     chunk = tl.program_id(2).to(tl.int64)

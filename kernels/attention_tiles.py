@@ -10,7 +10,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 TABLE_BLOCK = tl.constexpr(128)  # the most columns of any tile
 # They differ in every batch: nothing recompiles for them.
-COUNTS = ["batch", "total_q", "total_k", "cut", "table_rows", "table_cols", "keep_width"]
+COUNTS = ["batch", "total_q", "total_k", "cut", "table_rows", "table_cols"]
 
 
 @triton.jit
@@ -132,15 +132,20 @@ def row_shift(queries, bias, heads, factor, HEAD_DIM: tl.constexpr, BLOCK_D: tl.
 
 @triton.jit
 def statistics(work, begin, first, length, total_q, heads, NEEDS_EXTRA: tl.constexpr,
-               ROWS: tl.constexpr):  # fmt: skip
+               MASKED: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """What backward_q found of rows ``first`` to first + ROWS: log, center and extra, as
-    score_gradients takes them; log +inf past the last row, so that its weights are zero."""
+    score_gradients takes them. MASKED: log +inf past the last row, so that its weights are zero;
+    else all are inside."""
     row = tl.arange(0, ROWS)
     at = work + tl.program_id(1).to(tl.int64) * total_q + begin + first + row
     inside, part = row < length - first, total_q.to(tl.int64) * heads
-    log = tl.load(at, inside, float("inf"))
-    center = tl.load(at + part, inside, 0.0)
-    extra = tl.load(at + 2 * part, inside, 0.0) if NEEDS_EXTRA else center
+    if MASKED:
+        log = tl.load(at, inside, float("inf"))
+        center = tl.load(at + part, inside, 0.0)
+        extra = tl.load(at + 2 * part, inside, 0.0) if NEEDS_EXTRA else center
+    else:
+        log, center = tl.load(at), tl.load(at + part)
+        extra = tl.load(at + 2 * part) if NEEDS_EXTRA else center
     return log, center, extra
 
 
@@ -181,13 +186,11 @@ def find_statistics(
 
 @triton.jit
 def score_gradients(
-    queries, keys, values, douts, log, center, extra, table, seed, keeps, q_begin, first, begin,
-    q_length, k_length, total_q, table_rows, table_cols, keep_width, factor, cut, keep_scale,
-    sequence,
+    queries, keys, values, douts, log, center, extra, table, seed, first, begin, q_length, k_length,
+    table_rows, table_cols, factor, cut, keep_scale, sequence,
     MASKED: tl.constexpr,  # as in attend
     CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
-    KEEPS: tl.constexpr,  # what is kept: "drawn", or also "stored" in keeps, or "loaded" from there
     HAS_BIAS: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -212,16 +215,8 @@ def score_gradients(
     if DROPOUT:
         if HAS_BIAS:
             dweights += extra[:, None]
-        if KEEPS != "drawn":
-            at, inside = kept_at(keeps, q_begin, first, begin, q_length, total_q, keep_width,
-                                 BLOCK_M, BLOCK_N)  # fmt: skip
-        if KEEPS == "loaded":
-            bits = tl.load(at, inside, 0)
-        else:
-            bits = draw(seed, cut, first, begin, sequence, KEEPS == "stored", BLOCK_M, BLOCK_N)
-        if KEEPS == "stored":
-            tl.store(at, bits.to(tl.uint8), inside)
-        z = tl.where(kept(bits, BLOCK_M, BLOCK_N), keep_scale, 0.0)
+        kept = drawn(seed, cut, first, begin, sequence, BLOCK_M, BLOCK_N)
+        z = tl.where(kept, keep_scale, 0.0)
         dropped = weights * z
         dweights = dweights * z
     return dropped, weights * (dweights - center[:, None])
@@ -229,10 +224,10 @@ def score_gradients(
 
 @triton.jit
 def key_order(COLS: tl.constexpr, DROPOUT: tl.constexpr):
-    """The order of a tile's keys, (COLS,). Dropout draws for four neighbouring keys at once, and a
-    thread of the tensor cores has columns 2 i, 2 i + 1, 2 i + 8 and 2 i + 9 of 16: they are given
-    to four neighbouring keys, so that no thread draws what another draws, and none waits for it.
-    Softmax does not mind the order."""
+    """The order of a tile's keys, (COLS,). Dropout draws for eight keys at once, four neighbours
+    and those 16 further, and a thread of the tensor cores has of 32 columns 2 i, 2 i + 1, and those
+    8, 16 and 24 further: they are given to these keys, so that no thread draws what another draws,
+    and none waits for it. Softmax does not mind the order."""
     c = tl.arange(0, COLS)
     if DROPOUT:
         c = (c & -15) | (c & 6) << 1 | (c & 8) >> 2
@@ -240,48 +235,27 @@ def key_order(COLS: tl.constexpr, DROPOUT: tl.constexpr):
 
 
 @triton.jit
-def draw(seed, cut, first, begin, sequence, STORED: tl.constexpr, ROWS: tl.constexpr,
-         COLS: tl.constexpr):  # fmt: skip
-    """What dropout keeps of the queries from ``first`` and the keys from ``begin``, (ROWS,
-    COLS // 8): a byte has two groups of four neighbouring keys, 16 keys apart, which one thread
-    draws (one group where there are but 16 keys). STORED: the bytes are needed, not the bits alone,
-    for which compilers see comparisons."""
-    PAIR: tl.constexpr = 2 if COLS > 16 else 1
-    BYTES: tl.constexpr = COLS // (4 * PAIR)
-    row, byte = first + tl.arange(0, ROWS), tl.arange(0, BYTES)
-    head, drawn, least = tl.program_id(1), tl.load(seed), cut.to(tl.uint32)
-    bits = tl.zeros((ROWS, BYTES), tl.uint32)
-    for j in tl.static_range(PAIR):
-        group = begin // 4 + byte // 4 * (4 * PAIR) + j * 4 + byte % 4
-        words = philox(drawn, row, group, head, sequence, ROWS, BYTES)
-        for i in tl.static_range(4):
-            if STORED:  # the borrow of one subtraction of 64 bits, which is two instructions
-                high, low = bits.to(tl.uint64) << 32, (~bits).to(tl.uint64) << 32
-                bits = ((high | words[i]) - (low | least) >> 32).to(tl.uint32)
-            else:
-                bits |= (words[i] >= least).to(tl.uint32) << (4 * PAIR - 1 - 4 * j - i)
-    return bits
-
-
-@triton.jit
-def kept(bits, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Of draw's bytes: which elements are kept, (ROWS, COLS), the keys in key_order."""
-    PAIR: tl.constexpr = 2 if COLS > 16 else 1
-    j, two = tl.arange(0, PAIR), tl.arange(0, 2)
-    at = 4 * j[:, None, None, None] + 2 * two[None, :, None, None] + two[None, None, None, :]
-    bits = bits.reshape(ROWS, COLS // (16 * PAIR), 4)[:, :, None, None, :, None]
-    bits = bits >> (4 * PAIR - 1 - at)[None, None, :, :, :, :]
+def drawn(seed, cut, first, begin, sequence, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Which pairs dropout keeps of the queries from ``first`` and the keys from ``begin``, (ROWS,
+    COLS), the keys in key_order."""
+    WIDTH: tl.constexpr = COLS if COLS > 32 else 32  # of fewer keys one half of a draw's is used
+    draw = begin // 32 * 4 + tl.arange(0, WIDTH // 8)
+    words = philox(tl.load(seed), first + tl.arange(0, ROWS), draw, tl.program_id(1), sequence,
+                   ROWS, WIDTH // 8)  # fmt: skip
+    bits = tl.zeros((ROWS, WIDTH // 8), tl.uint32)
+    for i in tl.static_range(4):  # compilers see the comparisons, not the bits
+        bits |= (words[i] << 16 >= cut.to(tl.uint32)).to(tl.uint32) << i
+        bits |= (words[i] >= cut.to(tl.uint32)).to(tl.uint32) << 4 + i
+    if COLS < 32:
+        bits = bits >> (begin // COLS % 2 * 4)
+    HALVES: tl.constexpr = COLS // 16 if COLS < 32 else 2
+    # (blocks, halves, twos, draws, 2): as the tensor cores have a tile's columns.
+    half, two = tl.arange(0, HALVES), tl.arange(0, 2)
+    at = 4 * half[:, None, None, None] + 2 * two[None, :, None, None] + two[None, None, None, :]
+    bits = (
+        bits.reshape(ROWS, WIDTH // 32, 4)[:, :, None, None, :, None] >> at[None, None, :, :, :, :]
+    )
     return (bits & 1).reshape(ROWS, COLS) != 0
-
-
-@triton.jit
-def kept_at(keeps, begin, first, start, length, total_q, width, ROWS: tl.constexpr,
-            COLS: tl.constexpr):  # fmt: skip
-    """Where draw's bytes stand, in a row of ``width`` for each head and query; and which rows there
-    are."""
-    row, inside = tl.arange(0, ROWS), tl.arange(0, ROWS) < length - first
-    at = keeps + (tl.program_id(1).to(tl.int64) * total_q + begin + first) * width + start // 8
-    return at + row[:, None] * width + tl.arange(0, COLS // 8)[None, :], inside[:, None]
 
 
 @triton.jit
@@ -332,8 +306,7 @@ def attend(
         norm = norm * shrink + tl.sum(weights, 1)
         total *= shrink[:, None]
     if DROPOUT:
-        bits = draw(seed, cut, first, begin, sequence, False, BLOCK_M, BLOCK_N)
-        weights *= kept(bits, BLOCK_M, BLOCK_N).to(tl.float32)
+        weights *= drawn(seed, cut, first, begin, sequence, BLOCK_M, BLOCK_N).to(tl.float32)
         if HAS_BIAS:
             if not ONE_BLOCK:
                 left *= shrink

@@ -30,10 +30,10 @@ def dot(a, b, total, PRECISION: tl.constexpr):
 
 @triton.jit
 def philox(seed, rows, groups, c2, c3, ROWS: tl.constexpr, GROUPS: tl.constexpr):
-    """Philox4x32-10 (Salmon et al. 2011) by position, as in bert_fast/ops/reference.py: a counter
-    (group, row, c2, c3) gives the words of four neighbouring columns, each (ROWS, GROUPS) uint32.
+    """Philox4x32-7 (Salmon et al. 2011) by position, as in bert_fast/ops/reference.py: a counter
+    (group, row, c2, c3) gives four words, each (ROWS, GROUPS) uint32, two halves each.
 
-    rows: (ROWS,) row numbers; groups: (GROUPS,) column numbers / 4.
+    rows: (ROWS,) row numbers; groups: (GROUPS,) column numbers / 8.
     """
     zero = tl.zeros((ROWS, GROUPS), tl.uint32)
     w0 = zero + groups.to(tl.uint32)[None, :]
@@ -42,7 +42,7 @@ def philox(seed, rows, groups, c2, c3, ROWS: tl.constexpr, GROUPS: tl.constexpr)
     w3 = (zero + c3).to(tl.uint32)
     key0, key1 = zero + seed.to(tl.uint32), zero + (seed >> 32).to(tl.uint32)
     by0, by1 = zero + MULTIPLIER_0, zero + MULTIPLIER_1
-    for _ in tl.static_range(10):  # one wide multiplication gives both halves of a product
+    for _ in tl.static_range(7):  # one wide multiplication gives both halves of a product
         p0, p1 = w0.to(tl.uint64) * by0, w2.to(tl.uint64) * by1
         w0 = (p1 >> 32).to(tl.uint32) ^ w1 ^ key0
         w2 = (p0 >> 32).to(tl.uint32) ^ w3 ^ key1
@@ -53,16 +53,15 @@ def philox(seed, rows, groups, c2, c3, ROWS: tl.constexpr, GROUPS: tl.constexpr)
 
 
 @triton.jit
-def keep_mask(seed, cut, rows, group, c2, c3, ROWS: tl.constexpr, GROUPS: tl.constexpr):
-    """Which elements dropout keeps, (ROWS, 4 * GROUPS): those whose word is not below ``cut``.
+def keep_mask(seed, cut, rows, c2, c3, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """Which elements dropout keeps, (ROWS, 8 * GROUPS): those whose half is not below the ``cut``.
 
-    rows: (ROWS,) row numbers; group: the first column / 4.
+    rows: (ROWS,) row numbers.
     """
-    groups = group + tl.arange(0, GROUPS)
-    w0, w1, w2, w3 = philox(seed, rows, groups, c2, c3, ROWS, GROUPS)
+    w0, w1, w2, w3 = philox(seed, rows, tl.arange(0, GROUPS), c2, c3, ROWS, GROUPS)
     # join puts a new last dimension: [.., i, j] is word 2 i + j.
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(ROWS, 4 * GROUPS)
-    return words.to(tl.int64) >= cut
+    return tl.join(words << 16, words).reshape(ROWS, 8 * GROUPS) >= cut.to(tl.uint32)
 
 
 @triton.jit
@@ -254,9 +253,13 @@ def precision():
     return "tf32" if allowed and not INTERPRETED else "ieee"
 
 
-def threshold(dropout_p):
-    """Words below it are dropped: the reference's own cut."""
-    return int(dropout_p * 2**32)
+def dropout_numbers(dropout_p):
+    """The reference's cut, which halves of words are compared with, in a word's upper half; and the
+    factor of what is kept."""
+    if dropout_p == 0:
+        return 0, 1.0
+    cut = min(max(int(dropout_p * 65536 + 0.5), 1), 65535)
+    return cut << 16, 65536 / (65536 - cut)
 
 
 def seed_or(seed, other):

@@ -18,12 +18,12 @@ import triton.language as tl
 from bert_fast.devices import on_own_device
 from bert_fast.kernels.common import (
     cdiv,
+    dropout_numbers,
     keep_mask,
     power_of_2,
     processors,
     seed_or,
     summed,
-    threshold,
 )
 from bert_fast.kernels.launch import kernel
 
@@ -85,7 +85,7 @@ def _forward(
     if HAS_LINEAR_BIAS:
         s += tl.load(linear_bias + col, col < width, 0.0).to(tl.float32)[None, :]
     if DROPOUT:
-        keep = keep_mask(tl.load(seed), cut, row, 0, 0, STREAM, ROWS, BLOCK // 4)
+        keep = keep_mask(tl.load(seed), cut, row, 0, STREAM, ROWS, BLOCK // 8)
         s = tl.where(keep, s * keep_scale, 0.0)
     if HAS_RESIDUAL:
         s += tl.load(residual + at, inside, 0.0).to(tl.float32)
@@ -137,7 +137,7 @@ def _backward(
         ds = g * inverse - mean_g * inverse - xhat * (mean_g_xhat * inverse)
         tl.store(dresidual + at, ds.to(dresidual.dtype.element_ty), inside)
         if DROPOUT:
-            keep = keep_mask(tl.load(seed), cut, row, 0, 0, STREAM, ROWS, BLOCK // 4)
+            keep = keep_mask(tl.load(seed), cut, row, 0, STREAM, ROWS, BLOCK // 8)
             ds = tl.where(keep, ds * keep_scale, 0.0)
             tl.store(dx + at, ds.to(dx.dtype.element_ty), inside)
         dweight += tl.sum(dy * xhat, 0)
@@ -178,8 +178,8 @@ def layer_norm_forward(
             x, x if residual is None else residual,
             x if linear_bias is None else linear_bias.contiguous(), weight.contiguous(),
             bias.contiguous(), out, x if total is None else total, x if mean is None else mean,
-            x if rstd is None else rstd, seed_or(seed, x), rows, width, eps, threshold(dropout_p),
-            1.0 / (1.0 - dropout_p), HAS_RESIDUAL=residual is not None,
+            x if rstd is None else rstd, seed_or(seed, x), rows, width, eps,
+            *dropout_numbers(dropout_p), HAS_RESIDUAL=residual is not None,
             HAS_LINEAR_BIAS=linear_bias is not None, DROPOUT=dropout_p > 0,
             SAVE_TOTAL=total is not None, SAVE_STATISTICS=training, ROWS=ROWS, BLOCK=BLOCK,
             num_warps=warps, enable_fp_fusion=True,
@@ -206,7 +206,7 @@ def layer_norm_backward(
     partials = total.new_empty(sums, programs, width, dtype=torch.float32)
     _backward[(programs,)](
         dout, total, mean, rstd, weight.contiguous(), dresidual, dresidual if dx is None else dx,
-        partials, seed_or(seed, total), rows, width, threshold(dropout_p), 1.0 / (1.0 - dropout_p),
+        partials, seed_or(seed, total), rows, width, *dropout_numbers(dropout_p),
         HAS_LINEAR_BIAS=has_linear_bias, DROPOUT=dropout_p > 0, ROWS=ROWS, BLOCK=BLOCK,
         num_warps=warps, enable_fp_fusion=True,
     )  # fmt: skip

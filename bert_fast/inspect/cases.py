@@ -20,16 +20,21 @@ def cases(full=False):
     # float16 compiles as bfloat16 does, but for the conversions.
     dtypes = [torch.bfloat16, torch.float32] if full else [torch.bfloat16]
     sizes = [(64, 512), (64, 128), (64, 64), (32, 128), (80, 512), (128, 512), (256, 512)]
+    # Of models the products add their biases; where attention does, it takes more registers.
     variants = [(False, 0.0, False), (full, 0.1, False), (False, 0.1, True)]
-    for dtype, (head_dim, longest), (causal, dropout_p, biased), backward in itertools.product(
-        dtypes, sizes if full else sizes[:2], variants, (False, True)
+    given = [
+        (size, *variant, full) for size in (sizes if full else sizes[:2]) for variant in variants
+    ]
+    given += [(size, False, p, False, not full) for size in sizes[:2] for p in (0.0, 0.1)]
+    for dtype, ((head_dim, longest), causal, dropout_p, *biases), backward in itertools.product(
+        dtypes, given, (False, True)
     ):
         yield attention(
             works.Attention(
                 dtype, "meta", backward, lengths=(longest,) * 32, num_heads=12, head_dim=head_dim,
                 causal=causal, dropout_p=dropout_p,
             ),
-            biased,
+            *biases,
         )  # fmt: skip
     for dtype, width, dropout_p, backward in itertools.product(
         dtypes, (384, 768, 1024, 4096) if full else (768,), (0.0, 0.1), (False, True)
@@ -60,18 +65,21 @@ def cases(full=False):
         yield str(work).replace("bias + residual", "embedding"), work, call
 
 
-def attention(work, biased=False):
-    """The case of one work; ``biased``: by position, of its longest sequence."""
+def attention(work, by_position=False, bias=False):
+    """The case of one work, with a position bias of its longest sequence, with the projections'."""
     heads, longest, dtype = work.num_heads, work.max_seqlen, work.dtype
     q, k, v = meta(work.tokens, 3, heads, work.head_dim, dtype=dtype).unbind(1)
     seed = meta(1, dtype=torch.int64) if work.dropout_p else None
-    options = (work.cu_seqlens, work.cu_seqlens, longest, longest, meta(3, heads, work.head_dim),
-               work.head_dim**-0.5, work.causal, work.dropout_p, seed)  # fmt: skip
-    position = {"position_bias": meta(heads, longest, longest, dtype=dtype)} if biased else {}
+    options = (
+        work.cu_seqlens, work.cu_seqlens, longest, longest,
+        meta(3, heads, work.head_dim) if bias else None, work.head_dim**-0.5, work.causal,
+        work.dropout_p, seed,
+    )  # fmt: skip
+    position = {"position_bias": meta(heads, longest, longest, dtype=dtype)} if by_position else {}
     if work.backward:
         dout, out = (meta(work.tokens, heads, work.head_dim, dtype=dtype) for _ in range(2))
         gradients = meta(work.tokens, 3, heads, work.head_dim, dtype=dtype).unbind(1)
-        if biased:
+        if by_position:
             position["dposition_bias"] = meta(heads, longest, longest)
         call = functools.partial(
             kernels().attention_backward, dout, q, k, v, out, meta(heads, work.tokens), *options,
@@ -79,7 +87,7 @@ def attention(work, biased=False):
         )  # fmt: skip
     else:
         call = functools.partial(kernels().attention_forward, q, k, v, *options, **position)
-    return f"{work}{', position bias' * biased}", work, call
+    return f"{work}{', position bias' * by_position}{', bias' * bias}", work, call
 
 
 def layer_norm(work, dropout_p=0.0, training=True):

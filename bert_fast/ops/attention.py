@@ -65,7 +65,8 @@ def attention(
         bias: (3, num_heads, head_dim), added to q, k and v: the projection's bias, folded in.
         softmax_scale: default 1/√head_dim.
         causal: query i of a sequence sees keys up to i + len_k - len_q (the last sees all).
-        dropout_p: probability that a weight is zeroed (the others are scaled by 1/(1 - p)).
+        dropout_p: probability that a weight is zeroed (the others are scaled by 1/(1 - p)), taken
+            to the nearest 65536th: at least one, and not all.
         seed: int or int64 tensor that, with a weight's position, decides its fate; default: drawn
             from torch's generator.
         padded_tail: rows past the last sequence are allowed, and come out as zeros.

@@ -22,22 +22,36 @@ def _philox_round(counter, key):
     return high1 ^ c1 ^ key[0], p1 & _U32, high0 ^ c3 ^ key[1], p0 & _U32
 
 
-def dropout_factors(seed, p, columns, c1, c2, c3):
-    """0 where an element is dropped, else 1 / (1 - p).
-
-    Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), keyed by
-    ``seed`` and counted by position: the element in column ``col`` takes word ``col % 4`` of the
-    counter ``(col // 4, c1, c2, c3)``. All arguments but ``p`` are integers or int64 tensors that
-    broadcast together. Returns a float64 tensor.
-    """
-    counter = torch.broadcast_tensors(columns // 4, *(c + 0 * columns for c in (c1, c2, c3)))
+def philox(seed, counter, rounds=7):
+    """Philox4x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; seven rounds
+    are the fewest that pass BigCrush) of a counter's four words, keyed by ``seed``."""
     key = [seed & _U32, (seed >> 32) & _U32]
-    for _ in range(10):
+    for _ in range(rounds):
         counter = _philox_round(counter, key)
         key = [(key[0] + 0x9E3779B9) & _U32, (key[1] + 0xBB67AE85) & _U32]
-    bits = torch.stack(counter, dim=-1)
-    word = torch.take_along_dim(bits, (columns % 4).expand(bits.shape[:-1])[..., None], dim=-1)
-    return (word[..., 0] >= int(p * 2**32)).double() / (1.0 - p)
+    return counter
+
+
+def dropout_factors(seed, p, columns, c1, c2, c3):
+    """0 where an element is dropped, else 1 / (1 - p), p in whole 65536ths, some and not all.
+
+    :func:`philox` counted by position: the element in column ``col`` is dropped by 16 bits, half
+    ``col % 2`` (0: the low one) of word ``col % 8 // 2`` of the counter ``(col // 8, c1, c2, c3)``.
+    All arguments but ``p`` are integers or int64 tensors that broadcast together. Returns a float64
+    tensor.
+    """
+    counter = torch.broadcast_tensors(columns // 8, *(c + 0 * columns for c in (c1, c2, c3)))
+    words = torch.stack(philox(seed, counter), dim=-1)
+    which = (columns % 8).expand(words.shape[:-1])[..., None]
+    bits = torch.take_along_dim(words, which // 2, dim=-1) >> which % 2 * 16 & 0xFFFF
+    cut = min(max(int(p * 65536 + 0.5), 1), 65535)
+    return (bits[..., 0] >= cut).double() * (65536 / (65536 - cut))
+
+
+def column_of_key(key):
+    """Which column of :func:`dropout_factors` a key of attention has: eight of a draw are four
+    neighbouring keys and the four that are 16 further, which a thread of the tensor cores has."""
+    return key // 32 * 32 + key % 16 // 4 * 8 + key % 4 * 2 + key % 32 // 16
 
 
 def sequence_of_token(cu_seqlens, total):
@@ -102,7 +116,7 @@ def attention(
     if dropout_p > 0:
         head = torch.arange(num_heads, device=q.device)[:, None, None]
         sequence = torch.arange(batch, device=q.device)[:, None, None, None]
-        factors = dropout_factors(seed, dropout_p, col, row, head, sequence)
+        factors = dropout_factors(seed, dropout_p, column_of_key(col), row, head, sequence)
         probabilities = probabilities * factors.to(q.dtype)
     out = torch.einsum("bhqk,bkhd->bqhd", probabilities, v)
 

@@ -84,7 +84,7 @@ class ForwardTask {
   explicit ForwardTask(const AttentionForward& a)
       : a_(a), ld_(round_up(a.head_dim, Products::kColumns)), products_(a.head_dim),
         scores_(Products::kRows * kBlockK), out_(kBlockQ * ld_),
-        factors_(kBlockK + 4 * kWidth), top_(kBlockQ + kWidth), total_(kBlockQ + kWidth) {}
+        factors_(kBlockK + 8 * kWidth), top_(kBlockQ + kWidth), total_(kBlockQ + kWidth) {}
 
   void run(const Task& task) {
     const Sequence seq(a_, task.sequence);
@@ -202,7 +202,7 @@ class ForwardTask {
 
   void drop_row(const Sequence& seq, int64_t head, int64_t q_row, int64_t i, int64_t begin,
                 int64_t padded) {
-    dropout_row(factors_, padded, a_.seed, a_.dropout_p, static_cast<uint32_t>(begin),
+    dropout_row<true>(factors_, padded, a_.seed, a_.dropout_p, static_cast<uint32_t>(begin),
                 static_cast<uint32_t>(q_row), static_cast<uint32_t>(head),
                 static_cast<uint32_t>(seq.index));
     float* s = scores_of(i);
@@ -258,7 +258,7 @@ class BackwardTask {
         v_transposed_(a.head_dim * kBlockK),
         p_(kBlockQ * kBlockK), ds_(kBlockQ * kBlockK),
         dk_(kBlockK * ld_), dv_(kBlockK * ld_),
-        factors_(kBlockK + 4 * kWidth), dq_(max_q_len * ld_),
+        factors_(kBlockK + 8 * kWidth), dq_(max_q_len * ld_),
         delta_(max_q_len) {}
 
   void run(const Task& task) {
@@ -346,7 +346,7 @@ class BackwardTask {
     float *p_row = p_ + row * kBlockK, *ds_row = ds_ + row * kBlockK;
     const bool drop = a_.dropout_p > 0.0f, whole = seq.k_len <= kBlockK;
     if (drop) {
-      dropout_row(factors_, padded, a_.seed, a_.dropout_p, static_cast<uint32_t>(k_begin),
+      dropout_row<true>(factors_, padded, a_.seed, a_.dropout_p, static_cast<uint32_t>(k_begin),
                   static_cast<uint32_t>(q_row), static_cast<uint32_t>(head),
                   static_cast<uint32_t>(seq.index));
     }

@@ -21,7 +21,7 @@ void forward(const LayerNormForward& a, Then then) {
       T* kept = a.sum ? static_cast<T*>(a.sum) + row * a.hidden : nullptr;
       float* h = row_sum;
       if (a.dropout_p > 0.0f) {
-        dropout_row(factors, a.hidden, a.seed, a.dropout_p, 0, static_cast<uint32_t>(row), 0,
+        dropout_row<false>(factors, a.hidden, a.seed, a.dropout_p, 0, static_cast<uint32_t>(row), 0,
                     kLayerNormStream);
       }
 
@@ -85,7 +85,7 @@ BERT_FAST_INLINE void backward_rows(const LayerNormBackward& a, int64_t first, f
     mean_g[r] = sum(total_g[r]) * inverse_width;
     slope[r] = sum(total_gn[r]) * inverse_width * rstd[r];
     if (dx) {
-      dropout_row(factors + r * width, hidden, a.seed, a.dropout_p, 0,
+      dropout_row<false>(factors + r * width, hidden, a.seed, a.dropout_p, 0,
                   static_cast<uint32_t>(first + r), 0, kLayerNormStream);
     }
   });

@@ -8,7 +8,7 @@ namespace bert_fast {
 namespace BERT_FAST_ISA {
 namespace {
 
-int64_t scratch_width(int64_t width) { return (width + 4 * kWidth - 1) / (4 * kWidth) * (4 * kWidth); }
+int64_t scratch_width(int64_t width) { return (width + 8 * kWidth - 1) / (8 * kWidth) * (8 * kWidth); }
 
 // out = (h - mean) * rstd * weight + bias. `total`: h's columns, added lane by lane; columns of h
 // past its width may hold anything. mean and rstd may be null.

@@ -298,14 +298,16 @@ BERT_FAST_INLINE void multiply_wide(vu a, uint32_t m, vu& high, vu& low) {
 }
 
 // factors[col] = 0 where the element is dropped, else 1 / (1 - p), for the columns [0, width) of
-// the row that counter words c1..c3 name. `factors` has room for width rounded up to 4 * kWidth.
+// the row that counter words c1..c3 name. kKeys: columns are attention's keys (philox.h says where their
+// order stands), first_col a multiple of 32. `factors` has room for width rounded up to 8 * kWidth.
+template <bool kKeys>
 inline void dropout_row(float* factors, int64_t width, uint64_t seed, double p, uint32_t first_col,
                         uint32_t c1, uint32_t c2, uint32_t c3) {
-  const uint32_t threshold = dropout_threshold(p);
-  const float keep = static_cast<float>(1.0 / (1.0 - p));
+  const uint32_t cut = dropout_cut(p);
+  const float keep = dropout_scale(p);
   const vu lanes = bit_cast<vu>(lane_index());
-  for (int64_t col = 0; col < width; col += 4 * kWidth) {
-    vu word[4] = {lanes + (first_col + static_cast<uint32_t>(col)) / 4, vu{} + c1, vu{} + c2, vu{} + c3};
+  for (int64_t col = 0; col < width; col += 8 * kWidth) {
+    vu word[4] = {lanes + (first_col + static_cast<uint32_t>(col)) / 8, vu{} + c1, vu{} + c2, vu{} + c3};
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
     for (int round = 0; round < kPhiloxRounds; ++round) {
       vu high0, low0, high1, low1;
@@ -319,8 +321,10 @@ inline void dropout_row(float* factors, int64_t width, uint64_t seed, double p, 
       k1 += kPhiloxW1;
     }
     for (int lane = 0; lane < kWidth; ++lane) {
+      float* to = factors + col + (kKeys ? lane / 4 * 32 + lane % 4 * 4 : lane * 8);
       for (int w = 0; w < 4; ++w) {
-        factors[col + 4 * lane + w] = word[w][lane] < threshold ? 0.0f : keep;
+        to[kKeys ? w : 2 * w] = (word[w][lane] & 0xFFFF) < cut ? 0.0f : keep;
+        to[kKeys ? w + 16 : 2 * w + 1] = word[w][lane] >> 16 < cut ? 0.0f : keep;
       }
     }
   }

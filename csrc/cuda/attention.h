@@ -61,6 +61,9 @@ auto with_table(const Table& table, const Run& run) {
   return table.data ? run(table) : run();
 }
 
+// Which of a row's draws has a key: that of four neighbouring ones and of those 16 further.
+__device__ __forceinline__ uint32_t draw_of(uint32_t key) { return key / 32 * 4 + key % 16 / 4; }
+
 // A row's log-sum-exp in base 2, for exp2(score - it). +inf where every score of the row was -inf:
 // its weights are zero, not NaN.
 __device__ __forceinline__ float log2_of(float lse) {

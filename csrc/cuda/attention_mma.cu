@@ -76,12 +76,12 @@ __device__ __forceinline__ void weigh(float (&scores)[kM][kTiles][4], Sums<kD, k
 #pragma unroll
   for (int r = 0; r < 2 * kM; ++r) {
 #pragma unroll
-    for (int n = 0; n < kTiles; n += 2) {
-      const Words w = philox(draw, static_cast<unsigned>(b.key) / 4 + n * 2, b.query + 8 * r, b.head, b.sequence);
+    for (int n = 0; n < kTiles; n += kDrawn<kTiles>) {
+      const Words w = philox(draw, draw_of(b.key) + n, b.query + 8 * r, b.head, b.sequence);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
+      for (int j = 0; j < 2 * kDrawn<kTiles>; ++j) {
         float& weight = scores[r / 2][n + j / 2][r % 2 * 2 + j % 2];
-        if (w.w[j] < drop.cut) weight = 0.0f;
+        if (!is_kept<kTiles>(w, j, b, drop)) weight = 0.0f;
       }
     }
   }

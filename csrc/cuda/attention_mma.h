@@ -274,19 +274,19 @@ template <int kM, int kTiles>
 __device__ __forceinline__ void add_table(float (&)[kM][kTiles][4], const Block&, float) {}
 
 // A warp's 16 rows of accumulators to memory, by way of its own rows of shared memory, which no other
-// warp may still be reading. kPaired: a lane's two rows lie side by side.
-template <class T, int kD, bool kPaired = false>
+// warp may still be reading: eight from `row` on, and eight kApart further.
+template <class T, int kD, int kApart = 8>
 __device__ __forceinline__ void store_rows(const float (&acc)[kD / 8][4], float scale0, float scale1,
                                            const Matrix<T, kD>& m, int row, const Side& s, int first) {
   const int lane = threadIdx.x % kWarp, pair = lane % 4 * 2;
-  const Place<T, kD> mine(row + (kPaired ? lane / 4 * 2 : lane / 4), 0);
+  const Place<T, kD> mine(row + lane / 4, 0);
   warp_barrier();  // all lanes have read what was there
 #pragma unroll
   for (int n = 0; n < kD / 8; ++n) {
     const uint32_t top = pack_pair<T>(acc[n][0] * scale0, acc[n][1] * scale0);
     const uint32_t bottom = pack_pair<T>(acc[n][2] * scale1, acc[n][3] * scale1);
     store(mine.at(m, 0, n) + pair, top);
-    store(mine.at(m, kPaired ? 1 : 8, n) + pair, bottom);
+    store(mine.at(m, kApart, n) + pair, bottom);
   }
   warp_barrier();
   constexpr int kChunks = kD / 8, kStep = kWarp / kChunks;
@@ -296,8 +296,10 @@ __device__ __forceinline__ void store_rows(const float (&acc)[kD / 8][4], float 
   const Place<T, kD> place(r, c);
 #pragma unroll 4
   for (int i = 0; i < 16; i += kStep, to += kStep * s.tensor.token) {
-    if (i >= left) break;
-    const Pack<T, 8> pack = load<Pack<T, 8>>(place.at(m, i, 0));
+    if (kApart != 8 && i == 8) to += (kApart - 8) * s.tensor.token;
+    const int at = i < 8 ? i : i + kApart - 8;
+    if (at >= left) break;
+    const Pack<T, 8> pack = load<Pack<T, 8>>(place.at(m, at, 0));
     if (s.wide) {
       store_16(to, &pack);
     } else {
@@ -307,6 +309,16 @@ __device__ __forceinline__ void store_rows(const float (&acc)[kD / 8][4], float 
       }
     }
   }
+}
+
+// Of so many tiles of 8 keys, those that a draw is for.
+template <int kTiles>
+constexpr int kDrawn = kTiles < 4 ? kTiles : 4;
+
+// Whether dropout keeps element j of a lane's in these tiles. Two tiles are one half of a draw.
+template <int kTiles>
+__device__ __forceinline__ bool is_kept(const Words& words, int j, const Block& b, const Dropout& drop) {
+  return is_kept(words.w[j % 4], kTiles < 4 ? b.key >> 4 & 1 : j / 4, drop);
 }
 
 // Philox's keys; kPinned: they stay in registers.

@@ -176,15 +176,15 @@ __global__ void __launch_bounds__(kThreads, 2) dq_kernel(AttentionBackward a, Dr
     for (int r = 0; r < 2; ++r) {
       if constexpr (decltype(masked)::value) hide(scores[0], b, 8 * r, r);
 #pragma unroll
-      for (int n = 0; n < kTiles; n += 2) {
+      for (int n = 0; n < kTiles; n += kDrawn<kTiles>) {
         Words w;
-        if (drops) w = philox(draw, static_cast<unsigned>(b.key) / 4 + n * 2, b.query + 8 * r, head, tile.sequence);
+        if (drops) w = philox(draw, draw_of(b.key) + n, b.query + 8 * r, head, tile.sequence);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
+        for (int j = 0; j < 2 * kDrawn<kTiles>; ++j) {
           float& score = scores[0][n + j / 2][r * 2 + j % 2];
           float& dscore = dscores[0][n + j / 2][r * 2 + j % 2];
           if constexpr (kDrop) {
-            const bool keep = !drops || w.w[j] >= drop.cut;
+            const bool keep = !drops || is_kept<kTiles>(w, j, b, drop);
             differentiate(score, dscore, kHasTable ? 1.0f : c, shift[r], keep, drop.scale,
                           drops ? delta[r] : 0.0f);
           } else {
@@ -254,31 +254,40 @@ template <int kTiles>
 __device__ __forceinline__ void add_table_by_key(float (&)[1][kTiles][4], const Block&, const int (&)[2],
                                                  float) {}
 
-// What dropout keeps of 16 keys by kTiles * 8 queries. A lane has two keys, of the four of a draw, and
-// its neighbour of the next keys the other two: each draws for half of their queries. Bit 8 p + 4 j +
-// key of low, high: queries 16 p + j, and 2 + j, of the lane's.
+// What dropout keeps of a lane's two keys by kTiles * 8 queries: bit 8 p + 4 half of kept[j] of query
+// 16 p + j of the lane's. Four lanes have the eight keys of a draw, and each draws for a quarter of
+// their queries.
 template <int kTiles>
-__device__ __forceinline__ void draw_by_key(uint32_t& low, uint32_t& high, const PhiloxKeys& draw,
+__device__ __forceinline__ void draw_by_key(uint32_t (&kept)[4], const PhiloxKeys& draw,
                                             const Dropout& drop, const Block& b, int sequence) {
-  const int odd = threadIdx.x / 4 % 2;
-  uint32_t mine = 0;
+  const int own = threadIdx.x / 4 % 4;  // of the queries, and of the draw's neighbouring keys
+  uint32_t drawn = 0;
 #pragma unroll
   for (int p = 0; p < kTiles / 2; ++p) {
+    const Words w = philox(draw, draw_of(b.key), b.query + 16 * p + own, b.head, sequence);
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      const Words w = philox(draw, static_cast<unsigned>(b.key) / 4, b.query + 16 * p + 2 * odd + j,
-                             b.head, sequence);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) mine |= static_cast<uint32_t>(w.w[i] >= drop.cut) << (8 * p + 4 * j + i);
+    for (int i = 0; i < 8; ++i) {
+      drawn |= static_cast<uint32_t>(is_kept(w.w[i % 4], i / 4, drop)) << (8 * p + i);
     }
   }
-  const uint32_t other = shuffle_xor(mine, 4);
-  low = (odd ? other : mine) >> 2 * odd;
-  high = (odd ? mine : other) >> 2 * odd;
+  // That of lane own ^ j is [j], until each stands at its own query.
+  uint32_t of[4] = {drawn, shuffle_xor(drawn, 4), shuffle_xor(drawn, 8), shuffle_xor(drawn, 12)};
+#pragma unroll
+  for (int bit = 1; bit < 4; bit *= 2) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      if (j & bit) continue;
+      const uint32_t low = of[j], high = of[j ^ bit];
+      of[j] = own & bit ? high : low;
+      of[j ^ bit] = own & bit ? low : high;
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < 4; ++j) kept[j] = of[j] >> own;
 }
 
 // dk and dv of a tile of keys; for wide heads one of them a launch, which the registers allow. With
-// dropout a lane's two keys lie side by side.
+// dropout a lane's two keys are 16 apart.
 template <class T, int kD, bool kWantsDk, bool kWantsDv, bool kDrop, class... Bias>
 __global__ void __launch_bounds__(kThreads, 2) dkv_kernel(AttentionBackward a, Dropout drop,
                                                        RowValues values, int wide, Bias... table) {
@@ -339,15 +348,15 @@ __global__ void __launch_bounds__(kThreads, 2) dkv_kernel(AttentionBackward a, D
     }
   };
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int local = warp * 16, first_key = tile.first + local;
-  const Place<T, kD> left = kDrop ? Place<T, kD>(local + lane % 8 * 2 + lane / 8 % 2, lane / 16)
-                                  : place_of_left<T, kD>(local);
+  constexpr int kApart = kDrop ? 16 : 8;  // a lane's two keys, and the warp's two eights of them
+  const int local = kDrop ? warp / 2 * 32 + warp % 2 * 8 : warp * 16, first_key = tile.first + local;
+  const Place<T, kD> left(local + lane % 8 + lane / 8 % 2 * kApart, lane / 16);
   const Place<T, kD> rows = place_of_rows<T, kD>(), columns = place_of_columns<T, kD>();
   const Scale scale(a.scale);
   const float sign = scale.sign, c = scale.c;
   const PhiloxKeys draw = keys_of<kDrop, kD <= 64>(drop);
   const bool drops = kDrop && (!kHasTable || drop.seed);
-  const int mine[2] = {first_key + (kDrop ? lane / 4 * 2 : lane / 4), first_key + (kDrop ? lane / 4 * 2 + 1 : lane / 4 + 8)};
+  const int mine[2] = {first_key + lane / 4, first_key + lane / 4 + kApart};
   float dk[1][kWantsDk ? kD / 8 : 1][4] = {}, dv[1][kWantsDv ? kD / 8 : 1][4] = {};
   uint32_t held[2][kHeld ? kD / 16 : 1][4];
   auto read = [&](int which, int chunk, uint32_t(&fragment)[4]) {
@@ -377,8 +386,8 @@ __global__ void __launch_bounds__(kThreads, 2) dkv_kernel(AttentionBackward a, D
           dscores, [&](int, int n, uint32_t(&f)[4]) { read(1, n, f); }, dout_tile(stage), offset / 16, rows);
     }
     add_table_by_key(scores, b, mine, c, table...);
-    uint32_t low = 0, high = 0;
-    if (drops) draw_by_key<kTiles>(low, high, draw, drop, b, tile.sequence);
+    uint32_t kept[4] = {};
+    if (drops) draw_by_key<kTiles>(kept, draw, drop, b, tile.sequence);
 #pragma unroll
     for (int n = 0; n < kTiles; n += 2) {
       const Pack<float, 4> shift = load<Pack<float, 4>>(at + n * 8);
@@ -392,7 +401,7 @@ __global__ void __launch_bounds__(kThreads, 2) dkv_kernel(AttentionBackward a, D
           if (a.causal && b.query + n * 8 + j < mine[half] - ahead) score = -INFINITY;
         }
         if constexpr (kDrop) {
-          const bool keep = !drops || (j < 2 ? low : high) >> (n * 4 + j % 2 * 4 + half) & 1;
+          const bool keep = !drops || kept[j] >> (n * 4 + half * 4) & 1;
           differentiate(score, dscore, kHasTable ? 1.0f : c, shift.values[j], keep, drop.scale, delta.values[j]);
         } else {
           differentiate(score, dscore, c, shift.values[j]);
@@ -424,7 +433,7 @@ __global__ void __launch_bounds__(kThreads, 2) dkv_kernel(AttentionBackward a, D
     }
   }
   const int warp_end = first_key < tile.length ? q_length : 0;
-  const int from = a.causal ? first_key - ahead : 0, whole = a.causal ? from + 15 : 0;
+  const int from = a.causal ? first_key - ahead : 0, whole = a.causal ? from + kApart + 7 : 0;
   for (int first = start, stage = 0; first < q_length; first += kQueries) {
     const bool more = first + kQueries < q_length;
     if (kPipeline == 2 && more) load_queries(stage ^ 1);
@@ -452,11 +461,11 @@ __global__ void __launch_bounds__(kThreads, 2) dkv_kernel(AttentionBackward a, D
   }
   if constexpr (kWantsDk) {
     const Side os = {a.dk, tile.begin, tile.length, head, head_dim, (wide & kDk) != 0};
-    store_rows<T, kD, kDrop>(dk[0], a.scale, a.scale, k, local, os, tile.first);
+    store_rows<T, kD, kApart>(dk[0], a.scale, a.scale, k, local, os, tile.first);
   }
   if constexpr (kWantsDv) {
     const Side os = {a.dv, tile.begin, tile.length, head, head_dim, (wide & kDv) != 0};
-    store_rows<T, kD, kDrop>(dv[0], drop.scale, drop.scale, v, local, os, tile.first);
+    store_rows<T, kD, kApart>(dv[0], drop.scale, drop.scale, v, local, os, tile.first);
   }
 }
 

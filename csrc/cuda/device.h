@@ -308,7 +308,7 @@ struct Words {
   uint32_t w[4];
 };
 
-// Philox4x32-10, see ../philox.h: its rounds' keys, and a draw by them. Kernels that draw again and
+// Philox4x32-7, see ../philox.h: its rounds' keys, and a draw by them. Kernels that draw again and
 // again keep the keys in registers.
 struct PhiloxKeys {
   uint32_t words[2 * kPhiloxRounds];
@@ -353,13 +353,18 @@ __device__ __forceinline__ void keep(uint32_t& value) {
 
 struct Dropout {
   const uint64_t* seed;  // null: no dropout
-  uint32_t cut;          // words below it are dropped
+  uint32_t cut;          // the probability in 65536ths, in the upper half
   float scale;           // of what is kept
 };
 
+// Whether an element is kept by one half of its word; half 0: the lower one.
+__device__ __forceinline__ bool is_kept(uint32_t word, unsigned half, const Dropout& drop) {
+  return word << (16 - 16 * half) >= drop.cut;
+}
+
 inline Dropout dropout_of(double p, const Call& call) {
   if (p == 0) return {nullptr, 0, 1.0f};
-  return {call.seed, dropout_threshold(p), static_cast<float>(1.0 / (1.0 - p))};
+  return {call.seed, dropout_cut(p) << 16, dropout_scale(p)};
 }
 
 // ---- launch ----

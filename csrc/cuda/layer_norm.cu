@@ -30,19 +30,18 @@ __device__ __forceinline__ float row_sum(float x) {
   return sum;
 }
 
-// The dropout factors of kCount columns from `column` on: whole groups of four, or one column.
+// The dropout factors of kCount columns from `column` on: the eight of a draw, half of them, or one.
 template <int kCount>
 __device__ __forceinline__ void factors(const Dropout& drop, int64_t row, int column,
                                         float (&keep)[kCount]) {
-  const uint64_t seed = *drop.seed;
+  static_assert(kCount == 8 || kCount == 4 || kCount == 1);
+  const Words words = philox(*drop.seed, column / 8, static_cast<uint32_t>(row), 0, kLayerNormStream);
 #pragma unroll
-  for (int j = 0; j < kCount; j += 4) {
-    const Words words = philox(seed, (column + j) / 4, static_cast<uint32_t>(row), 0, kLayerNormStream);
-#pragma unroll
-    for (int i = 0; i < (kCount < 4 ? kCount : 4); ++i) {
-      const uint32_t word = kCount < 4 ? words.w[(column + i) % 4] : words.w[i];
-      keep[j + i] = word >= drop.cut ? drop.scale : 0.0f;
-    }
+  for (int i = 0; i < kCount; ++i) {
+    const int at = kCount == 8 ? i : column % 8 + i;
+    // Not words.w[at / 2], which would put the words into local memory.
+    const uint32_t low = at & 2 ? words.w[1] : words.w[0], high = at & 2 ? words.w[3] : words.w[2];
+    keep[i] = is_kept(at & 4 ? high : low, at & 1, drop) ? drop.scale : 0.0f;
   }
 }
 

@@ -17,7 +17,7 @@ SHAPES = [  # lengths, num_heads, head_dim: odd sizes, empty and length-1 sequen
     ([127, 40], 2, 32),
     ([513], 2, 64),
     ([130, 129], 2, 80),
-    ([17, 5], 2, 256),
+    ([50, 5], 2, 256),
     ([33, 2], 1, 20),
     ([32, 0, 17, 1, 9], 2, 64),
     ([5, 31], 3, 24),
@@ -279,7 +279,7 @@ def test_bitwise_repeatable_at_any_thread_count():
 def test_dropout_statistics(backend):
     """The share of dropped weights is p, draws differ by seed, head, sequence and row, and the
     mean over seeds is attention without dropout."""
-    length, heads, p = 64, 2, 0.3
+    length, heads, p = 64, 2, 0.3125
     q = torch.zeros(2 * length, heads, 64)  # all weights 1/64
     v = torch.eye(64).repeat(2, 1)[:, None].expand(-1, heads, -1)
     cu = cu_seqlens([length, length])
@@ -291,9 +291,29 @@ def test_dropout_statistics(backend):
     n = masks.numel()
     assert abs(masks.mean().item() - (1 - p)) < 5 * math.sqrt(p * (1 - p) / n)
     flat = masks.view(20, 2, length, heads, 64)
-    for a, b in ((flat[0], flat[1]), (flat[:, 0], flat[:, 1]), (flat[..., 0, :], flat[..., 1, :])):
+    keys = flat.view(*flat.shape[:-1], 2, 2, 4, 4)  # blocks, halves of words, draws, words
+    for a, b in (
+        (flat[0], flat[1]), (flat[:, 0], flat[:, 1]), (flat[..., 0, :], flat[..., 1, :]),
+        *((keys.select(i, 0), keys.select(i, 1)) for i in (-1, -2, -3, -4)),
+    ):  # fmt: skip
         agree = (a.round() == b.round()).double().mean().item()
         assert abs(agree - (p * p + (1 - p) ** 2)) < 0.02
+
+
+@pytest.mark.parametrize(("p", "cut"), [(1e-9, 1), (0.5, 32768), (1 - 1e-9, 65535)])
+def test_dropout_is_of_some_and_not_all(backend, p, cut):
+    """In whole 65536ths; and what is kept makes up for exactly those."""
+    q, v = torch.zeros(64, 9, 64), torch.eye(64)[:, None].expand(-1, 9, -1).contiguous()
+    kept = ops.attention(q, q, v, cu_seqlens([64]), dropout_p=p, seed=SEED) * 64
+    row = torch.arange(64.0).repeat(9, 1)
+    normal = ops.layer_norm(row, torch.ones(64), torch.zeros(64), dropout_p=p, seed=SEED)
+    wanted = ops.layer_norm(
+        row, torch.ones(64), torch.zeros(64), dropout_p=p, seed=SEED, backend="eager"
+    )
+    torch.testing.assert_close(normal, wanted, rtol=1e-5, atol=1e-5)
+    scale = torch.tensor(65536 / (65536 - cut))
+    torch.testing.assert_close(kept, kept.ne(0) * scale, rtol=1e-6, atol=0)
+    assert abs(kept.ne(0).double().mean().item() - (1 - p)) < 0.02
 
 
 @settings(deadline=None, max_examples=12)

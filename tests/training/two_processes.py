@@ -15,6 +15,7 @@ import drawn  # noqa: E402
 
 from bert_fast.training.finetune import finetune  # noqa: E402
 
+torch.optim.AdamW = drawn.SteadyAdamW
 rank, folder, *ports = sys.argv[1:]
 os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
 for task, port in zip(drawn.TASKS, ports, strict=True):
