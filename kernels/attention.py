@@ -390,7 +390,7 @@ def attention_backward(
         _backward_q[(total_q // BLOCK_M + batch + 1, heads)](
             *inputs, out, lse, work, dq, cu_q, cu_k, seed, *_strides(dout, q, k, v, out, dq), batch,
             total_q, *numbers, **common, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=warps,
-            num_stages=stages, maxnreg=most(warps), debug=True, sanitize_overflow=False,
+            num_stages=stages, maxnreg=most(warps),
         )  # fmt: skip
 
     def launch_kv(chosen):

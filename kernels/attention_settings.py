@@ -11,9 +11,10 @@ from bert_fast.kernels.common import capability, power_of_2
 # The padded head_dim -> BLOCK_M, BLOCK_N, warps, stages; plain FMA (float32, and any dtype before
 # 8.0) apart, then by chip: 90 and 100 have instructions of 64 rows, of which four warps have one,
 # so eight warps on 64 rows would compute each twice; the others share mma.sync. What 90 has for
-# heads of 64 was the fastest on an H100, in bfloat16, with dropout and without, 64 x 128 and
-# 16 x 512; the rest is what spills no register, fits every chip's shared memory and takes few
-# instructions (`bert-fast inspect`), not measured.
+# heads of 64 was the fastest on an H100 without dropout, in bfloat16, 64 x 128 and 16 x 512, of
+# what spills nothing; with dropout an H200 took a twelfth less in forward for 64 x 128 with (64,
+# 32, 4, 3), and a twentieth more for 16 x 512. The rest is what spills no register, fits every
+# chip's shared memory and takes few instructions (`bert-fast inspect`), not measured.
 FORWARD = {
     "fma": {32: (64, 32, 8, 2), 64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 16, 1)},
     "mma": {32: (64, 64, 4, 3), 64: (64, 32, 4, 3), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
@@ -26,7 +27,8 @@ BACKWARD_Q = {
     90: {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 1), 256: (32, 32, 8, 1)},
     100: {32: (64, 64, 4, 2), 64: (64, 64, 4, 1), 128: (64, 64, 8, 1), 256: (32, 32, 8, 1)},
 }
-# 90: two stages took a ninth less time without dropout, and spill two registers there.
+# 90: two stages took a ninth less time without dropout, a 28th less of all backward with it, and
+# spill registers.
 BACKWARD_KV = BACKWARD_Q | {
     "fma": BACKWARD_Q["fma"] | {32: (32, 32, 8, 1), 64: (32, 32, 8, 1)},
     90: BACKWARD_Q[90] | {32: (64, 64, 4, 1), 64: (64, 64, 4, 1)},

@@ -248,7 +248,7 @@ def drawn(seed, cut, first, begin, sequence, ROWS: tl.constexpr, COLS: tl.conste
         bits |= (words[i] >= cut.to(tl.uint32)).to(tl.uint32) << 4 + i
     if COLS < 32:
         bits = bits >> (begin // COLS % 2 * 4)
-    HALVES: tl.constexpr = COLS // 16 if COLS < 32 else 2
+    HALVES: tl.constexpr = 1 if COLS < 32 else 2
     # (blocks, halves, twos, draws, 2): as the tensor cores have a tile's columns.
     half, two = tl.arange(0, HALVES), tl.arange(0, 2)
     at = 4 * half[:, None, None, None] + 2 * two[None, :, None, None] + two[None, None, None, :]

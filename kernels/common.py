@@ -33,7 +33,7 @@ def philox(seed, rows, groups, c2, c3, ROWS: tl.constexpr, GROUPS: tl.constexpr)
     """Philox4x32-7 (Salmon et al. 2011) by position, as in bert_fast/ops/reference.py: a counter
     (group, row, c2, c3) gives four words, each (ROWS, GROUPS) uint32, two halves each.
 
-    rows: (ROWS,) row numbers; groups: (GROUPS,) column numbers / 8.
+    rows: (ROWS,) row numbers; groups: (GROUPS,) numbers of a row's draws.
     """
     zero = tl.zeros((ROWS, GROUPS), tl.uint32)
     w0 = zero + groups.to(tl.uint32)[None, :]

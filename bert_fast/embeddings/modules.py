@@ -8,7 +8,7 @@ from bert_fast.embeddings import settings
 from bert_fast.embeddings.pooling import MODES, pool
 from bert_fast.embeddings.settings import check_settings, read_json, read_settings
 from bert_fast.files import CheckpointError
-from bert_fast.models.blocks import Linear
+from bert_fast.models.blocks import Linear, prepack
 from bert_fast.models.checkpoint import read_weights
 
 BOOLEANS = {  # of sentence-transformers before 5.4, in the order in which results are joined
@@ -25,9 +25,7 @@ def place(module, device):
     """Moves a module; on a CPU its products are packed, so that a row's bits are its own."""
     module.to(device)
     if torch.device(device).type == "cpu":
-        for part in module.modules():
-            if isinstance(part, Linear):
-                part.prepack()
+        prepack(module)
 
 
 def by_row(activation, x):

@@ -23,6 +23,7 @@ from bert_fast.models.blocks import (
     check_ids,
     feed_forward,
     initialiser,
+    prepack,
     project_add_norm,
     two,
 )
@@ -196,10 +197,7 @@ class BertModel(nn.Module):
         PyTorch sees changing (an optimizer, load_state_dict) is packed anew by the next call; what
         is written through ``.data`` it sees by sixteen numbers of each weight.
         """
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.prepack()
-        return self
+        return prepack(self)
 
     def for_inference(
         self, dtype: Precision | torch.dtype = "float32",

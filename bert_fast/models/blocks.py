@@ -92,6 +92,14 @@ class Product:
         return ops.can_use_packed(packed, self.weight)
 
 
+def prepack(model):
+    """Packs every product of the model, but those whose weights packed ones have replaced."""
+    for module in model.modules():
+        if isinstance(module, Linear):
+            module.prepack()
+    return model
+
+
 def attention_precision(x, projected, dropout_p):
     """What attention rounds to: bfloat16 where all that it reads of x came of rounded products
     (csrc/cpu/encoder.cpp has the same rule). ``projected``: (product, its out) of each."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bert_fast.models import checkpoint
 from bert_fast.models.bert import BertModel, exportable
-from bert_fast.models.blocks import Linear, check_ids
+from bert_fast.models.blocks import check_ids, prepack
 from bert_fast.models.config import BertConfig, read_json
 from bert_fast.models.decoder import Decoder
 from bert_fast.models.generation import Decoding, beam_search, greedy
@@ -146,10 +146,7 @@ class EncoderDecoderModel(nn.Module):
 
     def prepack(self) -> EncoderDecoderModel:
         """As :meth:`bert_fast.BertModel.prepack`."""
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.prepack()
-        return self
+        return prepack(self)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bert_fast import ops
 from bert_fast.models import checkpoint
 from bert_fast.models.bert import BertModel, exportable
-from bert_fast.models.blocks import GELU_APPROXIMATE, Linear, initialiser
+from bert_fast.models.blocks import GELU_APPROXIMATE, Linear, initialiser, prepack
 from bert_fast.models.config import BertConfig
 from bert_fast.models.inference import Precision, for_inference
 from bert_fast.ops.cross_entropy import IGNORED, linear_cross_entropy
@@ -126,10 +126,7 @@ class _BertWithHead(nn.Module):
 
     def prepack(self) -> Self:
         """As :meth:`bert_fast.BertModel.prepack`."""
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.prepack()
-        return self
+        return prepack(self)
 
     def for_inference(
         self, dtype: Precision | torch.dtype = "float32",

@@ -8,7 +8,7 @@ import torch
 
 from bert_fast import ops
 from bert_fast.files import CheckpointError, atomic_path
-from bert_fast.models.blocks import GELU_APPROXIMATE, PACKED_KEYS, Linear
+from bert_fast.models.blocks import GELU_APPROXIMATE, PACKED_KEYS, Linear, prepack
 from bert_fast.models.inference import Precision, encoder_of
 
 WEIGHTS = [f"{stem}{index}" for stem in ("model.safetensors", "pytorch_model.bin")
@@ -117,10 +117,7 @@ def fill_packed(model, state, about, path):
     encoder.one_call.forget()
     encoder.served_in = about["dtype"]
     model.eval().requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, Linear) and module.packed is None:
-            module.prepack()
-    return model
+    return prepack(model)  # what is not of the layers
 
 
 def _fit(elements, scale, x_factor):

@@ -203,8 +203,8 @@ class ForwardTask {
   void drop_row(const Sequence& seq, int64_t head, int64_t q_row, int64_t i, int64_t begin,
                 int64_t padded) {
     dropout_row<true>(factors_, padded, a_.seed, a_.dropout_p, static_cast<uint32_t>(begin),
-                static_cast<uint32_t>(q_row), static_cast<uint32_t>(head),
-                static_cast<uint32_t>(seq.index));
+                      static_cast<uint32_t>(q_row), static_cast<uint32_t>(head),
+                      static_cast<uint32_t>(seq.index));
     float* s = scores_of(i);
     for (int64_t col = 0; col < padded; col += kWidth) {
       store(s + col, load(s + col) * load(factors_ + col));
@@ -347,8 +347,8 @@ class BackwardTask {
     const bool drop = a_.dropout_p > 0.0f, whole = seq.k_len <= kBlockK;
     if (drop) {
       dropout_row<true>(factors_, padded, a_.seed, a_.dropout_p, static_cast<uint32_t>(k_begin),
-                  static_cast<uint32_t>(q_row), static_cast<uint32_t>(head),
-                  static_cast<uint32_t>(seq.index));
+                        static_cast<uint32_t>(q_row), static_cast<uint32_t>(head),
+                        static_cast<uint32_t>(seq.index));
     }
     const vi lanes = lane_index();
     vf total = {};

@@ -22,7 +22,7 @@ void forward(const LayerNormForward& a, Then then) {
       float* h = row_sum;
       if (a.dropout_p > 0.0f) {
         dropout_row<false>(factors, a.hidden, a.seed, a.dropout_p, 0, static_cast<uint32_t>(row), 0,
-                    kLayerNormStream);
+                           kLayerNormStream);
       }
 
       vf total = {};
@@ -86,7 +86,7 @@ BERT_FAST_INLINE void backward_rows(const LayerNormBackward& a, int64_t first, f
     slope[r] = sum(total_gn[r]) * inverse_width * rstd[r];
     if (dx) {
       dropout_row<false>(factors + r * width, hidden, a.seed, a.dropout_p, 0,
-                  static_cast<uint32_t>(first + r), 0, kLayerNormStream);
+                         static_cast<uint32_t>(first + r), 0, kLayerNormStream);
     }
   });
   for_columns(hidden, [&](int64_t col, auto lanes) {

@@ -298,8 +298,9 @@ BERT_FAST_INLINE void multiply_wide(vu a, uint32_t m, vu& high, vu& low) {
 }
 
 // factors[col] = 0 where the element is dropped, else 1 / (1 - p), for the columns [0, width) of
-// the row that counter words c1..c3 name. kKeys: columns are attention's keys (philox.h says where their
-// order stands), first_col a multiple of 32. `factors` has room for width rounded up to 8 * kWidth.
+// the row that counter words c1..c3 name. kKeys: columns are attention's keys, and a draw has four
+// neighbours and those 16 further (column_of_key in reference.py); first_col is a multiple of 32.
+// `factors` has room for width rounded up to 8 * kWidth.
 template <bool kKeys>
 inline void dropout_row(float* factors, int64_t width, uint64_t seed, double p, uint32_t first_col,
                         uint32_t c1, uint32_t c2, uint32_t c3) {

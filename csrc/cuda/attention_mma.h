@@ -2,8 +2,8 @@
 // products of them by mma.sync m16n8k16 (Turing: two m16n8k8), dropout in their layouts.
 //
 // Of a product's 16 columns a lane has four that lie side by side, in two accumulator tiles: the
-// rows of the right operand are read in that order (key_of), by ldmatrix at no cost. So dropout's
-// four words, which are of four keys side by side, are one lane's.
+// rows of the right operand are read in that order (key_of), by ldmatrix at no cost. So a draw of
+// dropout's, which is of four keys side by side and the four 16 further, is one lane's.
 #pragma once
 #include <type_traits>
 

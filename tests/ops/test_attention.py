@@ -123,9 +123,16 @@ def test_a_keys_bias_cancels_but_nan(backend):
     assert ops.attention_qkv(qkv, cu, bias=bias).isnan().all()
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("q_lengths", [[5, 0, 130, 1], [1, 1, 1, 1] * 8])
-def test_cross_attention(backend, gradients, causal, q_lengths):
+@pytest.mark.parametrize(
+    ("causal", "dropout_p"), [(False, 0.0), (True, 0.0), (True, 0.25)],
+    ids=["plain", "causal", "causal-dropout"],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("q_lengths", "dtype"),
+    [([100, 0, 130, 1], torch.float32), ([100, 0, 130, 1], torch.bfloat16),
+     ([1, 1, 1, 1] * 8, torch.float32)],
+)  # fmt: skip
+def test_cross_attention(backend, gradients, causal, dropout_p, q_lengths, dtype):
     # One query over more than a block of keys sees the rounding of one lse: no ratio bounds that.
     k_lengths = [150 if max(q_lengths) > 1 else 120, 3, 0, 9] * (len(q_lengths) // 4)
     q = torch.randn(sum(q_lengths), 2, 40, dtype=torch.float64)
@@ -134,15 +141,17 @@ def test_cross_attention(backend, gradients, causal, q_lengths):
 
     def run(q, k, v, backend=None):
         cu = cu_seqlens(q_lengths), cu_seqlens(k_lengths)
-        return ops.attention(q, k, v, *cu, causal=causal, backend=backend)
+        return ops.attention(
+            q, k, v, *cu, causal=causal, dropout_p=dropout_p, seed=SEED, backend=backend
+        )
 
     def eager(*qkv):
         return run(*qkv, "eager")
 
     truth = gradients(eager, (q, k, v), dout, torch.float64)
     assert_within(
-        gradients(run, (q, k, v), dout, torch.float32),
-        gradients(eager, (q, k, v), dout, torch.float32),
+        gradients(run, (q, k, v), dout, dtype),
+        gradients(eager, (q, k, v), dout, dtype),
         truth,
         name="out, dq, dk, dv",
     )
