@@ -77,11 +77,11 @@ def recorded():
 
 
 class Launch:
-    """A launch that took place, to be made again with tensors in the place of some of its own."""
+    """A launch that took place, to be made again with tensors in the place of its own."""
 
     def __init__(self, kernel, grid, args, constants, found=None, values=()):
         self.kernel, self.grid, self.constants, self.found = kernel, grid, constants, found
-        self.args, self.values = list(args), list(values)  # tensors, and their addresses
+        self.args, self.values = args, values  # tensors and numbers; and addresses of the tensors
         self.places = {}  # name -> where this tensor stands, which may be in others' places, too
 
     def __getitem__(self, name):
@@ -99,30 +99,32 @@ class Launch:
 
     def forget(self):
         """Keeps alive none of the tensors that are to be replaced."""
-        for places in self.places.values():
-            for place in places:
-                self.args[place] = None
+        gone = set(itertools.chain.from_iterable(self.places.values()))
+        self.args = [None if place in gone else arg for place, arg in enumerate(self.args)]
 
     def again(self, **tensors):
-        """Launches on the current stream; each tensor has the dtype, shape and strides of the one
-        that was at its name, and is on its device, which is the current one."""
-        args, values, found, addresses = self.args, self.values, self.found, 0
+        """Launches on the current stream. ``tensors``: for each argument that
+        :meth:`can_replace` was asked of one of its own's dtype, shape and strides, on its device,
+        which is the current one. Nothing is kept of them: threads may share a launch."""
+        if self.found is not None:
+            values, addresses = [*self.values], 0
+            for name, tensor in tensors.items():
+                address = tensor.data_ptr()
+                addresses |= address
+                for place in self.places[name]:
+                    values[place] = address
+            if not addresses & 15:  # as all of the recorded ones are
+                _, run, function, metadata, fixed = self.found
+                x, y, z = (*self.grid, 1, 1)[:3]
+                active = driver.active
+                stream = active.get_current_stream(active.get_current_device())
+                run(x, y, z, stream, function, metadata, None, None, None, *values, *fixed)
+                return
+        args = [*self.args]
         for name, tensor in tensors.items():
-            address = tensor.data_ptr() if found else 0
-            addresses |= address
             for place in self.places[name]:
                 args[place] = tensor
-                if found:
-                    values[place] = address
-        if found is None or addresses & 15:
-            self.kernel[self.grid](*args, **self.constants)
-        else:
-            _, run, function, metadata, fixed = found
-            x, y, z = (*self.grid, 1, 1)[:3]
-            active = driver.active
-            stream = active.get_current_stream(active.get_current_device())
-            run(x, y, z, stream, function, metadata, None, None, None, *values, *fixed)
-        self.forget()
+        self.kernel[self.grid](*args, **self.constants)
 
 
 @functools.cache
@@ -140,6 +142,17 @@ def _is_idle(hook):
     return hook is None or not getattr(hook, "calls", True)
 
 
+def is_watched(*kernels):
+    """Whether somebody looks at the launches of these, or may."""
+    return (
+        knobs is None
+        or JITFunction.run is not _RUN
+        or any(kernel.pre_run_hooks for kernel in kernels)
+        or not _is_idle(knobs.runtime.launch_enter_hook)
+        or not _is_idle(knobs.runtime.launch_exit_hook)
+    )
+
+
 class Kernel(JITFunction):
     """A kernel whose launches are looked up by a cheap key."""
 
@@ -153,13 +166,7 @@ class Kernel(JITFunction):
         return functools.partial(self._launch, grid)
 
     def _launch(self, grid, *args, **constants):
-        if (
-            knobs is None
-            or JITFunction.run is not _RUN  # somebody looks on
-            or self.pre_run_hooks
-            or not _is_idle(knobs.runtime.launch_enter_hook)
-            or not _is_idle(knobs.runtime.launch_exit_hook)
-        ):
+        if is_watched(self):
             return self._plainly(grid, args, constants)
         try:
             key, given = self._read(args, constants)

@@ -28,9 +28,14 @@ def run(kernel, settings, search, launch):
     of what else the choice depends on (plain numbers and strings) and the candidates; launch: may
     be called many times.
     """
-    if _asked() is not None and os.environ.get("BERT_FAST_AUTOTUNE") == "1":
+    if is_asked():
         settings = _tuned(kernel, *search(), settings, launch)
     launch(settings)
+
+
+def is_asked():
+    """Whether settings are searched for."""
+    return _asked() is not None and os.environ.get("BERT_FAST_AUTOTUNE") == "1"
 
 
 def _tuned(kernel, kind, candidates, settings, launch):

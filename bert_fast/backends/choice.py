@@ -203,7 +203,7 @@ def choose(op, device, dtype, needs_grad, backend=None, size=0):
     Raises:
         BackendUnavailableError: a backend was asked for by name and cannot run this call.
     """
-    key = op, device, dtype, needs_grad, backend, size, *_circumstances()
+    key = op, device, dtype, needs_grad, backend, size, *circumstances()
     known = type(size) is int  # not a symbol of a traced shape
     if known and (name := _chosen.get(key)) is not None:
         return name
@@ -216,7 +216,7 @@ def choose(op, device, dtype, needs_grad, backend=None, size=0):
 
 def all_choose(name, ops, device, dtype):
     """Whether each of these ops, in inference, chooses this backend."""
-    key = name, ops, device, dtype, *_circumstances()
+    key = name, ops, device, dtype, *circumstances()
     if (found := _alike.get(key)) is None:
         try:
             found = all(choose(op, device, dtype, needs_grad=False) == name for op in ops)
@@ -226,7 +226,8 @@ def all_choose(name, ops, device, dtype):
     return found
 
 
-def _circumstances():
+def circumstances():
+    """All that a choice depends on, but what it is made for."""
     asked, interprets, host = _environment
     of_torch = torch.cuda.get_device_capability
     return _override.get(), asked(), interprets(), host(), why_not, of_torch

@@ -320,8 +320,8 @@ class _Encoder(_Accelerated):
         recorded = bool(arguments.get("output_hidden_states"))
         x = packing.pack(hidden_states)
         # A layer writes over what it has read, if nobody else may look at that.
-        seen = recorded or any(map(is_watched, self.layer))
         memory = can_reuse_memory(x)
+        seen = memory and (recorded or any(map(is_watched, self.layer)))
         reuse = memory and not seen
         if reuse and packing.index is None:
             x = x.clone()
@@ -338,7 +338,7 @@ class _Encoder(_Accelerated):
         if last is None:
             if around is not None:
                 around.close()  # torch's own ops are to run in all threads
-            layers = Layers(describe, len(self.layer), x)
+            layers = Layers(describe, self.layer, x, packing)
             for layer in self.layer:
                 if recorded:
                     states.append(as_autocast_gives(packing.unpack(x), hidden_states))

@@ -163,7 +163,7 @@ def why_not_this_state(base, family, classes):
     if torch.compiler.is_compiling():
         return _why_not(encoder, family, classes)
     for known in classes.values():
-        if known.kind.forward is not known.forward or not _is_theirs(known.forward):
+        if known.kind.forward is not known.forward:
             return f"a forward of somebody's own in {known.kind.__name__}"
     seen = _seen.get(base)
     if seen is not None and seen[0].hold():
@@ -229,7 +229,7 @@ class Known(NamedTuple):
 
     kind: type
     attributes: dict
-    forward: Callable
+    forward: Callable | None  # None: somebody else's
 
 
 def classes_inside(base, family):
@@ -239,10 +239,12 @@ def classes_inside(base, family):
         fresh = type(base)(copy.deepcopy(base.config))
     encoder = getattr(fresh, family.encoder)
     modules = {"..": encoder, **dict(_inside(encoder.layer[0], ""))}
-    return {
-        path: Known(type(module), _attributes(module), type(module).forward)
-        for path, module in modules.items()
-    }
+    return {path: _known(module) for path, module in modules.items()}
+
+
+def _known(module):
+    forward = type(module).forward
+    return Known(type(module), _attributes(module), forward if _is_theirs(forward) else None)
 
 
 # Those whose attributes are read when they are needed, or not at all: rates, eps, sizes.

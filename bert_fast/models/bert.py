@@ -315,7 +315,7 @@ class BertModel(nn.Module):
         given, reuses = (self.layers, x, packing, workspace), workspace is self.workspace
         if last_alone and reuses and (out := self.one_call(*given, self._describe)) is not None:
             return [out], packing
-        states, run = [], Layers(self._describe, len(self.layers), x)
+        states, run = [], Layers(self._describe, self.layers, x, packing)
         for layer in self.layers:
             if output_hidden_states:
                 states.append(x.clone())  # inference goes on in x's own memory

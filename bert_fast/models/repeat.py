@@ -1,8 +1,9 @@
 """Layers that are what their classes say (:class:`Plain`). On a GPU in inference the first of a
-forward runs and the others of its kind repeat it, in training each is one op; on a CPU packed ones
-run in one call (``one_call.py``)."""
+forward runs and the others of its kind repeat it, in this forward and in others of its shape; in
+training each is one op; on a CPU packed ones run in one call (``one_call.py``)."""
 
 import itertools
+import weakref
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -51,17 +52,25 @@ class Plain(NamedTuple):
         return ops.training_layer(x, cu_seqlens, longest, self.numbers, self.qkv, self.rest, seeds)
 
 
+# Of a model's layers, {what else the launches depend on: (the layer's kind, Repeat)}.
+_kept: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+MOST_KEPT = 128  # of a model: a few KB each
+
+
 class Layers:
     """The layers of one forward, called one by one. ``describe(layer, *args)`` gives a layer's
-    :class:`Plain`, or None."""
+    :class:`Plain`, or None; ``layers``: the module that holds them."""
 
-    def __init__(self, describe, count, x):
-        self.describe = describe
+    def __init__(self, describe, layers, x, packing):
+        self.describe, self.offsets = describe, packing.cu_seqlens
         fast = product_adds_bias(x) and not torch.compiler.is_compiling()
         self.fast, self.trains = fast, fast and torch.is_grad_enabled()
-        self.repeats = fast and count > 1 and ops.can_repeat(x)
-        self.seeds = ops.Seeds(count)
-        self.kind = self.first = None
+        self.repeats = fast and len(layers) > 1 and ops.can_repeat(x)
+        self.seeds = ops.Seeds(len(layers))
+        self.kind = self.first = self.shape = self.shared = None
+        if self.repeats:
+            self.shape = ops.circumstances(x, self.offsets, packing.max_seqlen, packing.padded_tail)
+            self.kept = _kept.setdefault(layers, {})
 
     def __call__(self, layer, x, *args):
         """layer(x, *args)"""
@@ -73,18 +82,37 @@ class Layers:
             return layer(x, *args) if (out := plain.train(x, self.seeds)) is None else out
         if not self.repeats or (kind := plain.kind()) is None:
             return layer(x, *args)
+        kind = kind, _of_tensor(x)
         if self.kind is None:
-            with ops.launches() as launches:
-                out = layer(x, *args)
-            self.first = ops.Repeat.of(launches, x, plain.rest, out)
-            self.repeats = self.first is not None
-            self.kind = kind, _of_tensor(x)
-            return out
-        if self.kind == (kind, _of_tensor(x)):
+            self.kind = kind
+            if plain.packing is None:
+                self.shape = None  # a position bias is not looked at here: it may be another
+            known, first = self.kept.get(self.shape, (None, None))
+            if known != kind:
+                return self._run_first(layer, x, plain.rest, *args)
+            self._repeat(first)
+        if self.kind == kind:
             projected = plain.project(x)
             if self.first.fits(*projected):
-                return self.first(x, *projected, plain.rest)
+                return self.first(x, *projected, self.shared, plain.rest)
+            self.kept.pop(self.shape, None)  # such a model's layers are other ones now
         return layer(x, *args)
+
+    def _run_first(self, layer, x, rest, *args):
+        with ops.launches() as launches:
+            out = layer(x, *args)
+        first = ops.Repeat.of(launches, x, self.offsets, rest, out)
+        self.repeats = first is not None
+        if first is not None:
+            self._repeat(first)
+            if self.shape is not None:
+                if len(self.kept) >= MOST_KEPT:
+                    self.kept.pop(next(iter(self.kept), None), None)
+                self.kept[self.shape] = self.kind, first
+        return out
+
+    def _repeat(self, first):
+        self.first, self.shared = first, first.shared(self.offsets)
 
 
 def describer(*kinds):

@@ -22,7 +22,7 @@ from bert_fast.ops.linear import (
     unpacked_weight,
     why_not_packed,
 )
-from bert_fast.ops.repeat import Repeat, can_repeat, launches
+from bert_fast.ops.repeat import Repeat, can_repeat, circumstances, launches
 from bert_fast.ops.tokens import are_inside, means, range_of, real_tokens
 from bert_fast.ops.training_layer import Numbers, Seeds, training_layer
 
@@ -39,6 +39,7 @@ __all__ = [
     "can_repeat",
     "can_use_packed",
     "check_cu_seqlens",
+    "circumstances",
     "embedding_layer_norm",
     "gelu",
     "is_concrete",

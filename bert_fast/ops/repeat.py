@@ -1,8 +1,9 @@
-"""An encoder layer's kernels, launched again for the next layers of the same forward.
+"""An encoder layer's kernels, launched again for the next layers, and for those of later forwards.
 
 In inference on a GPU the layers of a model differ in their tensors alone, and for small batches the
 host takes longer to check, choose and look up than the kernels take. So the first layer is run as
-it stands; its launches, once they are found to be those of a layer, serve for the others.
+it stands; its launches, once they are found to be those of a layer, serve for the others, and in
+the forwards that come for tokens and sequences of the same numbers (:func:`circumstances`).
 """
 
 import functools
@@ -34,17 +35,30 @@ def can_repeat(x):
     )
 
 
+def circumstances(x, cu_seqlens, max_seqlen, padded_tail):
+    """All that the launches of a forward depend on but its layers; None where they must not serve
+    in another: somebody looks at each, or a search may choose others."""
+    kernels, (launch, tuning, common) = _kernels()
+    if launch.is_watched(*kernels) or tuning.is_asked():
+        return None
+    tokens = x.dtype, x.shape, x.device
+    offsets = cu_seqlens.dtype, cu_seqlens.shape, cu_seqlens.stride(), cu_seqlens.device
+    length = max_seqlen, padded_tail
+    return tokens, offsets, length, common.precision(), backends.circumstances()
+
+
 def launches():
     """A context: a list of the launches that are made in it."""
-    return _kernels()[0]()
+    return _kernels()[1][0].recorded()
 
 
 @functools.cache
 def _kernels():
-    from bert_fast.kernels import attention, gelu, launch, layer_norm
+    """A layer's, and what else is asked of the package that holds them."""
+    from bert_fast.kernels import attention, common, gelu, launch, layer_norm, tuning
 
     norm = layer_norm._forward
-    return launch.recorded, (attention._forward, norm, gelu._forward, norm)
+    return (attention._forward, norm, gelu._forward, norm), (launch, tuning, common)
 
 
 class Repeat:
@@ -53,23 +67,25 @@ class Repeat:
 
     def __init__(self, launches):
         self.attention, self.norm, self.gelu, self.last_norm = launches
-        self.strides = tuple(self.attention[name].stride() for name in ("q", "k", "v"))
+        read = self.attention
+        self.strides = tuple(read[name].stride() for name in ("q", "k", "v"))
+        self.statistics = read["lse"].shape
 
     @staticmethod
-    def of(launches, x, layer, out):
+    def of(launches, x, cu_seqlens, layer, out):
         """None where ``launches`` are not those of a layer that made ``out`` of ``x``. ``layer``:
         weights and biases of its output product, norm, up, down and last norm."""
-        kernels = _kernels()[1]
+        kernels = _kernels()[0]
         if None in launches or tuple(launch.kernel for launch in launches) != kernels:
             return None
         repeat = Repeat(launches)
-        if not repeat._is_of(x, layer, out):
+        if not repeat._is_of(x, cu_seqlens, layer, out):
             return None
         for launch in launches:
             launch.forget()
         return repeat
 
-    def _is_of(self, x, layer, out):
+    def _is_of(self, x, cu_seqlens, layer, out):
         (_, out_bias), norm, (_, up_bias), (_, down_bias), last_norm = layer
         context, between = self.attention["out"], self.norm["out"]
         given = [(self.gelu["bias"], up_bias)]
@@ -87,7 +103,8 @@ class Repeat:
             and context.dtype == x.dtype
             and context.numel() == x.numel()
             and self.attention["bias"] is self.attention["q"]  # in its place: there is none
-            and self.attention.can_replace("q", "k", "v", "out")
+            and self.attention["cu_q"] is self.attention["cu_k"] is cu_seqlens
+            and self.attention.can_replace("q", "k", "v", "out", "cu_q", "lse")
             and self.gelu.can_replace("x", "bias", "out")
             and all(
                 launch.can_replace("x", "residual", "linear_bias", "weight", "bias", "out")
@@ -95,22 +112,28 @@ class Repeat:
             )
         )
 
+    def shared(self, cu_seqlens):
+        """What attention is given in all layers of a forward on these offsets: them, and memory
+        for the statistics that only backward reads."""
+        lse = cu_seqlens.new_empty(self.statistics, dtype=torch.float32)
+        return {"cu_q": cu_seqlens, "lse": lse}
+
     def fits(self, q, k, v):
         """Whether these have the strides of those that attention was launched on."""
         return (q.stride(), k.stride(), v.stride()) == self.strides
 
-    def __call__(self, x, q, k, v, layer):
-        """The layer's output of ``x`` and its projections; ``layer`` as in :meth:`of`, each of the
-        dtype, shape and device of the one that it was made with."""
-        return repeated_layer(x, self, (q, k, v), layer)
+    def __call__(self, x, q, k, v, shared, layer):
+        """The layer's output of ``x`` and its projections. ``shared``: of :meth:`shared`; ``layer``
+        as in :meth:`of`, each of the dtype, shape and device of the one that it was made with."""
+        return repeated_layer(x, self, (q, k, v), shared, layer)
 
 
 @on_own_device("triton")
-def repeated_layer(x, repeat, projected, layer):
+def repeated_layer(x, repeat, projected, shared, layer):
     out, norm, up, down, last_norm = layer
     q, k, v = projected
     context = torch.empty_like(x)
-    repeat.attention.again(q=q, k=k, v=v, out=context)
+    repeat.attention.again(q=q, k=k, v=v, out=context, **shared)
     y = _add_and_norm(repeat.norm, F.linear(context, out[0]), x, out[1], norm)
     hidden = F.linear(y, up[0])
     active = torch.empty_like(hidden)

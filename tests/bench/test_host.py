@@ -48,23 +48,26 @@ def test_the_interpreter_is_refused(tmp_path):
 @needs_both
 @pytest.mark.full
 def test_ratios(tmp_path):
-    """Over Hugging Face's time a layer, in the same run. A machine under load moves both: the
+    """Over Hugging Face's time, in the same run. A machine under load moves both: the
     bounds are well above what was measured, and below what it was op by op."""
     answer, found = bench_host(tmp_path, 15)
     assert answer.returncode == 0, answer.stderr[-3000:]
     assert "us a layer" in answer.stdout
     assert "stand-in" in answer.stdout
     for direction, bounds in BOUNDS.items():
-        layers = {name: layer for name, (layer, _) in found["microseconds"][direction].items()}
-        peer = layers.pop("Hugging Face, sdpa")
-        assert layers.keys() == bounds.keys()
-        for name, layer in layers.items():
-            assert layer / peer < bounds[name], (direction, name, found)
+        times = found["microseconds"][direction]
+        peer = times.pop("Hugging Face, sdpa")
+        assert times.keys() == bounds.keys()
+        for name, ours in times.items():
+            ratios = [time / theirs for time, theirs in zip(ours, peer, strict=True)]
+            assert ratios[0] < bounds[name][0], (direction, name, ratios)
+            assert ratios[1] < bounds[name][1], (direction, name, ratios)
 
 
+# Of a layer, and of what is beside the layers.
 BOUNDS = {
-    "inference": {"accelerate": 1.0, "BertModel": 0.7},
-    "training": {"accelerate": 1.1, "BertModel": 1.0},
+    "inference": {"accelerate": (1.0, 1.8), "BertModel": (0.7, 0.9)},
+    "training": {"accelerate": (1.1, 2.2), "BertModel": (1.0, 1.9)},
 }
 
 

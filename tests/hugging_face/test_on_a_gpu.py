@@ -402,10 +402,11 @@ def test_layers_repeat_the_first(seen, repeated, family, made):
     theirs = build(family)
     ours = made(copy.deepcopy(theirs))
     inputs = batch()
-    ours(**inputs)
-    repeated.clear()
-    found, expected = ours(**inputs)[0], theirs(**inputs)[0]
-    assert len(repeated) == len(list(layers_of(ours))) - 1 >= 1
+    has_position_bias = family == "MPNet"  # whose first layer runs as it stands
+    for number in (1, has_position_bias):
+        repeated.clear()
+        found, expected = ours(**inputs)[0], theirs(**inputs)[0]
+        assert len(repeated) == len(list(layers_of(ours))) - number >= 1
     same(found, expected, inputs["attention_mask"], atol=1e-4)
 
 
@@ -435,7 +436,7 @@ def written_unseen(layer):
         parameter.data = parameter.data.flip(0).contiguous()
 
 
-@pytest.mark.parametrize(("change", "number"), [(called, 0), (noisy, 0), (written_unseen, 1)])
+@pytest.mark.parametrize(("change", "number"), [(called, 1), (noisy, 1), (written_unseen, 2)])
 @torch.no_grad()
 def test_a_changed_layer_is_another(seen, repeated, change, number):
     theirs = bert()

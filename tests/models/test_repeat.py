@@ -1,5 +1,5 @@
-"""Layers that repeat the first one's launches: the same bits as one by one, and only where a
-layer is of the first one's kind and nobody looks on."""
+"""Layers that repeat the first one's launches, and those of earlier forwards: the same bits as one
+by one, and only where a layer is of the first one's kind and nobody looks on."""
 
 import contextlib
 import copy
@@ -8,73 +8,34 @@ import os
 import pytest
 import torch
 from conftest import compiling, json_of
+from repeating import (  # noqa: F401
+    NO_TRITON,
+    batch,
+    drawn,
+    on_device,
+    one_by_one,
+    repeated_layers,
+    warm,
+)
 from torch import nn
 
 import bert_fast
-from bert_fast import backends, ops
-from bert_fast.models import bert, blocks, repeat
+from bert_fast import backends
+from bert_fast.models import bert
 
-NO_TRITON = backends.why_unavailable("triton")
 pytestmark = pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
-
-
-@pytest.fixture
-def on(device, monkeypatch):
-    """The device; the CPU then takes its turns as a GPU does, with Triton's kernels interpreted."""
-    if device == "cpu":
-        for module in (blocks, repeat):
-            monkeypatch.setattr(module, "product_adds_bias", lambda x: True)
-        monkeypatch.setattr(bert, "can_reuse_memory", lambda x: False)
-        monkeypatch.setitem(backends.AUTO, "cpu", ("triton", "eager"))
-    return device
-
-
-@pytest.fixture
-def repeated(monkeypatch):
-    """The layers that were repeated, a number for each call of one."""
-    seen, call = [], ops.Repeat.__call__
-
-    def noted(self, *args):
-        seen.append(len(seen))
-        return call(self, *args)
-
-    monkeypatch.setattr(ops.Repeat, "__call__", noted)
-    return seen
-
-
-def drawn(device, layers=3, dtype=torch.float32, **settings):
-    config = bert_fast.BertConfig(
-        hidden_size=32, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=48,
-        vocab_size=40, max_position_embeddings=16, **settings,
-    )  # fmt: skip
-    model = bert_fast.BertModel(config)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return model.to(device, dtype).eval()
-
-
-def batch(device):
-    mask = torch.ones(2, 7, dtype=torch.int64)
-    mask[1, 4:] = 0
-    return torch.randint(40, mask.shape).to(device), mask.to(device)
-
-
-def one_by_one(model, inputs, monkeypatch, **options):
-    with monkeypatch.context() as patch:
-        patch.setattr(repeat.ops, "can_repeat", lambda x: False)
-        return model(*inputs, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_the_same_bits(on, dtype, repeated, monkeypatch):
     model, inputs = drawn(on, dtype=dtype), batch(on)
-    model(*inputs)  # what is compiled by a launch is not repeated
+    warm(model, inputs)
     repeated.clear()
     found = model(*inputs, output_hidden_states=True)
-    assert len(repeated) == 2
+    assert len(repeated) == 3
     expected = one_by_one(model, inputs, monkeypatch, output_hidden_states=True)
-    assert len(repeated) == 2
+    assert len(repeated) == 3
     for ours, theirs in zip(found.hidden_states, expected.hidden_states, strict=True):
         assert torch.equal(ours, theirs)
     assert torch.equal(found.pooler_output, expected.pooler_output)
@@ -86,10 +47,10 @@ def test_it_is_what_transformers_computes(on, repeated):
     model, (ids, mask) = drawn(on), batch(on)
     theirs = transformers.BertModel(transformers.BertConfig(**vars_of(model.config))).eval().to(on)
     theirs.load_state_dict(hugging_face_state(model))
-    model(ids, mask)
+    warm(model, (ids, mask))
     repeated.clear()
     found, expected = model(ids, mask)[0], theirs(ids, mask)[0]
-    assert len(repeated) == 2
+    assert len(repeated) == 3
     torch.testing.assert_close(found[mask > 0], expected[mask > 0], rtol=1e-4, atol=1e-4)
 
 
@@ -101,11 +62,11 @@ def test_hooks_that_transformers_leaves(on, repeated, monkeypatch):
     config = transformers.BertConfig(**vars_of(drawn("cpu").config))
     theirs, inputs = transformers.BertModel(config).eval().to(on), batch(on)
     ours = bert_fast.accelerate(copy.deepcopy(theirs))
-    ours(*inputs)
+    warm(ours, inputs)
     for _ in range(2):
         repeated.clear()
         assert ours(*inputs).hidden_states is None
-        assert len(repeated) == 2
+        assert len(repeated) == 3
         found, expected = (m(*inputs, output_hidden_states=True) for m in (ours, theirs))
         real = inputs[1] > 0
         for a, b in zip(found.hidden_states, expected.hidden_states, strict=True):
@@ -213,11 +174,11 @@ def test_a_layer_of_another_kind_runs(on, change, repeated, monkeypatch):
     model, inputs, seen = drawn(on), batch(on), []
     plain = model(*inputs)[0]
     change(model.layers, seen)
-    model(*inputs)
+    warm(model, inputs)
     repeated.clear()
     seen.clear()
     found = model(*inputs)[0]
-    assert len(repeated) == 1
+    assert len(repeated) == 2
     looked = len(seen)
     expected = one_by_one(model, inputs, monkeypatch)[0]
     assert torch.equal(found, expected)
@@ -230,10 +191,10 @@ def test_what_lies_otherwise_in_memory_is_not_repeated(on, repeated, monkeypatch
     """The last of three gets what a hook behind the second one has turned."""
     model, inputs = drawn(on), batch(on)
     model.layers[1].register_forward_hook(lambda module, args, out: out.t().contiguous().t())
-    model(*inputs)
+    warm(model, inputs)
     repeated.clear()
     found = model(*inputs)[0]
-    assert not repeated
+    assert len(repeated) == 1
     assert torch.equal(found, one_by_one(model, inputs, monkeypatch)[0])
 
 
@@ -241,42 +202,9 @@ def test_what_lies_otherwise_in_memory_is_not_repeated(on, repeated, monkeypatch
 def test_many_tokens_are_not_repeated(on, repeated, monkeypatch):
     model, inputs = drawn(on), batch(on)
     monkeypatch.setattr("bert_fast.ops.repeat.MOST_ELEMENTS", 10 * 32)
-    model(*inputs)
+    warm(model, inputs)
     model(*inputs)
     assert not repeated
-
-
-@torch.no_grad()
-def test_no_layer_keeps_anothers_tensors(on, repeated, monkeypatch):
-    """A launch that is kept holds none of those that are to be replaced, so that the second layer's
-    are gone when the third has run."""
-    model, inputs, alive = drawn(on), batch(on), []
-    model(*inputs)
-    call = ops.Repeat.__call__
-
-    def watched(self, x, q, k, v, layer):
-        out = call(self, x, q, k, v, layer)
-        launches = self.attention, self.norm, self.gelu, self.last_norm
-        alive.append([launch[name] for launch in launches for name in launch.places])
-        return out
-
-    monkeypatch.setattr(ops.Repeat, "__call__", watched)
-    model(*inputs)
-    assert len(alive) == 2
-    assert all(tensor is None for tensors in alive for tensor in tensors)
-
-
-@torch.no_grad()
-def test_what_is_written_is_read(on, repeated, monkeypatch):
-    """Nothing is kept from one call to the next."""
-    model, inputs = drawn(on), batch(on)
-    model(*inputs)
-    for parameter in model.layers.parameters():
-        parameter.data = parameter.data.flip(0).contiguous()
-    repeated.clear()
-    found = model(*inputs)[0]
-    assert len(repeated) == 2
-    assert torch.equal(found, one_by_one(model, inputs, monkeypatch)[0])
 
 
 @contextlib.contextmanager
@@ -316,10 +244,10 @@ def test_not_repeated(on, situation, repeated):
         model(*inputs)
         model(*inputs)
     assert not repeated
-    model(*inputs)  # what is compiled by a launch is not repeated
+    warm(model, inputs)
     repeated.clear()
     model(*inputs)
-    assert len(repeated) == 2
+    assert len(repeated) == 3
 
 
 @torch.no_grad()
@@ -348,6 +276,15 @@ bias = model.layers[2].feed_forward.down.bias
 bias.data = torch.zeros(len(bias) + 1, dtype=bias.dtype)[1:]
 names = {p.data_ptr(): name for name, p in model.named_parameters()}
 ids = torch.randint(1, 99, (1, 8))
+made = repeat.Layers.__init__
+
+def begin(self, describe, layers, x, packing):
+    made(self, describe, layers, x, packing)
+    names[packing.cu_seqlens.data_ptr()] = "offsets"
+    alive.append(packing)  # lest another forward's offsets lie there
+
+alive = []
+repeat.Layers.__init__ = begin
 
 def run():
     launched.clear()
@@ -383,7 +320,8 @@ def test_the_same_launches():
     if not launch._as_known():
         pytest.skip("this Triton launches in its own way: nothing is kept, and nothing repeated")
     count, found, expected = json_of(compiling("-c", LAUNCHES))
-    assert count == 3
+    assert count == 4  # the first one's from the run before
     assert found == expected
+    assert sum("offsets" in rest for _, rest in found) == 4
     for layer in range(4):
         assert any(f"layers.{layer}.feed_forward.up.bias" in rest for _, rest in found)
