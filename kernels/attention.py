@@ -33,11 +33,12 @@ import triton.language as tl
 
 from bert_fast.devices import on_own_device
 from bert_fast.kernels import attention_short, attention_table, tuning
-from bert_fast.kernels.attention_settings import candidates, registers, settings
+from bert_fast.kernels.attention_settings import candidates, parts_of_sum, registers, settings
 from bert_fast.kernels.attention_tiles import (
     COUNTS,
     LN2,
     LOG2E,
+    LOWEST,
     TABLE_BLOCK,
     attend,
     find,
@@ -72,6 +73,7 @@ def _forward(
     HAS_BIAS: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     ONE_BLOCK: tl.constexpr,  # all keys of every sequence fit one block: nothing is rescaled
+    PARTS: tl.constexpr,  # of a row's sums in the loop
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -87,9 +89,9 @@ def _forward(
                         HEAD_DIM, BLOCK_D, BLOCK_M, True)  # fmt: skip
     if NEGATIVE:  # a row's largest score is to be the scale times its largest product
         queries, scale = -queries, -scale
-    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    norm = tl.zeros((BLOCK_M,), tl.float32)
-    left = tl.zeros((BLOCK_M,), tl.float32)
+    top = tl.full((BLOCK_M,), LOWEST, tl.float32)
+    norm = tl.zeros((BLOCK_M, PARTS), tl.float32)
+    left = tl.zeros((BLOCK_M, PARTS), tl.float32)
     total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     factor = scale * LOG2E
     last, whole = keys_seen(first, q_length, k_length, CAUSAL, BLOCK_M, BLOCK_N)
@@ -101,19 +103,21 @@ def _forward(
             top, norm, left, total = attend(
                 queries, top, norm, left, total, k, v, table, seed, k_begin, first, begin, q_length,
                 k_length, k_stride, k_head, v_stride, v_head, heads, table_rows, table_cols, factor,
-                cut, sequence, False, CAUSAL, DROPOUT, HAS_BIAS, HAS_TABLE, ONE_BLOCK, HEAD_DIM,
-                BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
+                cut, sequence, False, CAUSAL, DROPOUT, HAS_BIAS, HAS_TABLE, ONE_BLOCK, PARTS,
+                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
             )  # fmt: skip
     for begin in tl.range(whole, last, BLOCK_N, num_stages=1):
         top, norm, left, total = attend(
             queries, top, norm, left, total, k, v, table, seed, k_begin, first, begin, q_length,
             k_length, k_stride, k_head, v_stride, v_head, heads, table_rows, table_cols, factor,
-            cut, sequence, True, CAUSAL, DROPOUT, HAS_BIAS, HAS_TABLE, ONE_BLOCK, HEAD_DIM, BLOCK_D,
-            BLOCK_M, BLOCK_N, PRECISION,
+            cut, sequence, True, CAUSAL, DROPOUT, HAS_BIAS, HAS_TABLE, ONE_BLOCK, PARTS, HEAD_DIM,
+            BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
+    norm = tl.sum(norm, 1)
     if HAS_BIAS:  # v's is the same in all that is summed, k's in all scores of a row
         shift = load_bias(bias, 2, heads, HEAD_DIM, BLOCK_D)
-        total += (left if DROPOUT else norm)[:, None] * shift[None, :]
+        kept = tl.sum(left, 1) if DROPOUT else norm
+        total += kept[:, None] * shift[None, :]
         shift = row_shift(queries, bias, heads, factor, HEAD_DIM, BLOCK_D)
         top += shift
         total += 0.0 * shift[:, None]  # NaN and infinity are not to cancel
@@ -320,6 +324,7 @@ def attention_forward(
         "forward", biased, head_dim, q.dtype, q.device, max_k, dropout_p > 0, bias is not None,
         causal,
     )  # fmt: skip
+    parts = parts_of_sum(biased, q.device, dropout_p > 0, bias is not None, causal)
     table, *table_size = _table_or(position_bias, q)
 
     def launch(chosen):
@@ -328,6 +333,7 @@ def attention_forward(
             q, k, v, q if bias is None else bias.contiguous(), table, out, lse, cu_q, cu_k,
             seed_or(seed, cu_q), *_strides(q, k, v, out), batch, total_q, heads, *table_size, scale,
             *dropout_numbers(dropout_p), NEGATIVE=scale < 0, ONE_BLOCK=max_k <= BLOCK_N,
+            PARTS=1 if max_k <= BLOCK_N else parts,
             BLOCK_D=block_d, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=warps, num_stages=stages,
             debug=True, sanitize_overflow=False,
             **_common(q, bias, position_bias, causal, dropout_p),

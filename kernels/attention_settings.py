@@ -124,6 +124,16 @@ def _settings(kernel, biased, head_dim, dtype, chip, longest, dropout, bias, cau
     return block_d, entry
 
 
+def parts_of_sum(biased, device, dropout, bias, causal):
+    """In how many parts forward sums a row while it goes through the keys. Tensor cores give a
+    thread two columns of each eight: it sums its own and asks the others once, in the end. Those of
+    10.0 give it whole rows; there, and on 9.0 beside a position bias, parts take instructions; with
+    all of dropout, the projections' bias and a causal mask they take one register too many."""
+    chip = capability(device)
+    heavy = dropout and bias and causal
+    return 1 if heavy or chip // 10 == 10 or (biased and chip == 90) else 8
+
+
 def registers(warps, biased, causal, dtype):
     """All that 16 warps can have, and for float32 with a position bias or a causal mask what fits:
     left alone, ptxas stops before, and spills."""

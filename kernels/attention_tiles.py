@@ -8,6 +8,7 @@ from bert_fast.kernels.common import dot, philox
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of finite numbers
 TABLE_BLOCK = tl.constexpr(128)  # the most columns of any tile
 # They differ in every batch: nothing recompiles for them.
 COUNTS = ["batch", "total_q", "total_k", "cut", "table_rows", "table_cols"]
@@ -259,6 +260,12 @@ def drawn(seed, cut, first, begin, sequence, ROWS: tl.constexpr, COLS: tl.conste
 
 
 @triton.jit
+def partial_sums(x, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr):
+    """The sums of each row's columns that are PARTS apart, (ROWS, PARTS)."""
+    return tl.sum(tl.reshape(x, (ROWS, COLS // PARTS, PARTS)), 1)
+
+
+@triton.jit
 def attend(
     queries, top, norm, left, total, k, v, table, seed, k_begin, first, begin, q_length, k_length,
     k_stride, k_head, v_stride, v_head, heads, table_rows, table_cols, factor, cut, sequence,
@@ -268,6 +275,7 @@ def attend(
     HAS_BIAS: tl.constexpr,
     HAS_TABLE: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -275,7 +283,8 @@ def attend(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of keys, from ``begin``: the new top, norm, left (the sum of the weights that
-    dropout keeps) and total of a tile of queries from ``first``."""
+    dropout keeps) and total of a tile of queries from ``first``. norm and left are partial_sums:
+    a row's threads add their own, and to each other's once, when all keys are through."""
     keys = load_rows(k, k_begin, begin, k_length, k_stride, k_head, k, 1, heads, False, HEAD_DIM,
                      BLOCK_D, BLOCK_N, MASKED, DROPOUT)  # fmt: skip
     scores = dot(queries, tl.trans(keys), None, PRECISION)
@@ -291,26 +300,27 @@ def attend(
         new_top = tl.max(scores, 1)
     else:
         new_top = tl.max(scores, 1) * factor
-    if not ONE_BLOCK:
-        new_top = tl.maximum(top, new_top)
-    # A row that has seen no finite score yet: any number will do, its weights are zero.
-    finite = tl.where(new_top == float("-inf"), 0.0, new_top)
-    if MASKED or HAS_TABLE:
-        weights = tl.exp2(scores - finite[:, None])
-    else:
-        weights = tl.exp2(scores * factor - finite[:, None])
+    # Finite, from LOWEST on: a row that has seen no finite score has weights of zero.
     if ONE_BLOCK:
-        norm = tl.sum(weights, 1)
+        new_top = tl.where(new_top == float("-inf"), 0.0, new_top)
     else:
-        shrink = tl.exp2(top - finite)
-        norm = norm * shrink + tl.sum(weights, 1)
-        total *= shrink[:, None]
+        new_top = tl.maximum(top, new_top)
+    if MASKED or HAS_TABLE:
+        weights = tl.exp2(scores - new_top[:, None])
+    else:
+        weights = tl.exp2(scores * factor - new_top[:, None])
+    if ONE_BLOCK:
+        norm = partial_sums(weights, BLOCK_M, BLOCK_N, PARTS)
+    else:
+        shrink = tl.exp2(top - new_top)[:, None]
+        norm = norm * shrink + partial_sums(weights, BLOCK_M, BLOCK_N, PARTS)
+        total *= shrink
     if DROPOUT:
         weights *= drawn(seed, cut, first, begin, sequence, BLOCK_M, BLOCK_N).to(tl.float32)
         if HAS_BIAS:
             if not ONE_BLOCK:
                 left *= shrink
-            left += tl.sum(weights, 1)
+            left += partial_sums(weights, BLOCK_M, BLOCK_N, PARTS)
     values = load_rows(v, k_begin, begin, k_length, v_stride, v_head, v, 2, heads, False, HEAD_DIM,
                        BLOCK_D, BLOCK_N, MASKED, DROPOUT)  # fmt: skip
     if ONE_BLOCK:

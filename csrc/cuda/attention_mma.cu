@@ -119,10 +119,13 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(AttentionForward a
   const float* bias = a.bias ? a.bias + head * head_dim : nullptr;
   T* shared = reinterpret_cast<T*>(shared_memory()) + team * (kOwn + 2 * kPipeline * kKeys) * kD;
   const Matrix<T, kD> q = {shared};
-  auto key_tile = [&](int stage) { return Matrix<T, kD>{shared + (kOwn + stage * kKeys) * kD}; };
-  auto value_tile = [&](int stage) {
-    return Matrix<T, kD>{shared + (kOwn + (kPipeline + stage) * kKeys) * kD};
+  auto key_tile = [&](int stage) {
+    return Matrix<T, kD>{shared + (kOwn + 2 * stage * kKeys) * kD};
   };
+  auto value_tile = [&](int stage) {
+    return Matrix<T, kD>{shared + (kOwn + (2 * stage + 1) * kKeys) * kD};
+  };
+  const bool piped = is_piped<kPipeline>(wide);
   Loader<T, kD, kKeys, kTeam> keys(ks, 0), values(vs, 0);
   auto load_keys = [&](int stage) {
     keys.load(key_tile(stage));
@@ -184,7 +187,7 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(AttentionForward a
   }
   for (int first = 0, stage = 0; first < last; first += kKeys) {
     const bool more = first + kKeys < last;
-    if (kPipeline == 2 && more) load_keys(stage ^ 1);
+    if (piped && more) load_keys(stage ^ 1);
     if (kKeys > kTail<kKeys> && first + kKeys <= whole) {
       step(std::integral_constant<int, kKeys>(), std::false_type(), stage, 0, first);
     } else {
@@ -194,13 +197,13 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(AttentionForward a
       }
     }
     if (!more) break;
-    if (kPipeline == 1) {
+    if (!piped) {
       team_barrier<kTeam>();
       load_keys(0);
     }
     copy_async_wait<0>();
     team_barrier<kTeam>();  // and all have read what comes next into this stage's place
-    if (kPipeline == 2) stage ^= 1;
+    if (piped) stage ^= 1;
   }
   if (first_row >= tile.length) return;
   const Side os = {a.out, tile.begin, tile.length, head, head_dim, (wide & kOut) != 0};
@@ -253,13 +256,15 @@ template <class T, int kD, int kKeys, int kM, int kTeam, bool kDrop, class... Bi
 bool run_kernel(const AttentionForward& a, const Dropout& drop, const Call& call, Bias... table) {
   constexpr int kPipeline = kTeam == kWarp ? 1 : kStages<kD>, kTeams = kThreads / kTeam;
   constexpr int kOwn = 16 * kM * kWarps / kTeams;
-  constexpr size_t kBytes = kTeams * (kOwn + 2 * kPipeline * kKeys) * kD * sizeof(T);
-  if (!fits<T>(kBytes, call.device)) return false;
-  const int wide = is_wide(a.q, a) * kQ | is_wide(a.k, a) * kK | is_wide(a.v, a) * kV |
+  const auto bytes = [](int stages) { return kTeams * (kOwn + 2 * stages * kKeys) * kD * sizeof(T); };
+  const int one = one_tile(bytes, kPipeline, call.device);
+  const size_t shared = bytes(one ? 1 : kPipeline);
+  if (!fits<T>(shared, call.device)) return false;
+  const int wide = one | is_wide(a.q, a) * kQ | is_wide(a.k, a) * kK | is_wide(a.v, a) * kV |
                    is_wide(a.out, a) * kOut;
   dim3 grid = tiles_of(a.total_q, kOwn, a);
   grid.x = (grid.x + kTeams - 1) / kTeams;
-  launch(forward_kernel<T, kD, kKeys, kM, kTeam, kDrop, Bias...>, grid, kThreads, kBytes, call.stream,
+  launch(forward_kernel<T, kD, kKeys, kM, kTeam, kDrop, Bias...>, grid, kThreads, shared, call.stream,
          a, drop, wide, table...);
   return true;
 }

@@ -15,13 +15,19 @@ namespace {
 
 constexpr int kWarps = 4, kThreads = kWarps * kWarp;
 
-// Turing's copies pass through registers: few at a time, and little else is kept in them.
+// Turing's copies pass through registers: few at a time, and little else is kept in them. Nobody
+// computes meanwhile, so a second tile in shared memory is worth less than a second CTA (kOneTile).
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 constexpr int kInFlight = 2;
 constexpr bool kPins = false;
 #else
 constexpr int kInFlight = 16;
 constexpr bool kPins = true;
+#endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+constexpr bool kMayHaveOneTile = false;
+#else  // the host build takes any chip's part
+constexpr bool kMayHaveOneTile = true;
 #endif
 
 // Rows of kD elements in shared memory. The chunks of 8 are twisted by row, so that ldmatrix meets no
@@ -81,8 +87,14 @@ __device__ __forceinline__ float element_of(uint32_t pair, int which) {
   return to_float(u.values[which]);
 }
 
-// Which tensors can be moved by 16 bytes.
-enum Wide { kQ = 1, kK = 2, kV = 4, kDout = 8, kOut = 16, kDq = 32, kDk = 64, kDv = 128 };
+// Which tensors can be moved by 16 bytes; and that there is one tile of the other side at a time.
+enum Wide { kQ = 1, kK = 2, kV = 4, kDout = 8, kOut = 16, kDq = 32, kDk = 64, kDv = 128, kOneTile = 256 };
+
+// Whether the next tile of the other side, of kStages, comes while one is used.
+template <int kStages>
+__device__ __forceinline__ bool is_piped(int wide) {
+  return kStages == 2 && !(kMayHaveOneTile && wide & kOneTile);
+}
 
 struct Side {  // rows of one tensor, of one sequence and head
   Strided tensor;
@@ -365,6 +377,14 @@ void with_table(const Table& table, const Run& run) {
 
 inline bool is_turing(int device) {
   return device_attribute(cudaDevAttrComputeCapabilityMajor, device) < 8;
+}
+
+// kOneTile where on Turing two CTAs fit an SM's 64 KiB of shared memory with one tile each, and do not
+// with two; else 0. bytes(stages): a CTA's.
+template <class Bytes>
+int one_tile(const Bytes& bytes, int stages, int device) {
+  const auto pair_fits = [&](int count) { return 2 * bytes(count) <= (64 << 10); };
+  return stages == 2 && is_turing(device) && pair_fits(1) && !pair_fits(2) ? kOneTile : 0;
 }
 
 // Whether the chip has tensor cores for T and so much shared memory.

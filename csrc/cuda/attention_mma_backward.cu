@@ -113,10 +113,13 @@ __global__ void __launch_bounds__(kThreads, 2) dq_kernel(AttentionBackward a, Dr
   const Side vs = {a.v, k_begin, k_length, head, head_dim, (wide & kV) != 0};
   T* shared = reinterpret_cast<T*>(shared_memory());
   const Matrix<T, kD> q = {shared}, dout = {shared + kRows * kD};
-  auto key_tile = [&](int stage) { return Matrix<T, kD>{shared + (2 * kRows + stage * kKeys) * kD}; };
-  auto value_tile = [&](int stage) {
-    return Matrix<T, kD>{shared + (2 * kRows + (kPipeline + stage) * kKeys) * kD};
+  auto key_tile = [&](int stage) {
+    return Matrix<T, kD>{shared + (2 * kRows + 2 * stage * kKeys) * kD};
   };
+  auto value_tile = [&](int stage) {
+    return Matrix<T, kD>{shared + (2 * kRows + (2 * stage + 1) * kKeys) * kD};
+  };
+  const bool piped = is_piped<kPipeline>(wide);
   Loader<T, kD, kKeys> keys(ks, 0), columns_of_v(vs, 0);
   auto load_keys = [&](int stage) {
     keys.load(key_tile(stage));
@@ -213,7 +216,7 @@ __global__ void __launch_bounds__(kThreads, 2) dq_kernel(AttentionBackward a, Dr
   }
   for (int first = 0, stage = 0; first < last; first += kKeys) {
     const bool more = first + kKeys < last;
-    if (kPipeline == 2 && more) load_keys(stage ^ 1);
+    if (piped && more) load_keys(stage ^ 1);
     if (kKeys > kTail<kKeys> && first + kKeys <= whole) {
       step(std::integral_constant<int, kKeys>(), std::false_type(), stage, 0, first);
     } else {
@@ -223,13 +226,13 @@ __global__ void __launch_bounds__(kThreads, 2) dq_kernel(AttentionBackward a, Dr
       }
     }
     if (!more) break;
-    if (kPipeline == 1) {
+    if (!piped) {
       barrier();
       load_keys(0);
     }
     copy_async_wait<0>();
     barrier();  // and all have read what comes next into this stage's place
-    if (kPipeline == 2) stage ^= 1;
+    if (piped) stage ^= 1;
   }
   const Side os = {a.dq, tile.begin, tile.length, head, head_dim, (wide & kDq) != 0};
   store_rows<T, kD>(total[0], a.scale, a.scale, q, local, os, tile.first);
@@ -315,7 +318,8 @@ __global__ void __launch_bounds__(kThreads, 2) dkv_kernel(AttentionBackward a, D
   auto dout_tile = [&](int stage) {
     return Matrix<T, kD>{shared + (2 * kRows + (2 * stage + 1) * kQueries) * kD};
   };
-  float* shared_values = reinterpret_cast<float*>(shared + (2 * kRows + 2 * kPipeline * kQueries) * kD);
+  const bool piped = is_piped<kPipeline>(wide);
+  float* shared_values = reinterpret_cast<float*>(shared + (2 * kRows + 2 * (1 + piped) * kQueries) * kD);
   const int ahead = tile.length - q_length;
   const int start = a.causal ? max(0, tile.first - ahead) / kQueries * kQueries : 0;
   Loader<T, kD, kQueries> queries(qs, start), douts(ds, start);
@@ -436,7 +440,7 @@ __global__ void __launch_bounds__(kThreads, 2) dkv_kernel(AttentionBackward a, D
   const int from = a.causal ? first_key - ahead : 0, whole = a.causal ? from + kApart + 7 : 0;
   for (int first = start, stage = 0; first < q_length; first += kQueries) {
     const bool more = first + kQueries < q_length;
-    if (kPipeline == 2 && more) load_queries(stage ^ 1);
+    if (piped && more) load_queries(stage ^ 1);
     if (more) fetch(first + kQueries);
     if (kQueries > kTail<kQueries> && first >= whole && first + kQueries <= warp_end) {
       step(std::integral_constant<int, kQueries>(), std::false_type(), stage, 0, first);
@@ -448,11 +452,11 @@ __global__ void __launch_bounds__(kThreads, 2) dkv_kernel(AttentionBackward a, D
       }
     }
     if (!more) break;
-    if (kPipeline == 1) {
+    if (!piped) {
       barrier();
       load_queries(0);
     }
-    const int next = kPipeline == 2 ? stage ^ 1 : 0;
+    const int next = piped ? stage ^ 1 : 0;
     put(next);
     copy_async_wait<0>();
     if (bias) add_bias<T, kD, kQueries, kThreads>(query_tile(next), bias, head_dim, 1.0f);
@@ -483,28 +487,34 @@ bool run_kernels(const AttentionBackward& a, const Dropout& drop, const Call& ca
   constexpr bool kHasTable = sizeof...(Bias) > 0;
   constexpr int kKeys = kOther<kD, kTakenOfDq<kHasTable>>, kQueries = kOther<kD, kTakenOfDkv<kHasTable, kDrop>>;
   constexpr size_t kRow = kD * sizeof(T), kValues = (kDrop ? 3 : 2) * sizeof(float);
-  constexpr size_t kDqBytes = (2 * kRows + 2 * kStages<kD> * kKeys) * kRow;
-  constexpr size_t kDkvBytes = (2 * kRows + 2 * kStages<kD> * kQueries) * kRow + kStages<kD> * kQueries * kValues;
-  if (!fits<T>(max(kDqBytes, kDkvBytes), call.device)) return false;
+  const auto dq_bytes = [](int stages) { return (2 * kRows + 2 * stages * kKeys) * kRow; };
+  const auto dkv_bytes = [](int stages) {
+    return (2 * kRows + 2 * stages * kQueries) * kRow + stages * kQueries * kValues;
+  };
+  const int dq_one = one_tile(dq_bytes, kStages<kD>, call.device);
+  const int dkv_one = one_tile(dkv_bytes, kStages<kD>, call.device);
+  const size_t dq_shared = dq_bytes(dq_one ? 1 : kStages<kD>);
+  const size_t dkv_shared = dkv_bytes(dkv_one ? 1 : kStages<kD>);
+  if (!fits<T>(max(dq_shared, dkv_shared), call.device)) return false;
   const int wide = is_wide(a.q, a) * kQ | is_wide(a.k, a) * kK | is_wide(a.v, a) * kV |
                    is_wide(a.dout, a) * kDout | is_wide(a.dq, a) * kDq | is_wide(a.dk, a) * kDk |
                    is_wide(a.dv, a) * kDv;
   using Kernel = void (*)(AttentionBackward, Dropout, RowValues, int, Bias...);
-  const auto run = [&](Kernel kernel, int64_t total, size_t bytes) {
+  const auto run = [&](Kernel kernel, int64_t total, size_t bytes, int one) {
     if (!total) return;
     launch(kernel, tiles_of(total, kRows, a), kThreads, bytes, call.stream, a, drop,
-           RowValues(call.scratch, a), wide, table...);
+           RowValues(call.scratch, a), wide | one, table...);
   };
-  run(dq_kernel<T, kD, kDrop, Bias...>, a.total_q, kDqBytes);
+  run(dq_kernel<T, kD, kDrop, Bias...>, a.total_q, dq_shared, dq_one);
   if constexpr (kD <= 128) {
     if (kD <= 64 || !is_turing(call.device)) {
-      run(dkv_kernel<T, kD, true, true, kDrop, Bias...>, a.total_k, kDkvBytes);
+      run(dkv_kernel<T, kD, true, true, kDrop, Bias...>, a.total_k, dkv_shared, dkv_one);
       return true;
     }
   }
   if constexpr (kD > 64) {  // Turing has no registers for both, nor has any chip for the widest
-    run(dkv_kernel<T, kD, true, false, kDrop, Bias...>, a.total_k, kDkvBytes);
-    run(dkv_kernel<T, kD, false, true, kDrop, Bias...>, a.total_k, kDkvBytes);
+    run(dkv_kernel<T, kD, true, false, kDrop, Bias...>, a.total_k, dkv_shared, dkv_one);
+    run(dkv_kernel<T, kD, false, true, kDrop, Bias...>, a.total_k, dkv_shared, dkv_one);
   }
   return true;
 }
