@@ -43,8 +43,8 @@ BACKWARD_SHORT = {
     "mma": {64: (64, 32, 4, 1), 128: (128, 32, 8, 1)},
     90: {64: (64, 64, 4, 1), 128: (128, 64, 8, 2)},
     100: {64: (64, 32, 4, 1), 128: (128, 32, 8, 2)},
-    120: {64: (64, 32, 4, 1), 128: (128, 32, 8, 2)},
 }
+BACKWARD_SHORT[120] = BACKWARD_SHORT[100]
 
 
 # With a position bias, which takes registers: in the same form, and found in the same way.

@@ -69,10 +69,7 @@ __device__ __forceinline__ float factor(const Dropout& drop, int row, int column
                                         int sequence) {
   if (!drop.seed) return 1.0f;
   const Words words = philox(*drop.seed, draw_of(column), row, head, sequence);
-  // Not words.w[column % 4], which would put the words into local memory.
-  const uint32_t low = column & 1 ? words.w[1] : words.w[0];
-  const uint32_t high = column & 1 ? words.w[3] : words.w[2];
-  return is_kept(column & 2 ? high : low, column >> 4 & 1, drop) ? drop.scale : 0.0f;
+  return is_kept(word_of(words, column), column >> 4 & 1, drop) ? drop.scale : 0.0f;
 }
 
 // total[j] += sum over i of weights[i] tile[i][c + 16 j]

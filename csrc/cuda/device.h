@@ -308,6 +308,12 @@ struct Words {
   uint32_t w[4];
 };
 
+// words.w[i % 4] of an i that the compiler does not know, for which it would put them into local memory.
+__device__ __forceinline__ uint32_t word_of(const Words& words, unsigned i) {
+  const uint32_t low = i & 1 ? words.w[1] : words.w[0], high = i & 1 ? words.w[3] : words.w[2];
+  return i & 2 ? high : low;
+}
+
 // Philox4x32-7, see ../philox.h: its rounds' keys, and a draw by them. Kernels that draw again and
 // again keep the keys in registers.
 struct PhiloxKeys {

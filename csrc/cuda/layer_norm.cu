@@ -39,9 +39,7 @@ __device__ __forceinline__ void factors(const Dropout& drop, int64_t row, int co
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const int at = kCount == 8 ? i : column % 8 + i;
-    // Not words.w[at / 2], which would put the words into local memory.
-    const uint32_t low = at & 2 ? words.w[1] : words.w[0], high = at & 2 ? words.w[3] : words.w[2];
-    keep[i] = is_kept(at & 4 ? high : low, at & 1, drop) ? drop.scale : 0.0f;
+    keep[i] = is_kept(word_of(words, at / 2), at & 1, drop) ? drop.scale : 0.0f;
   }
 }
 

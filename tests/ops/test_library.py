@@ -112,9 +112,6 @@ def test_gradcheck_of_the_definition(dropout_p, causal):
     torch.autograd.gradcheck(ops.gelu, (x, vectors[0]))
 
 
-PI = 0x299F31D0A4093822, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
-
-
 def test_every_element_has_bits_of_its_own():
     """Each half of each word is some key's and some column's, and no two's."""
     keys = reference.column_of_key(torch.arange(4096))
@@ -125,6 +122,9 @@ def test_every_element_has_bits_of_its_own():
         for p, kept in ((bits / 65536, True), ((bits + 1) / 65536, False)):
             factor = reference.dropout_factors(5, p, torch.tensor(place), 7, 1, 2)
             assert (factor > 0).item() == kept
+
+
+PI = 0x299F31D0A4093822, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
 
 
 @pytest.mark.parametrize(
