@@ -37,7 +37,6 @@ from bert_fast.kernels.attention_settings import candidates, parts_of_sum, regis
 from bert_fast.kernels.attention_tiles import (
     COUNTS,
     LN2,
-    LOG2E,
     LOWEST,
     TABLE_BLOCK,
     attend,
@@ -47,6 +46,7 @@ from bert_fast.kernels.attention_tiles import (
     load_bias,
     load_rows,
     row_shift,
+    score_factor,
     score_gradients,
     span,
     statistics,
@@ -93,7 +93,7 @@ def _forward(
     norm = tl.zeros((BLOCK_M, PARTS), tl.float32)
     left = tl.zeros((BLOCK_M, PARTS), tl.float32)
     total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    factor = scale * LOG2E
+    factor = score_factor(scale)
     last, whole = keys_seen(first, q_length, k_length, CAUSAL, BLOCK_M, BLOCK_N)
     if ONE_BLOCK:
         tl.device_assert(k_length <= BLOCK_N, "max_seqlen is below the longest sequence")
@@ -179,7 +179,7 @@ def _backward_q(
                         HEAD_DIM, BLOCK_D, BLOCK_M, True)  # fmt: skip
     douts = load_rows(dout, q_begin, first, q_length, dout_stride, dout_head, bias, 0, heads, False,
                       HEAD_DIM, BLOCK_D, BLOCK_M, True)  # fmt: skip
-    factor = scale * LOG2E
+    factor = score_factor(scale)
     log, center, extra = find_statistics(
         queries, douts, out, lse, work, bias, q_begin, first, q_length, out_stride, out_head,
         total_q, heads, factor, DROPOUT, HAS_BIAS, HEAD_DIM, BLOCK_D, BLOCK_M, True,
@@ -258,7 +258,7 @@ def _backward_kv(
                        BLOCK_D, BLOCK_N, True, DROPOUT)  # fmt: skip
     dkeys = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dvalues = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    factor = scale * LOG2E
+    factor = score_factor(scale)
     # The queries: hidden from some of the keys, then whole tiles that see all, then the last.
     start, hidden, whole = 0, 0, q_length // BLOCK_M * BLOCK_M
     if CAUSAL:

@@ -49,10 +49,10 @@ BACKWARD_SHORT[120] = BACKWARD_SHORT[100]
 
 # With a position bias, which takes registers: in the same form, and found in the same way.
 FORWARD_BIASED = {
-    "fma": {32: (32, 32, 8, 1), 64: (16, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 16, 1)},
-    "mma": {32: (32, 64, 4, 3), 64: (32, 32, 4, 3), 128: (32, 32, 8, 2), 256: (16, 32, 8, 1)},
-    90: {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 2), 256: (64, 32, 8, 1)},
-    100: {32: (64, 64, 8, 3), 64: (64, 64, 8, 3), 128: (64, 32, 8, 2), 256: (64, 32, 8, 1)},
+    "fma": {32: (32, 32, 4, 1), 64: (16, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 16, 1)},
+    "mma": {32: (32, 64, 4, 3), 64: (64, 64, 4, 2), 128: (32, 32, 8, 2), 256: (16, 32, 8, 1)},
+    90: {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 1), 256: (64, 32, 8, 1)},
+    100: {32: (64, 64, 8, 3), 64: (64, 64, 4, 2), 128: (64, 32, 8, 2), 256: (64, 32, 8, 1)},
 }
 BACKWARD_BIASED = {
     "fma": {32: (32, 32, 8, 1), 64: (16, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 16, 1)},
@@ -61,6 +61,15 @@ BACKWARD_BIASED = {
     100: {32: (64, 64, 8, 1), 64: (64, 32, 8, 1), 128: (64, 32, 8, 1), 256: (16, 32, 8, 1)},
 }
 BACKWARD_BIASED[120] = BACKWARD_BIASED["mma"] | {128: (32, 32, 8, 1)}
+BACKWARD_Q_BIASED = BACKWARD_BIASED | {
+    "mma": BACKWARD_BIASED["mma"] | {64: (32, 64, 4, 1)},
+    90: BACKWARD_BIASED[90] | {64: (64, 64, 4, 1)},
+    100: BACKWARD_BIASED[100] | {128: (64, 64, 8, 1)},
+    120: BACKWARD_BIASED[120] | {64: (32, 64, 4, 1)},
+}
+BACKWARD_KV_BIASED = BACKWARD_BIASED | {
+    90: BACKWARD_BIASED[90] | {64: (64, 64, 4, 1), 128: (32, 64, 8, 1)},
+}  # fmt: skip
 BACKWARD_TABLE = dict(BACKWARD_BIASED)
 if hasattr(triton, "knobs"):  # before 3.4 a product has 16 rows at least
     BACKWARD_TABLE[75] = BACKWARD_BIASED["fma"] | {128: (8, 16, 8, 1)}
@@ -69,10 +78,15 @@ SHORT_BIASED = {"mma": {64: (64, 64, 4, 1)}}
 # (Heads of 256 leave few for tiles of 64 rows, which 90's and 100's product instructions need.)
 FORWARD_BIASED_DROPOUT = {
     "mma": {32: (64, 32, 4, 3)},
-    90: {32: (64, 32, 8, 2), 64: (64, 64, 8, 2), 128: (64, 32, 8, 1), 256: (32, 32, 8, 1)},
+    90: {32: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
     100: {32: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
 }
-BACKWARD_KV_BIASED_DROPOUT = {90: {128: (32, 64, 8, 1)}, 100: {128: (32, 64, 8, 1)}}
+BACKWARD_KV_BIASED_DROPOUT = {90: {64: (64, 32, 4, 1)}, 100: {128: (32, 64, 8, 1)}}
+# Beside both, with and without dropout:
+FORWARD_BOTH_BIASES = {
+    "mma": {64: (32, 64, 4, 3)}, 90: {128: (64, 32, 8, 1), 256: (32, 32, 8, 1)},
+    100: {256: (32, 32, 8, 1)},
+}  # fmt: skip
 # An H200 took 188 us for a backward on 16 x 512 with this, 198 with two stages.
 BACKWARD_Q_DROPOUT = {90: {64: (64, 64, 4, 3)}}
 # Beside the projections' bias:
@@ -81,8 +95,8 @@ BACKWARD_KV_DROPOUT_CAUSAL = {90: BACKWARD_KV_DROPOUT[90] | {64: (64, 64, 8, 1)}
 # kernel -> its table without and with a position bias
 TABLES = {
     "forward": (FORWARD, FORWARD_BIASED),
-    "backward_q": (BACKWARD_Q, BACKWARD_BIASED),
-    "backward_kv": (BACKWARD_KV, BACKWARD_BIASED),
+    "backward_q": (BACKWARD_Q, BACKWARD_Q_BIASED),
+    "backward_kv": (BACKWARD_KV, BACKWARD_KV_BIASED),
     "backward_table": (BACKWARD_TABLE, BACKWARD_TABLE),
 }
 
@@ -121,6 +135,8 @@ def _settings(kernel, biased, head_dim, dtype, chip, longest, dropout, bias, cau
             keys = BACKWARD_KV_DROPOUT_CAUSAL if causal else BACKWARD_KV_DROPOUT
             heavy["backward_kv", False] = keys
         entry = heavy.get((kernel, biased), {}).get(column, {}).get(block_d, entry)
+    if (kernel, biased, bias) == ("forward", True, True):
+        entry = FORWARD_BOTH_BIASES.get(column, {}).get(block_d, entry)
     return block_d, entry
 
 
@@ -128,7 +144,8 @@ def parts_of_sum(biased, device, dropout, bias, causal):
     """In how many parts forward sums a row while it goes through the keys. Tensor cores give a
     thread two columns of each eight: it sums its own and asks the others once, in the end. Those of
     10.0 give it whole rows; there, and on 9.0 beside a position bias, parts take instructions; with
-    all of dropout, the projections' bias and a causal mask they take one register too many."""
+    all of dropout, the projections' bias and a causal mask they take one register too many. Plain
+    FMA takes as many either way."""
     chip = capability(device)
     heavy = dropout and bias and causal
     return 1 if heavy or chip // 10 == 10 or (biased and chip == 90) else 8

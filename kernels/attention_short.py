@@ -9,9 +9,9 @@ import triton.language as tl
 
 from bert_fast.kernels.attention_tiles import (
     COUNTS,
-    LOG2E,
     find_statistics,
     load_rows,
+    score_factor,
     score_gradients,
     store_rows,
 )
@@ -58,7 +58,7 @@ def _backward(
                         HEAD_DIM, BLOCK_D, BLOCK_M, True)  # fmt: skip
     douts = load_rows(dout, q_begin, 0, q_length, dout_stride, dout_head, bias, 0, heads, False,
                       HEAD_DIM, BLOCK_D, BLOCK_M, True)  # fmt: skip
-    factor = scale * LOG2E
+    factor = score_factor(scale)
     log, center, extra = find_statistics(
         queries, douts, out, lse, lse, bias, q_begin, 0, q_length, out_stride, out_head, total_q,
         heads, factor, DROPOUT, HAS_BIAS, HEAD_DIM, BLOCK_D, BLOCK_M, False,

@@ -8,9 +8,9 @@ import triton.language as tl
 
 from bert_fast.kernels.attention_tiles import (
     COUNTS,
-    LOG2E,
     key_order,
     load_rows,
+    score_factor,
     score_gradients,
     span,
     statistics,
@@ -62,7 +62,7 @@ def _backward(
                                             DROPOUT and HAS_BIAS, True, BLOCK_M)  # fmt: skip
             _, dscores = score_gradients(
                 queries, keys, values, douts, log, center, extra, table, seed, first, begin,
-                q_length, k_length, table_rows, table_cols, scale * LOG2E, cut, keep_scale,
+                q_length, k_length, table_rows, table_cols, score_factor(scale), cut, keep_scale,
                 sequence, True, CAUSAL, DROPOUT, HAS_BIAS, True, BLOCK_M, BLOCK_N, PRECISION,
             )  # fmt: skip
             total += dscores

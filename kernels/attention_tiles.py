@@ -111,16 +111,25 @@ def seen_pairs(first, begin, q_length, k_length, CAUSAL: tl.constexpr, ROWS: tl.
 
 
 @triton.jit
-def plus_table(scores, table, first, begin, q_length, table_rows, table_cols,
+def score_factor(scale):
+    """What products of queries and keys are multiplied by to be scores in base 2. Not quite 0: what
+    is to come to -inf is -inf before, and a position bias is divided by it."""
+    return tl.where(tl.abs(scale) < 1e-30, 1e-30, scale) * LOG2E
+
+
+@triton.jit
+def table_tile(table, first, begin, q_length, table_rows, table_cols, factor,
                ROWS: tl.constexpr, COLS: tl.constexpr, MIXED: tl.constexpr):  # fmt: skip
-    """Scores in base 2 of the queries from ``first`` and the keys from ``begin`` (MIXED: in
-    key_order) plus the position bias, whose table_cols are whole blocks, so that no column need be
-    masked and loads are wide."""
+    """The position bias of the queries from ``first`` and the keys from ``begin`` (MIXED: in
+    key_order), over factor / log2(e): what their product is added to, so that the tile comes into
+    the product's layout, not all that follows into the load's. table_cols are whole blocks, so that
+    no column need be masked and loads are wide."""
     table_cols = tl.multiple_of(table_cols, TABLE_BLOCK)
     row, col = tl.arange(0, ROWS), begin + key_order(COLS, MIXED)
     at = table + (tl.program_id(1).to(tl.int64) * table_rows + first) * table_cols
     at += row[:, None] * table_cols + col[None, :]
-    return scores + tl.load(at, (row < q_length - first)[:, None], 0.0).to(tl.float32) * LOG2E
+    tile = tl.load(at, (row < q_length - first)[:, None], 0.0)
+    return tile.to(tl.float32) * (LOG2E / factor)
 
 
 @triton.jit
@@ -203,10 +212,11 @@ def score_gradients(
         # Without tensor cores: the barrier that the tiles loaded in this iteration need, before
         # those that stay are read. Later, all of these would wait for it in registers.
         tl.debug_barrier()
-    scores = dot(queries, tl.trans(keys), None, PRECISION) * factor
+    start = None
     if HAS_TABLE:
-        scores = plus_table(scores, table, first, begin, q_length, table_rows, table_cols, BLOCK_M,
-                            BLOCK_N, DROPOUT)  # fmt: skip
+        start = table_tile(table, first, begin, q_length, table_rows, table_cols, factor, BLOCK_M,
+                           BLOCK_N, DROPOUT)  # fmt: skip
+    scores = dot(queries, tl.trans(keys), start, PRECISION) * factor
     weights = tl.exp2(scores - log[:, None])
     if MASKED:
         seen = seen_pairs(first, begin, q_length, k_length, CAUSAL, BLOCK_M, BLOCK_N, DROPOUT)
@@ -287,28 +297,22 @@ def attend(
     a row's threads add their own, and to each other's once, when all keys are through."""
     keys = load_rows(k, k_begin, begin, k_length, k_stride, k_head, k, 1, heads, False, HEAD_DIM,
                      BLOCK_D, BLOCK_N, MASKED, DROPOUT)  # fmt: skip
-    scores = dot(queries, tl.trans(keys), None, PRECISION)
-    if MASKED or HAS_TABLE:
-        scores *= factor
-        if HAS_TABLE:
-            scores = plus_table(scores, table, first, begin, q_length, table_rows, table_cols,
-                                BLOCK_M, BLOCK_N, DROPOUT)  # fmt: skip
-        if MASKED:
-            seen = seen_pairs(first, begin, q_length, k_length, CAUSAL, BLOCK_M, BLOCK_N,
-                              DROPOUT)  # fmt: skip
-            scores = tl.where(seen, scores, float("-inf"))
-        new_top = tl.max(scores, 1)
-    else:
-        new_top = tl.max(scores, 1) * factor
+    start = None
+    if HAS_TABLE:
+        start = table_tile(table, first, begin, q_length, table_rows, table_cols, factor, BLOCK_M,
+                           BLOCK_N, DROPOUT)  # fmt: skip
+    scores = dot(queries, tl.trans(keys), start, PRECISION)
+    if MASKED:
+        seen = seen_pairs(first, begin, q_length, k_length, CAUSAL, BLOCK_M, BLOCK_N,
+                          DROPOUT)  # fmt: skip
+        scores = tl.where(seen, scores, float("-inf"))
+    new_top = tl.max(scores, 1) * factor
     # Finite, from LOWEST on: a row that has seen no finite score has weights of zero.
     if ONE_BLOCK:
         new_top = tl.where(new_top == float("-inf"), 0.0, new_top)
     else:
         new_top = tl.maximum(top, new_top)
-    if MASKED or HAS_TABLE:
-        weights = tl.exp2(scores - new_top[:, None])
-    else:
-        weights = tl.exp2(scores * factor - new_top[:, None])
+    weights = tl.exp2(scores * factor - new_top[:, None])
     if ONE_BLOCK:
         norm = partial_sums(weights, BLOCK_M, BLOCK_N, PARTS)
     else:

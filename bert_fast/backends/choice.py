@@ -43,18 +43,26 @@ _chosen: dict[tuple, str] = {}  # a call of choose -> what it returned
 _alike: dict[tuple, bool] = {}  # the same of all_choose
 
 
+_tables = object()  # another one with each change of a table
+
+
 class _Table(dict):
     """What choices rest on: when it changes, they are made anew."""
 
     def __setitem__(self, key, value):
         super().__setitem__(key, value)
-        _chosen.clear()
-        _alike.clear()
+        _forget_choices()
 
     def __delitem__(self, key):
         super().__delitem__(key)
-        _chosen.clear()
-        _alike.clear()
+        _forget_choices()
+
+
+def _forget_choices():
+    global _tables
+    _tables = object()
+    _chosen.clear()
+    _alike.clear()
 
 
 OPS = ("attention", "layer_norm", "gelu")
@@ -230,7 +238,7 @@ def circumstances():
     """All that a choice depends on, but what it is made for."""
     asked, interprets, host = _environment
     of_torch = torch.cuda.get_device_capability
-    return _override.get(), asked(), interprets(), host(), why_not, of_torch
+    return _override.get(), asked(), interprets(), host(), why_not, of_torch, _tables
 
 
 def _choose(op, device, dtype, needs_grad, backend, size):

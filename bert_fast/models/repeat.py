@@ -54,7 +54,7 @@ class Plain(NamedTuple):
 
 # Of a model's layers, {what else the launches depend on: (the layer's kind, Repeat)}.
 _kept: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-MOST_KEPT = 128  # of a model: a few KB each
+MOST_KEPT = 128  # of a model: some 10 KB each
 
 
 class Layers:
@@ -106,8 +106,8 @@ class Layers:
         if first is not None:
             self._repeat(first)
             if self.shape is not None:
-                if len(self.kept) >= MOST_KEPT:
-                    self.kept.pop(next(iter(self.kept), None), None)
+                for oldest in [*self.kept][: len(self.kept) - MOST_KEPT + 1]:
+                    self.kept.pop(oldest, None)  # other threads do so, too
                 self.kept[self.shape] = self.kind, first
         return out
 

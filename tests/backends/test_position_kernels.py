@@ -87,6 +87,28 @@ def test_keys_of_another_number(kernels, gradients, causal):
     )
 
 
+@pytest.mark.parametrize("scale", [-0.4, 0.0, 1e-35])
+def test_a_scale_that_the_bias_cannot_be_divided_by(kernels, gradients, scale):
+    lengths = [5, 0, 67]
+    qkv, table, dout = draw(72, 3, 1, 16), draw(1, 67, 67), draw(72, 1, 16)
+
+    def run(qkv, table, backend=None):
+        return ops.attention_qkv(
+            qkv, cu_seqlens(lengths), max_seqlen=67, position_bias=table, softmax_scale=scale,
+            backend=backend,
+        )  # fmt: skip
+
+    def eager(*inputs):
+        return run(*inputs, "eager")
+
+    assert_within(
+        gradients(run, (qkv, table), dout, torch.float32),
+        gradients(eager, (qkv, table), dout, torch.float32),
+        gradients(eager, (qkv, table), dout, torch.float64),
+        name="out, dqkv, dtable",
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_minus_infinity_hides_a_key_and_has_no_gradient(kernels, gradients, dtype):
     """One query sees nothing, nobody sees one key."""

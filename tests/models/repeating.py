@@ -36,10 +36,11 @@ def repeated_layers(monkeypatch):
 
 
 def drawn(device, layers=3, dtype=torch.float32, **settings):
-    config = bert_fast.BertConfig(
-        hidden_size=32, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=48,
-        vocab_size=40, max_position_embeddings=16, **settings,
-    )  # fmt: skip
+    sizes = {
+        "hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 2,
+        "intermediate_size": 48, "vocab_size": 40, "max_position_embeddings": 16,
+    }  # fmt: skip
+    config = bert_fast.BertConfig(**sizes | settings)
     model = bert_fast.BertModel(config)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)

@@ -16,7 +16,7 @@ from repeating import (  # noqa: F401
     warm,
 )
 
-from bert_fast import ops
+from bert_fast import backends, ops
 from bert_fast.models import bert, repeat
 
 pytestmark = pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
@@ -26,20 +26,20 @@ pytestmark = pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))
 def test_no_layer_keeps_anothers_tensors(on, repeated, monkeypatch):
     """A launch that is kept holds no tensor, so that the second layer's are gone when the third has
     run, and a forward's when it has ended."""
-    model, inputs, alive = drawn(on), batch(on), []
+    model, inputs, held = drawn(on), batch(on), []
     warm(model, inputs)
     call = ops.Repeat.__call__
 
     def watched(self, *args):
         out = call(self, *args)
         launches = self.attention, self.norm, self.gelu, self.last_norm
-        alive.extend(arg for launch in launches for arg in launch.args[: len(launch.places)])
+        held.extend(isinstance(arg, torch.Tensor) for launch in launches for arg in launch.args)
         return out
 
     monkeypatch.setattr(ops.Repeat, "__call__", watched)
     model(*inputs)
-    assert len(alive) == 3 * (6 + 6 + 3 + 6)
-    assert all(arg is None for arg in alive)
+    assert len(held) > 100
+    assert not any(held)
 
 
 @torch.no_grad()
@@ -88,6 +88,57 @@ def test_shapes_are_kept_apart(on, repeated, monkeypatch):
         found = model(*inputs)[0]
         assert len(repeated) == 3
         assert torch.equal(found, one_by_one(model, inputs, monkeypatch)[0])
+
+
+@torch.no_grad()
+def test_the_longest_is_part_of_the_shape(on, repeated, monkeypatch):
+    """As many tokens and sequences, but more keys than one block has."""
+    model = drawn(on, max_position_embeddings=100)
+    for lengths in ((30, 30), (50, 10), (30, 30)):
+        inputs = of_lengths(on, *lengths, columns=50)
+        warm(model, inputs)
+        repeated.clear()
+        found = model(*inputs)[0]
+        assert len(repeated) == 3
+        assert torch.equal(found, one_by_one(model, inputs, monkeypatch)[0])
+
+
+@torch.no_grad()
+def test_a_buffer_of_fixed_size(on, repeated, monkeypatch):
+    """Rows past the last token, in the same number of rows as without them."""
+    model = drawn(on)
+    inputs, others = of_lengths(on, 7, 3), of_lengths(on, 7, 1)
+    warm(model, inputs)
+    for given, options in ((others, {"capacity": 10}), (inputs, {}), (others, {"capacity": 10})):
+        warm(model, inputs)
+        model(*given, **options)
+        repeated.clear()
+        found = model(*given, **options)[0]
+        assert len(repeated) == 3
+        assert torch.equal(found, one_by_one(model, given, monkeypatch, **options)[0])
+
+
+@torch.no_grad()
+def test_threads_may_share_what_is_kept(on, repeated):
+    """Nothing is written to it. (The interpreter has one thread.)"""
+
+    def state(part):
+        lists = ((k, [*v]) for k, v in vars(part).items() if isinstance(v, list | tuple))
+        return vars(part) | dict(lists)
+
+    def parts():
+        for _, kept in repeat._kept[model.layers].values():
+            yield from (kept, kept.attention, kept.norm, kept.gelu, kept.last_norm)
+
+    model, inputs = drawn(on), batch(on)
+    warm(model, inputs)
+    before = [state(part) for part in parts()]
+    repeated.clear()
+    model(*inputs)
+    assert len(repeated) == 3
+    assert len(before) == 5
+    for part, was in zip(parts(), before, strict=True):
+        assert state(part) == was
 
 
 @torch.no_grad()
@@ -140,7 +191,7 @@ def test_projections_that_lie_otherwise_are_recorded_anew(on, repeated, monkeypa
     assert not repeat._kept[model.layers]
 
 
-@pytest.mark.parametrize("change", ["precision", "search", "hook"])
+@pytest.mark.parametrize("change", ["precision", "search", "hook", "table"])
 @torch.no_grad()
 def test_what_launches_depend_on(on, change, repeated, monkeypatch):
     """Where it is another than it was, the first layer runs as it stands."""
@@ -154,12 +205,16 @@ def test_what_launches_depend_on(on, change, repeated, monkeypatch):
         elif change == "search":
             patch.setattr(tuning, "is_asked", lambda: True)
             patch.setattr(tuning, "run", lambda kernel, settings, search, launch: launch(settings))
+        elif change == "table":
+            patch.setitem(backends.ONLY_WHERE_MEASURED, "gelu", {})  # another backend's now
         else:
             assert not launch.is_watched(gelu._forward)
             patch.setattr(gelu._forward, "pre_run_hooks", [lambda *args, **options: None])
         repeated.clear()
         model(*inputs)
-        assert len(repeated) == (0 if change == "hook" and on != "cpu" else 2)
+        alone = change == "table" or (change == "hook" and on != "cpu")
+        assert len(repeated) == (0 if alone else 2)
+    warm(model, inputs)
     repeated.clear()
     model(*inputs)
     assert len(repeated) == 3
