@@ -25,6 +25,7 @@ from bert_fast.hugging_face.families import (
     classes_inside,
     family_of,
     kept_of,
+    output_of,
     warn_once,
     why_not,
     why_not_this_call,
@@ -92,6 +93,8 @@ def accelerate(
     for base in found:  # all or none
         if reason := why_not(base):
             raise ValueError(f"{type(base).__name__} cannot be accelerated: {reason}")
+    from transformers import modeling_outputs
+
     for base in found:
         family = family_of(base)
         encoder = getattr(base, family.encoder)
@@ -102,7 +105,8 @@ def accelerate(
             _change_class(layer, _Layer)
             layer._bert_fast = _LayerSettings(base.config, family)
         _change_class(encoder, _Encoder)
-        encoder._bert_fast = family.output, Workspace(), family.position_bias, OneCall()
+        output = getattr(modeling_outputs, family.output)
+        encoder._bert_fast = output, Workspace(), family.position_bias, OneCall()
         _change_class(base, _Model)
         base._bert_fast = family, classes  # type: ignore[assignment]
     layers: list[tuple[str, Any]]
@@ -248,10 +252,10 @@ def _forward_model(self, *args, **kwargs):
     as_dict = getattr(self.config, "return_dict", True) if as_dict is None else as_dict
     # No mask: nothing is left to hide. A dictionary: hidden states are found by their name.
     run = functools.partial(original, self, **arguments, return_dict=True)
-    if torch.compiler.is_compiling():
+    one_call = getattr(self, self._bert_fast[0].encoder)._bert_fast[-1]
+    if torch.compiler.is_compiling() or not one_call.is_bound():
         out = _run_with(run, packing, kept_of(self), None)
     else:
-        one_call = getattr(self, self._bert_fast[0].encoder)._bert_fast[-1]
         numbers = like.shape[0] * like.shape[1] * self.config.hidden_size
         with contextlib.ExitStack() as around:  # until layers run one by one
             around.enter_context(one_call.around(numbers))
@@ -311,8 +315,6 @@ class _Encoder(_Accelerated):
         handed = _handed_over()
         if handed is None:  # called by others than its model
             return super().forward(*args, **kwargs)
-        from transformers import modeling_outputs
-
         packing, parts, around = handed
         output, workspace, bias_of, one_call = self._bert_fast
         arguments = _arguments(self, args, kwargs)
@@ -344,9 +346,7 @@ class _Encoder(_Accelerated):
                     states.append(as_autocast_gives(packing.unpack(x), hidden_states))
                 x = layers(layer, x, run)
         x = as_autocast_gives(packing.unpack(x), hidden_states)
-        out = getattr(modeling_outputs, output)(
-            last_hidden_state=x, hidden_states=(*states, x) if recorded else None
-        )
+        out = output(x, hidden_states=(*states, x)) if recorded else output_of(output, x)
         return out if arguments.get("return_dict", True) else out.to_tuple()
 
 

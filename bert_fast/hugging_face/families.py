@@ -1,6 +1,7 @@
 """Which of transformers' models can be accelerated, and where each family keeps the parts of a
-layer; why a model, or a call, is left to transformers."""
+layer; what its encoder returns; why a model, or a call, is left to transformers."""
 
+import collections
 import copy
 import functools
 import warnings
@@ -83,6 +84,23 @@ FAMILIES = {
 def family_of(module):
     kind = type(module)
     return FAMILIES.get(kind.__name__) if kind.__module__.startswith("transformers.") else None
+
+
+@functools.cache
+def _empty(output):
+    """What such a class keeps in its attributes of nothing but a last hidden state."""
+    return {**vars(output(last_hidden_state=torch.empty(0))), "last_hidden_state": None}
+
+
+def output_of(output, x):
+    """output(last_hidden_state=x), a ModelOutput: without its constructor, which goes through its
+    fields once for each of them."""
+    if torch.compiler.is_compiling():
+        return output(last_hidden_state=x)
+    out = output.__new__(output)
+    vars(out).update(_empty(output), last_hidden_state=x)
+    collections.OrderedDict.__setitem__(out, "last_hidden_state", x)
+    return out
 
 
 def why_not(base):

@@ -147,10 +147,10 @@ def describe(layer, run):
     *qkv, out, up, down = products
 
     def project(x):
-        heads = -1, settings.head_dim
+        tokens, heads = x.shape[0], (-1, settings.head_dim)
         if (fused := parts.fused(x, run.where, settings.prepacked)) is not None:
-            return fused.view(len(x), 3, *heads).unbind(1)
-        return [F.linear(x, *linear.parts()).view(len(x), *heads) for linear in qkv]
+            return fused.view(tokens, 3, *heads).unbind(1)
+        return [F.linear(x, *linear.parts()).view(tokens, *heads) for linear in qkv]
 
     rest = [out.parts(), two(norms[0]), up.parts(), down.parts(), two(norms[1])]
     num_heads = qkv[0].out_features // settings.head_dim

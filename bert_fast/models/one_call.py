@@ -92,11 +92,15 @@ class OneCall:
         self.bound = _NOTHING
         self.bound_embeddings = None, None, None  # of them, without a state
 
+    def is_bound(self):
+        """Whether layers ran in one call."""
+        return self.bound[1] is not None
+
     def around(self, numbers, copies=False):
         """A context for what a model does before and after its layers with so many numbers, or for
         copies of them alone. Where the layers run in one call, small steps are done without
         OpenMP's loops."""
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.bound[1] is None:
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not self.is_bound():
             return contextlib.nullcontext()
         small = (_MOST_IN_A_COPY if copies else 0) < numbers <= _MOST_IN_ONE_THREAD
         return ops.without_openmp() if small else contextlib.nullcontext()

@@ -48,27 +48,31 @@ def test_the_interpreter_is_refused(tmp_path):
 @needs_both
 @pytest.mark.full
 def test_ratios(tmp_path):
-    """Over Hugging Face's time, in the same run. A machine under load moves both: the
-    bounds are well above what was measured, and below what it was op by op."""
-    answer, found = bench_host(tmp_path, 15)
-    assert answer.returncode == 0, answer.stderr[-3000:]
-    assert "us a layer" in answer.stdout
-    assert "stand-in" in answer.stdout
-    for direction, bounds in BOUNDS.items():
-        times = found["microseconds"][direction]
-        peer = times.pop("Hugging Face, sdpa")
-        assert times.keys() == bounds.keys()
-        for name, ours in times.items():
-            ratios = [time / theirs for time, theirs in zip(ours, peer, strict=True)]
-            assert ratios[0] < bounds[name][0], (direction, name, ratios)
-            assert ratios[1] < bounds[name][1], (direction, name, ratios)
+    """Of a layer over Hugging Face's, in the same run; the best of three, for a machine under load
+    moves both. What is beside the layers is the small difference of two large times, in training
+    less than their noise: the calls are counted instead (test_calls_and_launches)."""
+    best = {}
+    for _ in range(3):
+        answer, found = bench_host(tmp_path, 15)
+        assert answer.returncode == 0, answer.stderr[-3000:]
+        assert "us a layer" in answer.stdout
+        assert "stand-in" in answer.stdout
+        for direction, times in found["microseconds"].items():
+            peer, _ = times.pop(host.PEER)
+            for name, (layer, _) in times.items():
+                key = f"{name}, {direction}"
+                best[key] = min(best.get(key, float("inf")), layer / peer)
+        assert best.keys() == MOST_TIME.keys()
+        if all(ratio < MOST_TIME[key] for key, ratio in best.items()):
+            return
+    raise AssertionError(best)
 
 
-# Of a layer, and of what is beside the layers.
-BOUNDS = {
-    "inference": {"accelerate": (1.0, 1.8), "BertModel": (0.7, 0.9)},
-    "training": {"accelerate": (1.1, 2.2), "BertModel": (1.0, 1.9)},
-}
+# What was asked for.
+MOST_TIME = {
+    "accelerate, inference": 1.0, "BertModel, inference": 0.7,
+    "accelerate, training": 1.1, "BertModel, training": 1.0,
+}  # fmt: skip
 
 
 def test_work_in_another_thread_counts_on_a_gpu():
@@ -105,7 +109,9 @@ def test_results_name_what_made_them(tmp_path, monkeypatch, capsys):
 
 
 COUNT = """
+import gc
 import json
+import sys
 import torch
 from bert_fast.bench import host
 from bert_fast.bench.stand_in import stand_in
@@ -124,45 +130,79 @@ def has_parent(event, name):
             return True
     return False
 
+def calls_of(run):
+    # Of functions, written in Python or called from there.
+    calls = 0
+
+    def note(frame, event, argument):
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    gc.disable()  # it calls back
+    sys.setprofile(note)
+    run()
+    sys.setprofile(None)
+    gc.enable()
+    return calls
+
 def count(name, layers, direction):
-    call = host._call(host._makers()[name](layers), "cpu", direction)
-    call()
+    run = host._call(host._makers()[name](layers), "cpu", direction)
+    for _ in range(3):
+        run()
     launches.clear()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        call()
+        run()
     # A CPU's addmm copies its bias, in front of the product; a GPU's reads it behind.
     names = [
         event.name.removeprefix("aten::") for event in profile.events()
         if not (event.name == "aten::copy_" and has_parent(event, "aten::addmm"))
     ]
-    return len(launches), sum(name in KERNELS for name in names)
+    return len(launches), sum(name in KERNELS for name in names), calls_of(run)
 
 found = {}
-for name in ("BertModel", "accelerate"):
+for name in host._makers():
     for direction in host.DIRECTIONS:
-        one, three = (count(name, layers, direction) for layers in (1, 3))
-        found[f"{name}, {direction}"] = [(b - a) / 2 for a, b in zip(one, three, strict=True)]
+        two, four = (count(name, layers, direction) for layers in (2, 4))
+        layer = [(b - a) / 2 for a, b in zip(two, four, strict=True)]
+        beside = [a - 2 * b for a, b in zip(two, layer, strict=True)]
+        found[f"{name}, {direction}"] = layer, beside
 print(json.dumps(found))
 """
+# A layer's launches of our kernels, and what torch launches.
+LAUNCHES = {
+    "BertModel, inference": [4, 4], "BertModel, training": [11, 12],
+    "accelerate, inference": [4, 6], "accelerate, training": [11, 14],
+}  # fmt: skip
+# Calls of functions over Hugging Face's in the same run: of a layer, and beside the layers. In
+# training its layer's time is autograd's, in C++; ours takes less of it by fewer, larger nodes.
+CALLS = {
+    "BertModel, inference": (0.53, 0.62), "BertModel, training": (3.32, 0.87),
+    "accelerate, inference": (0.67, 1.20), "accelerate, training": (3.54, 1.12),
+}  # fmt: skip
 
 
 @needs_both
 @pytest.mark.full
-def test_launches_a_layer(tmp_path):
-    """Ours, and torch's. In inference one for each part and each product. In training the products
-    of both directions are 12; beside them are one for each part of forward (4) and of backward
-    (attention's are 2), one that sums q's, k's and v's gradients over its programs' rows, and one
-    that adds what all programs have summed. (They were 27: each part that sums had one more for its
-    programs' sums, and each layer one for its seeds.)
+def test_calls_and_launches():
+    """In inference a layer launches one kernel for each part and each product. In training the
+    products of both directions are 12; beside them are one for each part of forward (4) and of
+    backward (attention's are 2), one that sums q's, k's and v's gradients over its programs' rows,
+    and one that adds what all programs have summed. (They were 27: each part that sums had one more
+    for its programs' sums, and each layer one for its seeds.)
     accelerate puts q's, k's and v's weights together, and their biases, in training.
-    """
+
+    Calls are what the host's time follows, and the same in each run: what is called anew shows."""
     answer = subprocess.run(
         [sys.executable, "-c", COUNT], cwd=ROOT, capture_output=True, text=True, check=False,
         env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert answer.returncode == 0, answer.stderr[-3000:]
     found = json.loads(answer.stdout)
-    assert found == {
-        "BertModel, inference": [4, 4], "BertModel, training": [11, 12],
-        "accelerate, inference": [4, 6], "accelerate, training": [11, 14],
-    }  # fmt: skip
+    assert {name: layer[:2] for name, (layer, _) in found.items() if name in LAUNCHES} == LAUNCHES
+    for name, bounds in CALLS.items():
+        peer = found[f"{host.PEER}, {name.partition(', ')[2]}"]
+        for (*_, ours), (*_, theirs), most in zip(found[name], peer, bounds, strict=True):
+            assert ours <= most * theirs * ALLOWED, (name, ours / theirs, most)
+
+
+ALLOWED = 1.03  # of what is reached: Pythons count a few calls differently

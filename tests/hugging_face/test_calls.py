@@ -1,12 +1,15 @@
 """Ways of calling an accelerated model: tuples, tracing, compiling, exporting, offloading."""
 
 import copy
+import dataclasses
 import io
+import pickle
 
 import pytest
 import torch
 import transformers
 from small_models import batch, bert, other_norm, said, same
+from torch.utils._pytree import tree_flatten
 
 import bert_fast
 from bert_fast.hugging_face import families
@@ -31,6 +34,28 @@ def test_tuples(attention):
     with torch.no_grad():
         assert type(ours(**inputs)) is type(theirs(**inputs))
     assert attention
+
+
+@pytest.mark.parametrize("name", sorted({family.output for family in families.FAMILIES.values()}))
+def test_encoders_output_is_what_its_class_makes(name):
+    kind, x = getattr(transformers.modeling_outputs, name), torch.randn(2, 3, 4)
+    found, wanted = families.output_of(kind, x), kind(last_hidden_state=x)
+    assert type(found) is kind
+    for out in (found, copy.copy(found)):
+        assert out[0] is out["last_hidden_state"] is out.last_hidden_state is x
+        assert out.to_tuple() == wanted.to_tuple()
+        assert list(out.items()) == list(wanted.items())
+        assert vars(out) == vars(wanted)
+        assert dataclasses.asdict(out).keys() == dataclasses.asdict(wanted).keys()
+    (leaf,), structure = tree_flatten(found)
+    assert leaf is x
+    assert structure == tree_flatten(wanted)[1]
+    found.hidden_states = (x,)
+    assert list(found) == ["last_hidden_state", "hidden_states"]
+    other = families.output_of(kind, -x)
+    assert other.hidden_states is None  # each has its own
+    assert list(other) == ["last_hidden_state"]
+    assert torch.equal(pickle.loads(pickle.dumps(other)).last_hidden_state, -x)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
