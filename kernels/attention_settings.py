@@ -47,46 +47,51 @@ BACKWARD_SHORT = {
 BACKWARD_SHORT[120] = BACKWARD_SHORT[100]
 
 
-# With a position bias, which takes registers: in the same form, and found in the same way.
+# With a position bias, which takes registers: in the same form, and found in the same way. More
+# warps than a tile has 16 rows repeat each other's products, so that comes first.
 FORWARD_BIASED = {
     "fma": {32: (32, 32, 4, 1), 64: (16, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 16, 1)},
-    "mma": {32: (32, 64, 4, 3), 64: (64, 64, 4, 2), 128: (32, 32, 8, 2), 256: (16, 32, 8, 1)},
+    "mma": {32: (64, 32, 4, 3), 64: (64, 64, 4, 2), 128: (128, 32, 8, 1), 256: (32, 32, 4, 1)},
     90: {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 1), 256: (64, 32, 8, 1)},
     100: {32: (64, 64, 8, 3), 64: (64, 64, 4, 2), 128: (64, 32, 8, 2), 256: (64, 32, 8, 1)},
 }
 BACKWARD_BIASED = {
     "fma": {32: (32, 32, 8, 1), 64: (16, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 16, 1)},
-    "mma": {32: (64, 32, 8, 1), 64: (32, 32, 4, 1), 128: (32, 64, 8, 1), 256: (16, 32, 8, 1)},
+    "mma": {32: (64, 32, 4, 1), 64: (32, 32, 4, 1), 128: (32, 64, 8, 1), 256: (16, 32, 8, 1)},
     90: {32: (64, 64, 8, 1), 64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (16, 32, 8, 1)},
     100: {32: (64, 64, 8, 1), 64: (64, 32, 8, 1), 128: (64, 32, 8, 1), 256: (16, 32, 8, 1)},
 }
 BACKWARD_BIASED[120] = BACKWARD_BIASED["mma"] | {128: (32, 32, 8, 1)}
 BACKWARD_Q_BIASED = BACKWARD_BIASED | {
-    "mma": BACKWARD_BIASED["mma"] | {64: (32, 64, 4, 1)},
+    "mma": BACKWARD_BIASED["mma"] | {64: (32, 64, 4, 1), 256: (32, 32, 4, 1)},
     90: BACKWARD_BIASED[90] | {64: (64, 64, 4, 1)},
     100: BACKWARD_BIASED[100] | {128: (64, 64, 8, 1)},
     120: BACKWARD_BIASED[120] | {64: (32, 64, 4, 1)},
 }
 BACKWARD_KV_BIASED = BACKWARD_BIASED | {
+    "mma": BACKWARD_BIASED["mma"] | {32: (32, 32, 2, 1), 256: (16, 32, 4, 1)},
     90: BACKWARD_BIASED[90] | {64: (64, 64, 4, 1), 128: (32, 64, 8, 1)},
-}  # fmt: skip
-BACKWARD_TABLE = dict(BACKWARD_BIASED)
+    120: BACKWARD_BIASED[120] | {32: (32, 32, 2, 1), 256: (16, 32, 4, 1)},
+}
+BACKWARD_TABLE = BACKWARD_BIASED | {
+    chip: BACKWARD_BIASED[chip] | {64: (64, 32, 4, 1)} for chip in ("mma", 120)
+}
 if hasattr(triton, "knobs"):  # before 3.4 a product has 16 rows at least
     BACKWARD_TABLE[75] = BACKWARD_BIASED["fma"] | {128: (8, 16, 8, 1)}
 SHORT_BIASED = {"mma": {64: (64, 64, 4, 1)}}
 # Dropout takes registers beside either bias, and a causal mask more of them: what differs then.
 # (Heads of 256 leave few for tiles of 64 rows, which 90's and 100's product instructions need.)
 FORWARD_BIASED_DROPOUT = {
-    "mma": {32: (64, 32, 4, 3)},
     90: {32: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
     100: {32: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
 }
 BACKWARD_KV_BIASED_DROPOUT = {90: {64: (64, 32, 4, 1)}, 100: {128: (32, 64, 8, 1)}}
 # Beside both, with and without dropout:
 FORWARD_BOTH_BIASES = {
-    "mma": {64: (32, 64, 4, 3)}, 90: {128: (64, 32, 8, 1), 256: (32, 32, 8, 1)},
+    "mma": {64: (32, 64, 4, 3), 128: (32, 32, 8, 2), 256: (16, 32, 8, 1)},
+    90: {128: (64, 32, 8, 1), 256: (32, 32, 8, 1)},
     100: {256: (32, 32, 8, 1)},
-}  # fmt: skip
+}
 # An H200 took 188 us for a backward on 16 x 512 with this, 198 with two stages.
 BACKWARD_Q_DROPOUT = {90: {64: (64, 64, 4, 3)}}
 # Beside the projections' bias:

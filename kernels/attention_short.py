@@ -74,13 +74,17 @@ def _backward(
             k_length, 0, 0, factor, cut, keep_scale, sequence, True, CAUSAL, DROPOUT, HAS_BIAS,
             False, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
-        dvalues = dot(tl.trans(dropped.to(douts.dtype)), douts, None, PRECISION)
-        store_rows(dv, dvalues, k_begin, begin, k_length, dv_stride, dv_head, HEAD_DIM, BLOCK_D,
-                   BLOCK_N, DROPOUT)  # fmt: skip
+        # Always so. In a region of its own a product has warps by its own rows and columns; beside
+        # the products above they were split by rows as those, which are four times as many.
+        if begin < k_length:
+            dvalues = dot(tl.trans(dropped.to(douts.dtype)), douts, None, PRECISION)
+            store_rows(dv, dvalues, k_begin, begin, k_length, dv_stride, dv_head, HEAD_DIM, BLOCK_D,
+                       BLOCK_N, DROPOUT)  # fmt: skip
         dscores = dscores.to(keys.dtype)
-        dkeys = dot(tl.trans(dscores), queries, None, PRECISION)
-        store_rows(dk, dkeys * scale, k_begin, begin, k_length, dk_stride, dk_head, HEAD_DIM,
-                   BLOCK_D, BLOCK_N, DROPOUT)  # fmt: skip
+        if begin < k_length:
+            dkeys = dot(tl.trans(dscores), queries, None, PRECISION)
+            store_rows(dk, dkeys * scale, k_begin, begin, k_length, dk_stride, dk_head, HEAD_DIM,
+                       BLOCK_D, BLOCK_N, DROPOUT)  # fmt: skip
         total = dot(dscores, keys, total, PRECISION)
     store_rows(dq, total * scale, q_begin, 0, q_length, dq_stride, dq_head, HEAD_DIM, BLOCK_D,
                BLOCK_M)  # fmt: skip
