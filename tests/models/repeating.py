@@ -63,3 +63,11 @@ def one_by_one(model, inputs, monkeypatch, **options):
     with monkeypatch.context() as patch:
         patch.setattr(repeat.ops, "can_repeat", lambda x: False)
         return model(*inputs, **options)
+
+
+def check_repeated(model, inputs, repeated, monkeypatch, number=3, **options):
+    """So many layers repeat others' launches, and give the bits that they give by themselves."""
+    repeated.clear()
+    found = model(*inputs, **options)[0]
+    assert len(repeated) == number
+    assert torch.equal(found, one_by_one(model, inputs, monkeypatch, **options)[0])

@@ -9,9 +9,9 @@ import torch
 from repeating import (  # noqa: F401
     NO_TRITON,
     batch,
+    check_repeated,
     drawn,
     on_device,
-    one_by_one,
     repeated_layers,
     warm,
 )
@@ -49,10 +49,7 @@ def test_what_is_written_is_read(on, repeated, monkeypatch):
     warm(model, inputs)
     for parameter in model.layers.parameters():
         parameter.data = parameter.data.flip(0).contiguous()
-    repeated.clear()
-    found = model(*inputs)[0]
-    assert len(repeated) == 3
-    assert torch.equal(found, one_by_one(model, inputs, monkeypatch)[0])
+    check_repeated(model, inputs, repeated, monkeypatch)
 
 
 def of_lengths(device, *lengths, columns=7):
@@ -67,10 +64,7 @@ def test_other_sequences_of_the_same_numbers(on, repeated, monkeypatch):
     warm(model, of_lengths(on, 7, 3, 4))
     for lengths in ((3, 7, 4), (0, 7, 7), (6, 7, 1)):
         inputs = of_lengths(on, *lengths)
-        repeated.clear()
-        found = model(*inputs)[0]
-        assert len(repeated) == 3
-        assert torch.equal(found, one_by_one(model, inputs, monkeypatch)[0])
+        check_repeated(model, inputs, repeated, monkeypatch)
 
 
 @torch.no_grad()
@@ -84,10 +78,7 @@ def test_shapes_are_kept_apart(on, repeated, monkeypatch):
     for inputs in batches:  # on a GPU the kernels are compiled now
         model(*inputs)
     for inputs in batches:
-        repeated.clear()
-        found = model(*inputs)[0]
-        assert len(repeated) == 3
-        assert torch.equal(found, one_by_one(model, inputs, monkeypatch)[0])
+        check_repeated(model, inputs, repeated, monkeypatch)
 
 
 @torch.no_grad()
@@ -97,10 +88,7 @@ def test_the_longest_is_part_of_the_shape(on, repeated, monkeypatch):
     for lengths in ((30, 30), (50, 10), (30, 30)):
         inputs = of_lengths(on, *lengths, columns=50)
         warm(model, inputs)
-        repeated.clear()
-        found = model(*inputs)[0]
-        assert len(repeated) == 3
-        assert torch.equal(found, one_by_one(model, inputs, monkeypatch)[0])
+        check_repeated(model, inputs, repeated, monkeypatch)
 
 
 @torch.no_grad()
@@ -112,10 +100,7 @@ def test_a_buffer_of_fixed_size(on, repeated, monkeypatch):
     for given, options in ((others, {"capacity": 10}), (inputs, {}), (others, {"capacity": 10})):
         warm(model, inputs)
         model(*given, **options)
-        repeated.clear()
-        found = model(*given, **options)[0]
-        assert len(repeated) == 3
-        assert torch.equal(found, one_by_one(model, given, monkeypatch, **options)[0])
+        check_repeated(model, given, repeated, monkeypatch, **options)
 
 
 @torch.no_grad()
@@ -166,9 +151,7 @@ def test_copies_start_anew(on, repeated, monkeypatch):
     warm(other, inputs)
     del model
     gc.collect()
-    repeated.clear()
-    assert torch.equal(other(*inputs)[0], one_by_one(other, inputs, monkeypatch)[0])
-    assert len(repeated) == 3
+    check_repeated(other, inputs, repeated, monkeypatch)
 
 
 @torch.no_grad()
@@ -177,17 +160,13 @@ def test_projections_that_lie_otherwise_are_recorded_anew(on, repeated, monkeypa
     model, inputs = drawn(on), batch(on)
 
     def copied(plain):
-        apart = plain._replace(project=lambda x: [t.contiguous() for t in plain.project(x)])
-        return apart
+        return plain._replace(project=lambda x: [t.contiguous() for t in plain.project(x)])
 
     known = bert.BertModel._describe
     warm(model, inputs)
     split = staticmethod(lambda *args: copied(known(*args)))
     monkeypatch.setattr(bert.BertModel, "_describe", split)
-    repeated.clear()
-    found = model(*inputs)[0]
-    assert not repeated
-    assert torch.equal(found, one_by_one(model, inputs, monkeypatch)[0])
+    check_repeated(model, inputs, repeated, monkeypatch, 0)
     assert not repeat._kept[model.layers]
 
 

@@ -11,6 +11,7 @@ from conftest import compiling, json_of
 from repeating import (  # noqa: F401
     NO_TRITON,
     batch,
+    check_repeated,
     drawn,
     on_device,
     one_by_one,
@@ -192,10 +193,7 @@ def test_what_lies_otherwise_in_memory_is_not_repeated(on, repeated, monkeypatch
     model, inputs = drawn(on), batch(on)
     model.layers[1].register_forward_hook(lambda module, args, out: out.t().contiguous().t())
     warm(model, inputs)
-    repeated.clear()
-    found = model(*inputs)[0]
-    assert len(repeated) == 1
-    assert torch.equal(found, one_by_one(model, inputs, monkeypatch)[0])
+    check_repeated(model, inputs, repeated, monkeypatch, 1)
 
 
 @torch.no_grad()
