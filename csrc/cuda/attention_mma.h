@@ -114,6 +114,11 @@ __device__ __forceinline__ unsigned team_thread() {
   return kTeam == kThreads ? threadIdx.x : threadIdx.x % kTeam;
 }
 
+// What is seldom done to a thread's chunks stays a loop, of halves where it has one chunk alone: so its
+// code is small.
+template <unsigned kRowsOfThread>
+constexpr unsigned kPartsOfChunk = kRowsOfThread == 1 ? 2 : 1;
+
 // Brings tiles of kCount rows, one after the other, into shared memory; zeros outside. A thread has
 // one chunk of every kStep-th row.
 template <class T, int kD, int kCount, int kTeam = kThreads>
@@ -144,23 +149,26 @@ struct Loader {
 #pragma unroll kInFlight
       for (unsigned i = 0; i < kCount / kStep; ++i) {
         copy_async_16(place.at(to, i * kStep, 0), from, static_cast<int>(i * kStep) < left);
-        from += step;
+        if (kPartsOfChunk<kCount / kStep> == 1) from += step;
       }
     } else {
+      constexpr unsigned kParts = kPartsOfChunk<kCount / kStep>, kPart = 8 / kParts;
 #pragma unroll 1
-      for (unsigned i = 0; i < kCount / kStep; ++i) {
-        Pack<T, 8> pack;
-        const T* element = reinterpret_cast<const T*>(from);
+      for (unsigned i = 0; i < kCount / kStep * kParts; ++i) {
+        const unsigned row = i / kParts * kStep, part = i % kParts * kPart;
+        Pack<T, kPart> pack;
+        const T* element = reinterpret_cast<const T*>(from) + part;
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          const int d = static_cast<int>(team_thread<kTeam>() % kChunks * 8) + j;
-          const bool inside = static_cast<int>(i * kStep) < left && d < head_dim;
+        for (unsigned j = 0; j < kPart; ++j) {
+          const int d = static_cast<int>(team_thread<kTeam>() % kChunks * 8 + part + j);
+          const bool inside = static_cast<int>(row) < left && d < head_dim;
           pack.values[j] = inside ? element[j] : from_float<T>(0.0f);
         }
-        store(place.at(to, i * kStep, 0), pack);
-        from += step;
+        store(place.at(to, row, 0) + part, pack);
+        if (kParts == 1) from += step;
       }
     }
+    if (kPartsOfChunk<kCount / kStep> > 1) from += step;
     left -= kCount;
   }
 };
@@ -170,33 +178,46 @@ template <class T, int kD, int kCount, int kTeam>
 __device__ __forceinline__ void add_bias(const Matrix<T, kD>& m, const float* bias,
                                          int head_dim, float factor) {
   constexpr unsigned kChunks = kD / 8, kStep = kTeam / kChunks;
+  constexpr unsigned kParts = kPartsOfChunk<kCount / kStep>, kPart = 8 / kParts;
   const unsigned c = team_thread<kTeam>() % kChunks;
-  float add[8];
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    const int d = static_cast<int>(c) * 8 + j;
-    add[j] = bias && d < head_dim ? bias[d] : 0.0f;
-  }
   const Place<T, kD> place(team_thread<kTeam>() / kChunks, c);
-#pragma unroll 2
-  for (unsigned i = 0; i < kCount; i += kStep) {
-    T* at = place.at(m, i, 0);
-    Pack<T, 8> pack = load<Pack<T, 8>>(at);
+  float add[kPart];
+  const auto fetch = [&](unsigned part) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
+    for (unsigned j = 0; j < kPart; ++j) {
+      const int d = static_cast<int>(c * 8 + part + j);
+      add[j] = bias && d < head_dim ? bias[d] : 0.0f;
+    }
+  };
+  const auto change = [&](unsigned row, unsigned part) {
+    T* at = place.at(m, row, 0) + part;
+    Pack<T, kPart> pack = load<Pack<T, kPart>>(at);
+#pragma unroll
+    for (unsigned j = 0; j < kPart; ++j) {
       pack.values[j] = from_float<T>((to_float(pack.values[j]) + add[j]) * factor);
     }
     store(at, pack);
+  };
+  if constexpr (kParts == 1) {
+    fetch(0);
+#pragma unroll 2
+    for (unsigned i = 0; i < kCount; i += kStep) change(i, 0);
+  } else {
+#pragma unroll 1
+    for (unsigned part = 0; part < 8; part += kPart) {
+      fetch(part);
+      change(0, part);
+    }
   }
 }
 
 // acc (16 x kD) += weights (16 x 8 kTiles, accumulators of a product) times rows of `right`, kM
 // times.
-template <class T, int kD, int kM, int kTiles>
+template <class T, int kD, int kM, int kTiles, class Places>
 __device__ __forceinline__ void multiply_weights(float (&acc)[kM][kD / 8][4],
                                                  const float (&weights)[kM][kTiles][4],
                                                  const Matrix<T, kD>& right, unsigned from,
-                                                 const Place<T, kD>& columns) {
+                                                 const Places& columns) {
 #pragma unroll
   for (int k = 0; k < kTiles / 2; ++k) {
     uint32_t a[kM][4];
@@ -221,10 +242,10 @@ __device__ __forceinline__ void multiply_weights(float (&acc)[kM][kD / 8][4],
 
 // acc (16 x 8 kTiles), kM times, += rows of the left operand times rows 16 `from` on of `right`: left
 // right^T. read(m, k, a) gives the left operand's 16 x 16.
-template <class T, int kD, int kM, int kTiles, class Read>
+template <class T, int kD, int kM, int kTiles, class Read, class Places>
 __device__ __forceinline__ void multiply_rows(float (&acc)[kM][kTiles][4], const Read& read,
                                               const Matrix<T, kD>& right, unsigned from,
-                                              const Place<T, kD>& rows) {
+                                              const Places& rows) {
 #pragma unroll
   for (int k = 0; k < kD / 16; ++k) {
     uint32_t a[kM][4];

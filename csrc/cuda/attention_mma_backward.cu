@@ -5,7 +5,7 @@
 // The bias of k adds the same to all scores of a row, that of v the same to all of dP's: `rows_kernel`
 // takes the first out of the row's log-sum-exp and puts the second into what dP starts from, so that
 // k and v are used as they are.
-#include "attention_mma.h"
+#include "attention_mma_backward.h"
 
 namespace bert_fast {
 namespace cuda {
@@ -27,14 +27,6 @@ constexpr int kStages = kD <= 64 ? 2 : 1;
 // Rows past the last whole tile, and those that causal hides in part, go by so many.
 template <int kOther>
 constexpr int kTail = kOther < 32 ? kOther : 32;
-
-// What each row of queries brings, (3, num_heads, total_q): delta = rowsum(dO * O); what dP starts
-// from; and minus its log-sum-exp in base 2 (-inf where every score was: its weights are zero).
-struct RowValues {
-  float *delta, *start, *shift;
-  RowValues(float* scratch, const AttentionShape& a)
-      : delta(scratch), start(delta + a.num_heads * a.total_q), shift(start + a.num_heads * a.total_q) {}
-};
 
 // Grid: (blocks of rows, heads). kD / 8 lanes share a row.
 template <class T, int kD>
@@ -81,19 +73,6 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(AttentionBackward a, boo
   values.start[at] = drops ? start : start - delta;
   const float lse = a.lse[at];
   values.shift[at] = lse == -INFINITY ? lse : (shifted * a.scale - lse) * kLog2e;
-}
-
-// Weights, and dscores from dP, of a tile of pairs; `factor` is dropout's for what is kept, 0 for
-// what is not. Without dropout delta is in dP already.
-__device__ __forceinline__ void differentiate(float& score, float& dscore, float c, float shift) {
-  score = exp2_fast(fmaf(score, c, shift));
-  dscore *= score;
-}
-__device__ __forceinline__ void differentiate(float& score, float& dscore, float c, float shift,
-                                              bool keep, float scale, float delta) {
-  const float weight = exp2_fast(fmaf(score, c, shift));
-  dscore = weight * fmaf(dscore, keep ? scale : 0.0f, -delta);
-  score = keep ? weight : 0.0f;
 }
 
 template <class T, int kD, bool kDrop, class... Bias>
@@ -238,57 +217,6 @@ __global__ void __launch_bounds__(kThreads, 2) dq_kernel(AttentionBackward a, Dr
   store_rows<T, kD>(total[0], a.scale, a.scale, q, local, os, tile.first);
 }
 
-// The position bias, where rows are keys and columns queries; `keys`: the lane's two.
-template <int kTiles>
-__device__ __forceinline__ void add_table_by_key(float (&scores)[1][kTiles][4], const Block& b,
-                                                 const int (&keys)[2], float c, const Table& table) {
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int query = min(b.query + n / 2 * 16 + n % 2 * 2 + i % 2, b.q_length - 1);
-      const int key = min(keys[i / 2], b.k_length - 1);
-      const float bias = table.data[(b.head * table.rows + query) * table.columns + key];
-      scores[0][n][i] = bias == -INFINITY ? bias : fmaf(scores[0][n][i], c, bias * kLog2e);
-    }
-  }
-}
-template <int kTiles>
-__device__ __forceinline__ void add_table_by_key(float (&)[1][kTiles][4], const Block&, const int (&)[2],
-                                                 float) {}
-
-// What dropout keeps of a lane's two keys by kTiles * 8 queries: bit 8 p + 4 half of kept[j] of query
-// 16 p + j of the lane's. Four lanes have the eight keys of a draw, and each draws for a quarter of
-// their queries.
-template <int kTiles>
-__device__ __forceinline__ void draw_by_key(uint32_t (&kept)[4], const PhiloxKeys& draw,
-                                            const Dropout& drop, const Block& b, int sequence) {
-  const int own = threadIdx.x / 4 % 4;  // of the queries, and of the draw's neighbouring keys
-  uint32_t drawn = 0;
-#pragma unroll
-  for (int p = 0; p < kTiles / 2; ++p) {
-    const Words w = philox(draw, draw_of(b.key), b.query + 16 * p + own, b.head, sequence);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      drawn |= static_cast<uint32_t>(is_kept(w.w[i % 4], i / 4, drop)) << (8 * p + i);
-    }
-  }
-  // That of lane own ^ j is [j], until each stands at its own query.
-  uint32_t of[4] = {drawn, shuffle_xor(drawn, 4), shuffle_xor(drawn, 8), shuffle_xor(drawn, 12)};
-#pragma unroll
-  for (int bit = 1; bit < 4; bit *= 2) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      if (j & bit) continue;
-      const uint32_t low = of[j], high = of[j ^ bit];
-      of[j] = own & bit ? high : low;
-      of[j ^ bit] = own & bit ? low : high;
-    }
-  }
-#pragma unroll
-  for (int j = 0; j < 4; ++j) kept[j] = of[j] >> own;
-}
-
 // dk and dv of a tile of keys; for wide heads one of them a launch, which the registers allow. With
 // dropout a lane's two keys are 16 apart.
 template <class T, int kD, bool kWantsDk, bool kWantsDv, bool kDrop, class... Bias>
@@ -297,7 +225,7 @@ __global__ void __launch_bounds__(kThreads, 2) dkv_kernel(AttentionBackward a, D
   constexpr bool kHasTable = sizeof...(Bias) > 0, kHeld = kD <= 64;
   constexpr int kQueries = kOther<kD, kTakenOfDkv<kHasTable, kDrop>>, kPipeline = kStages<kD>;
   constexpr bool kShiftsAlone = kDrop && !kWantsDk;  // without dropout nvcc has registers for both
-  constexpr int kValues = (kShiftsAlone ? 1 : kDrop ? 3 : 2) * kQueries;  // shifts, starts, deltas
+  constexpr int kKinds = kShiftsAlone ? 1 : kDrop ? 3 : 2, kValues = kKinds * kQueries;
   if constexpr (!kPins && kD > 64 && kWantsDk && kWantsDv) return;  // see run_kernels
   const int batch = static_cast<int>(a.batch), head = blockIdx.y;
   const Tile tile = find_tile(blockIdx.x, a.cu_k, batch, static_cast<int>(a.total_k), kRows);
@@ -328,29 +256,7 @@ __global__ void __launch_bounds__(kThreads, 2) dkv_kernel(AttentionBackward a, D
     douts.load(dout_tile(stage));
     copy_async_commit();
   };
-  constexpr int kFetches = (kValues + kThreads - 1) / kThreads;
-  float fetched[kFetches];
-  const float* fetch_from[kFetches];
-#pragma unroll
-  for (int j = 0; j < kFetches; ++j) {
-    const int i = threadIdx.x + j * kThreads;
-    fetch_from[j] = values.shift - (kShiftsAlone ? 0 : i / kQueries) * a.num_heads * a.total_q +
-                    head * a.total_q + q_begin;
-  }
-  auto fetch = [&](int first) {
-#pragma unroll
-    for (int j = 0; j < kFetches; ++j) {
-      const int i = threadIdx.x + j * kThreads, row = first + i % kQueries;
-      fetched[j] = row < q_length && i < kValues ? fetch_from[j][row] : i < kQueries ? -INFINITY : 0.0f;
-    }
-  };
-  auto put = [&](int stage) {
-#pragma unroll
-    for (int j = 0; j < kFetches; ++j) {
-      const int i = threadIdx.x + j * kThreads;
-      if (i < kValues) shared_values[stage * kValues + i] = fetched[j];
-    }
-  };
+  ValueLoader<kQueries, kKinds, kThreads> row_values(values, a, head, q_begin, q_length, start);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   constexpr int kApart = kDrop ? 16 : 8;  // a lane's two keys, and the warp's two eights of them
   const int local = kDrop ? warp / 2 * 32 + warp % 2 * 8 : warp * 16, first_key = tile.first + local;
@@ -361,6 +267,7 @@ __global__ void __launch_bounds__(kThreads, 2) dkv_kernel(AttentionBackward a, D
   const PhiloxKeys draw = keys_of<kDrop, kD <= 64>(drop);
   const bool drops = kDrop && (!kHasTable || drop.seed);
   const int mine[2] = {first_key + lane / 4, first_key + lane / 4 + kApart};
+  const int least[2] = {mine[0] - ahead, mine[1] - ahead};  // the first queries that see them, if causal
   float dk[1][kWantsDk ? kD / 8 : 1][4] = {}, dv[1][kWantsDv ? kD / 8 : 1][4] = {};
   uint32_t held[2][kHeld ? kD / 16 : 1][4];
   auto read = [&](int which, int chunk, uint32_t(&fragment)[4]) {
@@ -377,41 +284,16 @@ __global__ void __launch_bounds__(kThreads, 2) dkv_kernel(AttentionBackward a, D
                      tile.sequence, a.causal};
     const float* at = shared_values + stage * kValues + offset + lane % 4 * 4;
     float scores[1][kTiles][4] = {}, dscores[1][kTiles][4];
-    multiply_rows<T, kD, 1, kTiles>(
-        scores, [&](int, int n, uint32_t(&f)[4]) { read(0, n, f); }, query_tile(stage), offset / 16, rows);
-    if constexpr (kWantsDk) {
-#pragma unroll
-      for (int n = 0; n < kTiles; n += 2) {
-        const Pack<float, 4> from = load<Pack<float, 4>>(at + kQueries + n * 8);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) dscores[0][n + i / 4][i % 4] = from.values[i / 4 * 2 + i % 2];
-      }
-      multiply_rows<T, kD, 1, kTiles>(
-          dscores, [&](int, int n, uint32_t(&f)[4]) { read(1, n, f); }, dout_tile(stage), offset / 16, rows);
-    }
+    multiply_by_key<T, kD, kQueries, kWantsDk>(scores, dscores, read, query_tile(stage), dout_tile(stage),
+                                               offset / 16, rows, at);
     add_table_by_key(scores, b, mine, c, table...);
+    if constexpr (decltype(masked)::value) {
+      if (a.causal) hide_by_key(scores[0], b.query, least);
+    }
     uint32_t kept[4] = {};
     if (drops) draw_by_key<kTiles>(kept, draw, drop, b, tile.sequence);
-#pragma unroll
-    for (int n = 0; n < kTiles; n += 2) {
-      const Pack<float, 4> shift = load<Pack<float, 4>>(at + n * 8);
-      Pack<float, 4> delta = {};
-      if (kWantsDk && drops) delta = load<Pack<float, 4>>(at + 2 * kQueries + n * 8);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int j = i / 4 * 2 + i % 2, half = i / 2 % 2;  // which of the lane's queries, and keys
-        float &score = scores[0][n + i / 4][i % 4], &dscore = dscores[0][n + i / 4][i % 4];
-        if constexpr (decltype(masked)::value) {
-          if (a.causal && b.query + n * 8 + j < mine[half] - ahead) score = -INFINITY;
-        }
-        if constexpr (kDrop) {
-          const bool keep = !drops || kept[j] >> (n * 4 + half * 4) & 1;
-          differentiate(score, dscore, kHasTable ? 1.0f : c, shift.values[j], keep, drop.scale, delta.values[j]);
-        } else {
-          differentiate(score, dscore, c, shift.values[j]);
-        }
-      }
-    }
+    differentiate_by_key<kQueries, kWantsDk, kDrop>(scores, dscores, at, kHasTable ? 1.0f : c, drops, kept,
+                                                    drop);
     if constexpr (kWantsDv) {
       multiply_weights<T, kD, 1, kTiles>(dv, scores, dout_tile(stage), offset / 16, columns);
     }
@@ -423,8 +305,8 @@ __global__ void __launch_bounds__(kThreads, 2) dkv_kernel(AttentionBackward a, D
   Loader<T, kD, kRows>(ks, tile.first).load(k);
   Loader<T, kD, kRows>(vs, tile.first).load(v);
   load_queries(0);
-  fetch(start);
-  put(0);
+  row_values.fetch();
+  row_values.put(shared_values);
   copy_async_wait<0>();
   if (sign != 1) add_bias<T, kD, kRows, kThreads>(k, nullptr, head_dim, sign);
   if (bias) add_bias<T, kD, kQueries, kThreads>(query_tile(0), bias, head_dim, 1.0f);
@@ -441,7 +323,7 @@ __global__ void __launch_bounds__(kThreads, 2) dkv_kernel(AttentionBackward a, D
   for (int first = start, stage = 0; first < q_length; first += kQueries) {
     const bool more = first + kQueries < q_length;
     if (piped && more) load_queries(stage ^ 1);
-    if (more) fetch(first + kQueries);
+    if (more) row_values.fetch();
     if (kQueries > kTail<kQueries> && first >= whole && first + kQueries <= warp_end) {
       step(std::integral_constant<int, kQueries>(), std::false_type(), stage, 0, first);
     } else {
@@ -457,7 +339,7 @@ __global__ void __launch_bounds__(kThreads, 2) dkv_kernel(AttentionBackward a, D
       load_queries(0);
     }
     const int next = piped ? stage ^ 1 : 0;
-    put(next);
+    row_values.put(shared_values + next * kValues);
     copy_async_wait<0>();
     if (bias) add_bias<T, kD, kQueries, kThreads>(query_tile(next), bias, head_dim, 1.0f);
     barrier();  // and all have read what comes next into this stage's place
