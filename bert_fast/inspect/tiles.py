@@ -55,6 +55,10 @@ def of_cuda(file, kernel):
             cols = (16 if few else 32) if wide else (32 if few else 64)
         cols = min(cols, 16) if int(depth) > 128 else cols
         return _cuda_attention(64, cols, int(depth), products)
+    if file == "attention_mma_fused":  # head_dim, warps of 16 keys, dropout
+        depth, warps = map(int, arguments[:2])
+        cols = 64 if depth == 32 and warps == 8 else 32
+        return Tile(16 * warps * cols, 10 * 16 * warps * cols * depth, 5)
     if file == "gelu" and name in ("forward", "backward"):  # numbers at once, which GELU
         rows, passes = (8, 2) if name == "forward" else (4, 3)
         elements = rows * int(arguments[0]) * 128

@@ -423,6 +423,7 @@ void backward_rows(const AttentionBackward& a, const Dropout& drop, const Call& 
 
 template <class T>
 bool backward_mma(const AttentionBackward& a, const Dropout& drop, const Call& call) {
+  if (backward_fused<T>(a, drop, call)) return true;
   if (call.table.data && a.head_dim > kWidestBiased) return false;
   if (a.head_dim <= 32) return run_backward<T, 32>(a, drop, call);
   if (a.head_dim <= 64) return run_backward<T, 64>(a, drop, call);
