@@ -208,9 +208,14 @@ void bind_cuda(py::module_& m) {
 
 #ifdef BERT_FAST_HOST
 
+namespace bert_fast::host {
+unsigned long launched();
+}
+
 PYBIND11_MODULE(_cuda_host, m) {
   bind_shapes(m);
   bind_cuda(m);
+  m.def("launched", &host::launched);
 }
 
 #else

@@ -214,6 +214,8 @@ void copy_async_wait(int groups_left) {
   }
 }
 
+unsigned long launched() { return launches; }
+
 int capability() {
   const char* wanted = std::getenv("BERT_FAST_HOST_CAPABILITY");
   return wanted ? std::atoi(wanted) : 80;

@@ -1,0 +1,191 @@
+"""The CUDA backend's one kernel for all gradients of short sequences (attention_mma_fused.cu), in
+the host build: when it runs, and that it is level with the two kernels, which ``max_seqlen`` above
+128 asks for."""
+
+import pytest
+import torch
+from conftest import NO_CUDA_HOST, assert_within, cu_seqlens
+
+from bert_fast import ops
+from bert_fast.backends import cuda
+
+pytestmark = pytest.mark.skipif(bool(NO_CUDA_HOST), reason=NO_CUDA_HOST or "it is here")
+LONGEST = 128  # of its keys
+DROPPED = {"causal": True, "dropout_p": 0.25}
+
+# Planted by test_cuda.py: what is there, what a tired hand might write.
+FAULTS = [
+    ("attention_mma_fused.cu", "part = warp % kDown * 16", "part = warp / kDown % kDown * 16"),
+    ("attention_mma_fused.cu", "if (first < whole) hide_by_key", "if (false) hide_by_key"),
+    ("attention_mma_fused.cu", "least[i] = key >= k_length ? INT32_MAX : a", "least[i] = a"),
+    ("attention_mma_fused.cu", "whole = last >= k_length ? INT32_MAX : a", "whole = a"),
+    ("attention_mma_fused.cu", "local - ahead - kTile + 1", "local - ahead + 1"),
+    ("attention_mma_fused.cu", "store(by_key + (put_at ^ n * 8), 0u);", ""),
+    ("attention_mma_fused.cu", "clear<T, kD, kTeam>(dqs);", ""),
+    ("attention_mma_fused.cu", "clear<T, kD, kTeam>(dks);", ""),
+    ("attention_mma_fused.cu", "past || !q_length || !k_length", "past"),
+    ("attention_mma_fused.cu", "factor = a.scale * sign", "factor = a.scale"),
+    ("attention_mma_fused.cu", "key_of(lane / 4, 0), d =", "lane / 4, d ="),
+    ("attention_mma_fused.cu", "odd ? first : second, 1", "odd ? second : first, 1"),
+    ("attention_mma_fused.cu", "dq_left -= kTile;", ""),
+    ("attention_mma_fused.cu", "min(valid, 4)", "4"),
+    ("attention_mma_fused.cu", "part / 8 + lane / 8 % 2", "part / 8 + lane / 16"),
+    ("attention_mma_fused.cu", "natural.at(k, i * 16, 2 * n)", "natural.at(k, 0, 2 * n)"),
+    ("attention_mma_fused.cu", "if (k_length > kKeys) trap", "if (false) trap"),
+    ("attention_mma_fused.cu", "call.longest_k > 128", "call.longest_k > 256"),
+    ("attention_mma_fused.cu", "longest_k <= 64", "longest_k <= 65"),
+    ("attention_mma_fused.cu", "load_queries(stage ^ 1)", "load_queries(stage)"),
+    ("attention_mma_backward.h", "< least[i / 2] - query", "<= least[i / 2] - query"),
+    ("attention_mma_backward.h", "length - row : 0", "length - first : 0"),
+    ("attention_mma.h", "> 1) from += step", "> 2) from += step"),
+]
+
+
+def draw(dtype, *shape):
+    return torch.randn(*shape).to(dtype)
+
+
+def attention(qkv, dout, lengths, backend="cuda", max_seqlen=None, bias=None, **options):
+    """[out, dqkv], and how many kernels the backward launched."""
+    qkv = qkv.detach().requires_grad_()
+    out = ops.attention_qkv(
+        qkv, cu_seqlens(lengths), max_seqlen=max_seqlen, bias=bias, seed=5, backend=backend,
+        padded_tail=True, **options,
+    )  # fmt: skip
+    before = cuda._kernels.launched()
+    (grad,) = torch.autograd.grad(out, qkv, dout)
+    return [out.detach(), grad], cuda._kernels.launched() - before
+
+
+@pytest.mark.parametrize(
+    ("longest", "head_dim", "dtype", "capability", "kernels"),
+    [
+        (1, 64, torch.bfloat16, 80, 2), (64, 64, torch.float16, 90, 2),
+        (65, 20, torch.bfloat16, 86, 2), (128, 64, torch.float16, 80, 2),
+        (129, 64, torch.bfloat16, 80, 3), (20, 72, torch.bfloat16, 80, 3),
+        (20, 64, torch.float16, 75, 3), (20, 64, torch.float32, 80, 3),
+    ],
+)  # fmt: skip
+def test_where_it_runs(monkeypatch, longest, head_dim, dtype, capability, kernels):
+    """Beside the one for the rows' values: it alone, or that of dq and that of dk and dv."""
+    monkeypatch.setenv("BERT_FAST_HOST_CAPABILITY", str(capability))
+    qkv, dout = draw(dtype, longest, 3, 1, head_dim), draw(dtype, longest, 1, head_dim)
+    assert attention(qkv, dout, [longest])[1] == kernels
+
+
+def test_a_position_bias_has_the_others():
+    qkv, table = draw(torch.bfloat16, 9, 3, 1, 64), torch.zeros(1, 9, 9)
+    dout = draw(torch.bfloat16, 9, 1, 64)
+    assert attention(qkv, dout, [9], position_bias=table)[1] == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [21, 32, 64])
+@pytest.mark.parametrize("options", [{}, DROPPED], ids=str)
+@pytest.mark.parametrize("lengths", [[1, 63, 64, 65, 127, 128], [64, 1, 0, 33, 16]], ids=str)
+def test_lengths_at_its_limits(dtype, head_dim, options, lengths):
+    """In one batch, with rows past the last sequence; the same elements are dropped."""
+    tail, used = 70, sum(lengths)
+    qkv, bias = draw(dtype, used + tail, 3, 1, head_dim), draw(dtype, 3, 1, head_dim) / 2
+    dout = draw(dtype, used + tail, 1, head_dim)
+    found, kernels = attention(qkv, dout, lengths, bias=bias, **options)
+    others, more = attention(qkv, dout, lengths, bias=bias, max_seqlen=LONGEST + 1, **options)
+    assert (kernels, more) == (2, 3)
+    assert not found[1][used:].any()
+    theirs = [
+        attention(*(t.to(exact) for t in (qkv, dout)), lengths, "eager", bias=bias.to(exact),
+                  **options)[0]
+        for exact in (dtype, torch.float64)
+    ]  # fmt: skip
+    assert_within(found, *theirs, name="out, dqkv")
+    assert_within(others, *theirs, name="out, dqkv of two kernels")
+    # A few last bits; an element that only one of them dropped would be far more.
+    eps, ours, others = torch.finfo(dtype).eps, found[1].float(), others[1].float()
+    scale = ours.square().mean().sqrt().item()
+    torch.testing.assert_close(ours, others, rtol=4 * eps, atol=16 * eps * scale)
+
+
+@pytest.mark.parametrize("options", [{}, DROPPED], ids=str)
+@pytest.mark.parametrize("head_dim", [24, 64])
+@pytest.mark.parametrize("odd", [0, 1])
+def test_keys_of_another_number_and_any_strides(options, head_dim, odd):
+    """Many more queries, none, no keys; tensors that cannot be moved by 16 bytes."""
+    lengths, keys = [200, 0, 40, 70, 3, 1], [70, 3, 0, 128, 90, 1]
+    dtype = torch.bfloat16
+
+    def strided(total):
+        return draw(dtype, total + 40, 2, head_dim + odd)[..., odd:]
+
+    q, k, v, dout = (strided(sum(n)) for n in (lengths, keys, keys, lengths))
+
+    def run(backend, exact):
+        taken = [t.to(exact).detach().requires_grad_() for t in (q, k, v)]
+        if exact == dtype:  # as they lie
+            taken = [t.detach().requires_grad_() for t in (q, k, v)]
+        out = ops.attention(
+            *taken, cu_seqlens(lengths), cu_seqlens(keys), seed=5, backend=backend,
+            padded_tail=True, **options,
+        )  # fmt: skip
+        return [out.detach(), *torch.autograd.grad(out, taken, dout.to(exact))]
+
+    found = run("cuda", dtype)
+    assert_within(found, run("eager", dtype), run("eager", torch.float64), name="out, dq, dk, dv")
+    assert not any(t[sum(n) :].any() for t, n in zip(found[1:], (lengths, keys, keys), strict=True))
+    assert not found[1][200:240].any()  # no keys
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lengths", [[5, 37], [70]], ids=str)
+def test_scores_far_below_zero(dtype, lengths):
+    """Places without a key would have the greatest weight of all, and not a finite one."""
+    qkv = draw(dtype, sum(lengths), 3, 1, 64)
+    qkv[:, 0], qkv[:, 1] = 8, -8 + qkv[:, 1] / 8
+    dout = draw(dtype, sum(lengths), 1, 64)
+    found = attention(qkv, dout, lengths)[0]
+    theirs = [
+        attention(qkv.to(exact), dout.to(exact), lengths, "eager")[0]
+        for exact in (dtype, torch.float64)
+    ]
+    assert_within(found, *theirs, name="out, dqkv")
+
+
+@pytest.mark.parametrize("scale", [-0.2, 0.0])
+def test_a_scale_that_is_not_positive(scale):
+    qkv, dout = draw(torch.bfloat16, 80, 3, 1, 64), draw(torch.bfloat16, 80, 1, 64)
+    run = [
+        attention(qkv.to(exact), dout.to(exact), [70, 10], backend, softmax_scale=scale)[0]
+        for backend, exact in (
+            ("cuda", torch.bfloat16), ("eager", torch.bfloat16), ("eager", torch.float64),
+        )
+    ]  # fmt: skip
+    assert_within(*run, name="out, dqkv")
+
+
+@pytest.mark.parametrize("head_dim", [32, 64])
+def test_every_schedule_gives_the_same_bits(monkeypatch, head_dim):
+    qkv, dout = draw(torch.bfloat16, 230, 3, 1, head_dim), draw(torch.bfloat16, 230, 1, head_dim)
+    bias = draw(torch.bfloat16, 3, 1, head_dim)
+
+    def run():
+        return [
+            t
+            for lengths in ([100, 128], [64, 40, 60])
+            for options in ({}, DROPPED)
+            for t in attention(qkv, dout, lengths, bias=bias, **options)[0]
+        ]
+
+    first = run()
+    for seed in range(1, 5):
+        monkeypatch.setenv("BERT_FAST_HOST_SEED", str(seed))
+        assert all(torch.equal(a, b) for a, b in zip(first, run(), strict=True))
+
+
+def test_more_keys_than_max_seqlen_says():
+    qkv, dout = draw(torch.bfloat16, 70, 3, 1, 64), draw(torch.bfloat16, 70, 1, 64)
+    out, lse = ops.attention_qkv(qkv, cu_seqlens([70]), backend="cuda"), torch.zeros(1, 70)
+    grad = torch.empty(3, 70, 1, 64, dtype=torch.bfloat16)
+    cu, (q, k, v) = cu_seqlens([70]), qkv.unbind(1)
+    with pytest.raises(RuntimeError, match="max_seqlen is below the longest sequence"):
+        cuda.attention_backward(
+            dout, q, k, v, out, lse, cu, cu, 64, 64, None, 0.125, False, 0.0, None, *grad
+        )
