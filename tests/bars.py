@@ -73,9 +73,16 @@ CUDA = [
     Bar("attention_mma", ("forward_kernel<bf16, 64, 64, 1, 128, true>",), 21.0, 20.82, 24.6),
     Bar("attention_mma_backward",
         ("dq_kernel<bf16, 64, false>", "dkv_kernel<bf16, 64, true, true, false>"),
-        26.84, 27.34, 30, 20),
+        26.75, 27.31, 30, 20),
     Bar("attention_mma_backward",
-        ("dq_kernel<bf16, 64, true>", "dkv_kernel<bf16, 64, true, true, true>"), 56.85, 57.54),
+        ("dq_kernel<bf16, 64, true>", "dkv_kernel<bf16, 64, true, true, true>"), 56.34, 56.84),
+    # Up to 128 keys, and up to 64, where one kernel makes all three gradients.
+    Bar("attention_mma_fused", ("fused_kernel<bf16, 64, 8, false>",), 24.06, 24.12, 30, 20),
+    Bar("attention_mma_fused", ("fused_kernel<bf16, 64, 8, true>",), 37.44, 37.56),
+    Bar("attention_mma_fused", ("fused_kernel<bf16, 64, 4, false>",), 32.12, 32.62),
+    Bar("attention_mma_fused", ("fused_kernel<bf16, 64, 4, true>",), 45.19, 45.62),
+    Bar("attention_mma_fused", ("fused_kernel<bf16, 32, 8, false>",), 15.72, 15.78),
+    Bar("attention_mma_fused", ("fused_kernel<bf16, 32, 8, true>",), 27.81, 27.81),
     Bar("gelu", ("forward<bf16, 8, erf>",), 17.25, 17.91, 20, 16),
     Bar("gelu", ("backward<bf16, 8, erf>",), 21.32, 22.38),
 ]  # fmt: skip
@@ -93,6 +100,7 @@ class Ceiling(NamedTuple):
 CEILINGS = {
     "attention_mma": Ceiling(CUDA[0].kernels, 2, 311, 596, (220, 345), (290, 500)),
     "attention_mma_backward": Ceiling(CUDA[2].kernels, 5, 179, 272, (None, 320), (None, 420)),
+    "attention_mma_fused": Ceiling(CUDA[4].kernels, 5, 248, 378, (None, 320), (None, 420)),
 }
 
 
