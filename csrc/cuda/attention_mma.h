@@ -200,7 +200,7 @@ __device__ __forceinline__ void add_bias(const Matrix<T, kD>& m, const float* bi
   };
   if constexpr (kParts == 1) {
     fetch(0);
-#pragma unroll 2
+#pragma unroll (kCount / kStep > 2 ? 2 : 1)
     for (unsigned i = 0; i < kCount; i += kStep) change(i, 0);
   } else {
 #pragma unroll 1

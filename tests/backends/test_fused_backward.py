@@ -23,7 +23,6 @@ FAULTS = [
     ("attention_mma_fused.cu", "store(by_key + (put_at ^ n * 8), 0u);", ""),
     ("attention_mma_fused.cu", "clear<T, kD, kTeam>(dqs);", ""),
     ("attention_mma_fused.cu", "clear<T, kD, kTeam>(dks);", ""),
-    ("attention_mma_fused.cu", "past || !q_length || !k_length", "past"),
     ("attention_mma_fused.cu", "factor = a.scale * sign", "factor = a.scale"),
     ("attention_mma_fused.cu", "key_of(lane / 4, 0), d =", "lane / 4, d ="),
     ("attention_mma_fused.cu", "odd ? first : second, 1", "odd ? second : first, 1"),
