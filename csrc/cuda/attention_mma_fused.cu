@@ -9,8 +9,8 @@ namespace cuda {
 namespace {
 
 // Queries of a tile. Its dq is cut into a part of 16 rows for each warp, which has 16 columns or more.
-template <int kD, int kFew>
-constexpr int kQueries = kD == 32 && kFew > 4 ? 64 : 32;
+template <int kD, int kCount>
+constexpr int kQueries = kD == 32 && kCount > 4 ? 64 : 32;
 
 // Where dS of a tile stands in shared memory, by key: a row of kTile queries. Two chunks have 16 of
 // them in the order of a product's columns (key_of). Chunks are twisted so that neither stores of 4
