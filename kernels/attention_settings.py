@@ -47,8 +47,8 @@ BACKWARD_SHORT = {
 BACKWARD_SHORT[120] = BACKWARD_SHORT[100]
 
 
-# With a position bias, which takes registers: in the same form, and found in the same way. More
-# warps than a tile has 16 rows repeat each other's products, so that comes first.
+# With a position bias, which takes registers: in the same form, and found in the same way. (Warps
+# are split by rows, 16 for each: those that are more repeat the products of others.)
 FORWARD_BIASED = {
     "fma": {32: (32, 32, 4, 1), 64: (16, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 16, 1)},
     "mma": {32: (64, 32, 4, 3), 64: (64, 64, 4, 2), 128: (128, 32, 8, 1), 256: (32, 32, 4, 1)},

@@ -74,8 +74,8 @@ def _backward(
             k_length, 0, 0, factor, cut, keep_scale, sequence, True, CAUSAL, DROPOUT, HAS_BIAS,
             False, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
-        # Always so. In a region of its own a product has warps by its own rows and columns; beside
-        # the products above they were split by rows as those, which are four times as many.
+        # Always so. In a region of its own a product has its warps by its own rows and columns;
+        # beside the products above it had theirs, for their rows, which are more.
         if begin < k_length:
             dvalues = dot(tl.trans(dropped.to(douts.dtype)), douts, None, PRECISION)
             store_rows(dv, dvalues, k_begin, begin, k_length, dv_stride, dv_head, HEAD_DIM, BLOCK_D,

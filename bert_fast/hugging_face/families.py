@@ -88,8 +88,8 @@ def family_of(module):
 
 @functools.cache
 def _empty(output):
-    """What such a class keeps in its attributes of nothing but a last hidden state."""
-    return {**vars(output(last_hidden_state=torch.empty(0))), "last_hidden_state": None}
+    """What such a class keeps in its attributes of nothing at all."""
+    return dict(vars(output()))
 
 
 def output_of(output, x):

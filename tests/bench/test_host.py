@@ -173,12 +173,15 @@ LAUNCHES = {
     "BertModel, inference": [4, 4], "BertModel, training": [11, 12],
     "accelerate, inference": [4, 6], "accelerate, training": [11, 14],
 }  # fmt: skip
-# Calls of functions over Hugging Face's in the same run: of a layer, and beside the layers. In
-# training its layer's time is autograd's, in C++; ours takes less of it by fewer, larger nodes.
+# Calls of functions, of a layer and beside the layers. (Hugging Face's own: 235 and 508, in
+# training 236 and 532; there its layer's time is autograd's, in C++, and ours takes less of it by
+# fewer, larger nodes.) With accelerate those beside are mostly transformers' own, which has many
+# versions.
 CALLS = {
-    "BertModel, inference": (0.53, 0.62), "BertModel, training": (3.32, 0.87),
-    "accelerate, inference": (0.67, 1.20), "accelerate, training": (3.54, 1.12),
+    "BertModel, inference": (123, 315), "BertModel, training": (783, 458),
+    "accelerate, inference": (155, None), "accelerate, training": (833, None),
 }  # fmt: skip
+BESIDE = {"accelerate, inference": 1.19, "accelerate, training": 1.11}  # over Hugging Face's
 
 
 @needs_both
@@ -191,7 +194,9 @@ def test_calls_and_launches():
     for its programs' sums, and each layer one for its seeds.)
     accelerate puts q's, k's and v's weights together, and their biases, in training.
 
-    Calls are what the host's time follows, and the same in each run: what is called anew shows."""
+    Calls are what the host's time follows, and the same in each run: what is called anew shows.
+    Three in a hundred more are allowed of our own, of Python's versions; of transformers' a fifth.
+    """
     answer = subprocess.run(
         [sys.executable, "-c", COUNT], cwd=ROOT, capture_output=True, text=True, check=False,
         env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
@@ -199,10 +204,10 @@ def test_calls_and_launches():
     assert answer.returncode == 0, answer.stderr[-3000:]
     found = json.loads(answer.stdout)
     assert {name: layer[:2] for name, (layer, _) in found.items() if name in LAUNCHES} == LAUNCHES
-    for name, bounds in CALLS.items():
-        peer = found[f"{host.PEER}, {name.partition(', ')[2]}"]
-        for (*_, ours), (*_, theirs), most in zip(found[name], peer, bounds, strict=True):
-            assert ours <= most * theirs * ALLOWED, (name, ours / theirs, most)
-
-
-ALLOWED = 1.03  # of what is reached: Pythons count a few calls differently
+    calls = {name: (layer[2], beside[2]) for name, (layer, beside) in found.items()}
+    for name, reached in CALLS.items():
+        for ours, most in zip(calls[name], reached, strict=True):
+            assert most is None or ours <= 1.03 * most, (name, ours, most)
+    for name, reached in BESIDE.items():
+        theirs = calls[f"{host.PEER}, {name.partition(', ')[2]}"][1]
+        assert calls[name][1] <= 1.2 * reached * theirs, (name, calls[name][1], theirs)
