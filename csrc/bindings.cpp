@@ -126,7 +126,7 @@ void bind_shapes(py::module_& m) {
 #if defined(BERT_FAST_WITH_CUDA) || defined(BERT_FAST_HOST)
 
 using TableTuple = std::tuple<Address, int64_t, int64_t>;  // address, rows, columns
-// device, stream, seed, scratch, longest_k, programs, table, dtable
+// device, stream, seed, scratch, longest, programs, table, dtable
 using CallTuple =
     std::tuple<int, Address, Address, Address, int64_t, int, TableTuple, Address>;
 
@@ -209,7 +209,7 @@ void bind_cuda(py::module_& m) {
 #ifdef BERT_FAST_HOST
 
 namespace bert_fast::host {
-unsigned long launched();
+uint64_t launched();  // host/runtime.h
 }
 
 PYBIND11_MODULE(_cuda_host, m) {

@@ -49,12 +49,12 @@ def _programs(x, at_a_time):
     return max(1, min(groups, _most_programs(x.device)))
 
 
-def _call(like, seed=None, scratch=None, longest_k=0, programs=0, table=None, dtable=None):
-    """The kernels' Call: device, stream, seed, scratch, longest_k, programs, table, dtable."""
+def _call(like, seed=None, scratch=None, longest=0, programs=0, table=None, dtable=None):
+    """The kernels' Call: device, stream, seed, scratch, longest, programs, table, dtable."""
     device = like.device
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     return (
-        device.index or 0, stream, address(seed), address(scratch), longest_k, programs,
+        device.index or 0, stream, address(seed), address(scratch), longest, programs,
         (address(table), *((0, 0) if table is None else table.shape[1:])), address(dtable),
     )  # fmt: skip
 
@@ -89,7 +89,7 @@ def attention_forward(
     _kernels.cuda_attention_forward(
         attention_shape(q, k, cu_q, cu_k, scale, causal, dropout_p, module=_kernels),
         *map(strided, (q, k, v, out)), address(bias), address(lse),
-        _call(q, seed, longest_k=max_k, table=table),
+        _call(q, seed, longest=max_k, table=table),
     )  # fmt: skip
     return out, lse
 
@@ -104,7 +104,7 @@ def attention_backward(
     _kernels.cuda_attention_backward(
         attention_shape(q, k, cu_q, cu_k, scale, causal, dropout_p, module=_kernels),
         *map(strided, (q, k, v, out, dout, dq, dk, dv)), address(bias), address(lse),
-        _call(q, seed, rows, max_k, table=table, dtable=dposition_bias),
+        _call(q, seed, rows, max(max_q, max_k), table=table, dtable=dposition_bias),
     )  # fmt: skip
 
 

@@ -80,7 +80,7 @@ template <class T> bool forward_mma(const AttentionForward&, const Dropout&, con
 // `backward_rows` first, in any case: delta is the first of what it leaves in the scratch.
 template <class T> void backward_rows(const AttentionBackward&, const Dropout&, const Call&);
 template <class T> bool backward_mma(const AttentionBackward&, const Dropout&, const Call&);
-// Of short sequences; false where they are longer, too.
+// The same of short sequences, heads up to 64 wide, without a table and not on Turing; else false.
 template <class T> bool backward_fused(const AttentionBackward&, const Dropout&, const Call&);
 
 }  // namespace cuda

@@ -286,7 +286,7 @@ bool run_forward(const AttentionForward& a, const Dropout& drop, const Call& cal
 template <class T>
 bool forward_mma(const AttentionForward& a, const Dropout& drop, const Call& call) {
   if (call.table.data && a.head_dim > kWidestBiased) return false;
-  const bool tiny = call.longest_k <= 32;
+  const bool tiny = call.longest <= 32;
   if (a.head_dim <= 32) {
     if (tiny) return run_forward<T, 32, 32, 1, kWarp>(a, drop, call);
     return run_forward<T, 32, 64, 2>(a, drop, call);

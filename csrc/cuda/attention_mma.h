@@ -114,8 +114,8 @@ __device__ __forceinline__ unsigned team_thread() {
   return kTeam == kThreads ? threadIdx.x : threadIdx.x % kTeam;
 }
 
-// What is seldom done to a thread's chunks stays a loop, of halves where it has one chunk alone: so its
-// code is small.
+// Into how many parts a thread's chunk is cut in loops that seldom run and are to be small: they have a
+// pass for each of its rows, and where that is one alone, two of half a chunk.
 template <unsigned kRowsOfThread>
 constexpr unsigned kPartsOfChunk = kRowsOfThread == 1 ? 2 : 1;
 

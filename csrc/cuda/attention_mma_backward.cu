@@ -1,6 +1,7 @@
 // Attention's backward on tensor cores, bf16 and fp16. A CTA of four warps owns 64 rows, each warp 16
 // of them: queries for dq, keys for dk and dv, so that nothing is added atomically. The other side
-// comes through shared memory by tiles, the next while one is used.
+// comes through shared memory by tiles, the next while one is used. Short sequences have a kernel of
+// their own (attention_mma_fused.cu).
 //
 // The bias of k adds the same to all scores of a row, that of v the same to all of dP's: `rows_kernel`
 // takes the first out of the row's log-sum-exp and puts the second into what dP starts from, so that
@@ -217,6 +218,25 @@ __global__ void __launch_bounds__(kThreads, 2) dq_kernel(AttentionBackward a, Dr
   store_rows<T, kD>(total[0], a.scale, a.scale, q, local, os, tile.first);
 }
 
+// The position bias, where rows are keys and columns queries; `keys`: the lane's two.
+template <int kTiles>
+__device__ __forceinline__ void add_table_by_key(float (&scores)[1][kTiles][4], const Block& b,
+                                                 const int (&keys)[2], float c, const Table& table) {
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int query = min(b.query + n / 2 * 16 + n % 2 * 2 + i % 2, b.q_length - 1);
+      const int key = min(keys[i / 2], b.k_length - 1);
+      const float bias = table.data[(b.head * table.rows + query) * table.columns + key];
+      scores[0][n][i] = bias == -INFINITY ? bias : fmaf(scores[0][n][i], c, bias * kLog2e);
+    }
+  }
+}
+template <int kTiles>
+__device__ __forceinline__ void add_table_by_key(float (&)[1][kTiles][4], const Block&, const int (&)[2],
+                                                 float) {}
+
 // dk and dv of a tile of keys; for wide heads one of them a launch, which the registers allow. With
 // dropout a lane's two keys are 16 apart.
 template <class T, int kD, bool kWantsDk, bool kWantsDv, bool kDrop, class... Bias>
@@ -378,9 +398,7 @@ bool run_kernels(const AttentionBackward& a, const Dropout& drop, const Call& ca
   const size_t dq_shared = dq_bytes(dq_one ? 1 : kStages<kD>);
   const size_t dkv_shared = dkv_bytes(dkv_one ? 1 : kStages<kD>);
   if (!fits<T>(max(dq_shared, dkv_shared), call.device)) return false;
-  const int wide = is_wide(a.q, a) * kQ | is_wide(a.k, a) * kK | is_wide(a.v, a) * kV |
-                   is_wide(a.dout, a) * kDout | is_wide(a.dq, a) * kDq | is_wide(a.dk, a) * kDk |
-                   is_wide(a.dv, a) * kDv;
+  const int wide = which_are_wide(a);
   using Kernel = void (*)(AttentionBackward, Dropout, RowValues, int, Bias...);
   const auto run = [&](Kernel kernel, int64_t total, size_t bytes, int one) {
     if (!total) return;

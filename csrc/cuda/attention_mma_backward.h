@@ -15,8 +15,14 @@ struct RowValues {
       : delta(scratch), start(delta + a.num_heads * a.total_q), shift(start + a.num_heads * a.total_q) {}
 };
 
-// Weights, and dscores from dP, of a tile of pairs; `factor` is dropout's for what is kept, 0 for
-// what is not. Without dropout delta is in dP already.
+// Those that can be moved by 16 bytes.
+inline int which_are_wide(const AttentionBackward& a) {
+  return is_wide(a.q, a) * kQ | is_wide(a.k, a) * kK | is_wide(a.v, a) * kV | is_wide(a.dout, a) * kDout |
+         is_wide(a.dq, a) * kDq | is_wide(a.dk, a) * kDk | is_wide(a.dv, a) * kDv;
+}
+
+// Weights, and dscores from dP, of a tile of pairs; `scale` is dropout's for what it keeps. Without
+// dropout delta is in dP already.
 __device__ __forceinline__ void differentiate(float& score, float& dscore, float c, float shift) {
   score = exp2_fast(fmaf(score, c, shift));
   dscore *= score;
@@ -27,25 +33,6 @@ __device__ __forceinline__ void differentiate(float& score, float& dscore, float
   dscore = weight * fmaf(dscore, keep ? scale : 0.0f, -delta);
   score = keep ? weight : 0.0f;
 }
-
-// The position bias, where rows are keys and columns queries; `keys`: the lane's two.
-template <int kTiles>
-__device__ __forceinline__ void add_table_by_key(float (&scores)[1][kTiles][4], const Block& b,
-                                                 const int (&keys)[2], float c, const Table& table) {
-#pragma unroll
-  for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int query = min(b.query + n / 2 * 16 + n % 2 * 2 + i % 2, b.q_length - 1);
-      const int key = min(keys[i / 2], b.k_length - 1);
-      const float bias = table.data[(b.head * table.rows + query) * table.columns + key];
-      scores[0][n][i] = bias == -INFINITY ? bias : fmaf(scores[0][n][i], c, bias * kLog2e);
-    }
-  }
-}
-template <int kTiles>
-__device__ __forceinline__ void add_table_by_key(float (&)[1][kTiles][4], const Block&, const int (&)[2],
-                                                 float) {}
 
 // What dropout keeps of a lane's two keys by kTiles * 8 queries: bit 8 p + 4 half of kept[j] of query
 // 16 p + j of the lane's. Four lanes have the eight keys of a draw, and each draws for a quarter of

@@ -1,5 +1,5 @@
-// Attention's backward where no sequence has more than 128 keys, on tensor cores, bf16 and fp16: all
-// three gradients by five products where two kernels need seven. A CTA owns a sequence and head: each
+// Attention's backward where no sequence has more than 128 keys, nor queries, on tensor cores, bf16 and
+// fp16: all three gradients by five products where two kernels need seven. A CTA owns a sequence and head: each
 // of its warps 16 keys, whose dk and dv it sums. Queries come through shared memory by tiles; dS of a
 // tile goes there, too, and from it the warps make dq, of all keys at once: nothing is added later.
 #include "attention_mma_backward.h"
@@ -21,7 +21,7 @@ __device__ __forceinline__ unsigned place_by_key(unsigned key, unsigned chunk) {
   return key * kTile + (chunk ^ twist) * 8;  // of other keys, a multiple of 8 on, too
 }
 
-// Zeros, for want of anything on the other side.
+// Zeros, of rows past the last sequence and for want of anything on the other side.
 template <class T, int kD, int kTeam>
 __device__ __forceinline__ void clear(const Side& s) {
   const int d = threadIdx.x % (kD / 8) * 8;
@@ -75,15 +75,15 @@ struct Moving {
   }
 };
 
-// Grid: (sequences + 1, heads); the last is the rows past the others, whose gradients are zeros. With
-// dropout a lane's two keys are 16 apart, and two warps have 32 keys between them.
+// Grid: (sequences + 1, heads), from the last sequence on, before which come the rows past it: they may
+// be many, and their gradients are zeros. With dropout a lane's two keys are 16 apart, and two warps have 32 keys between them.
 template <class T, int kD, int kCount, bool kDrop>
 __global__ void __launch_bounds__(kCount * kWarp, kCount == 4 ? 2 : 1)
     fused_kernel(AttentionBackward a, Dropout drop, RowValues values, int wide) {
   constexpr int kTeam = kCount * kWarp, kKeys = 16 * kCount, kTile = kQueries<kD, kCount>;
   constexpr int kKinds = kDrop ? 3 : 2, kTiles = kTile / 8;
   if constexpr (!kPins) return;  // Turing has the two kernels
-  const int sequence = blockIdx.x, head = blockIdx.y, head_dim = static_cast<int>(a.head_dim);
+  const int sequence = static_cast<int>(gridDim.x - 1 - blockIdx.x), head = blockIdx.y, head_dim = static_cast<int>(a.head_dim);
   const bool past = sequence == a.batch;
   const int q_begin = a.cu_q[sequence], k_begin = a.cu_k[sequence];
   const int q_length = (past ? static_cast<int>(a.total_q) : a.cu_q[sequence + 1]) - q_begin;
@@ -248,18 +248,15 @@ bool run_kernel(const AttentionBackward& a, const Dropout& drop, const Call& cal
   constexpr size_t bytes = ((2 * kKeys + 4 * kTile) * kD + kKeys * kTile) * sizeof(T) +
                            2 * kTile * (kDrop ? 3 : 2) * sizeof(float);
   if (!fits<T>(bytes, call.device)) return false;
-  const int wide = is_wide(a.q, a) * kQ | is_wide(a.k, a) * kK | is_wide(a.v, a) * kV |
-                   is_wide(a.dout, a) * kDout | is_wide(a.dq, a) * kDq | is_wide(a.dk, a) * kDk |
-                   is_wide(a.dv, a) * kDv;
   const dim3 grid(static_cast<unsigned>(a.batch + 1), static_cast<unsigned>(a.num_heads));
   launch(fused_kernel<T, kD, kCount, kDrop>, grid, kCount * kWarp, bytes, call.stream, a, drop,
-         RowValues(call.scratch, a), wide);
+         RowValues(call.scratch, a), which_are_wide(a));
   return true;
 }
 
 template <class T, int kD>
 bool run_fused(const AttentionBackward& a, const Dropout& drop, const Call& call) {
-  if (call.longest_k <= 64) {
+  if (call.longest <= 64) {
     return drop.seed ? run_kernel<T, kD, 4, true>(a, drop, call) : run_kernel<T, kD, 4, false>(a, drop, call);
   }
   return drop.seed ? run_kernel<T, kD, 8, true>(a, drop, call) : run_kernel<T, kD, 8, false>(a, drop, call);
@@ -269,7 +266,7 @@ bool run_fused(const AttentionBackward& a, const Dropout& drop, const Call& call
 
 template <class T>
 bool backward_fused(const AttentionBackward& a, const Dropout& drop, const Call& call) {
-  if (call.longest_k > 128 || a.head_dim > 64 || call.table.data || is_turing(call.device)) return false;
+  if (call.longest > 128 || a.head_dim > 64 || call.table.data || is_turing(call.device)) return false;
   return a.head_dim <= 32 ? run_fused<T, 32>(a, drop, call) : run_fused<T, 64>(a, drop, call);
 }
 

@@ -38,7 +38,7 @@ struct Call {
   void* stream;
   const uint64_t* seed;  // one, on the device, or null without dropout
   float* scratch;        // as each backward says; gelu_backward: null without a bias
-  int64_t longest_k;     // attention: no sequence has more keys
+  int64_t longest;       // attention: no sequence has more keys; in backward, nor more queries
   int programs;          // how many CTAs share a sum over rows: it sets the order of the sums
   Table table;           // attention
   float* dtable;         // attention_backward: the table's gradient, all of it written; or null

@@ -214,7 +214,7 @@ void copy_async_wait(int groups_left) {
   }
 }
 
-unsigned long launched() { return launches; }
+uint64_t launched() { return launches; }
 
 int capability() {
   const char* wanted = std::getenv("BERT_FAST_HOST_CAPABILITY");

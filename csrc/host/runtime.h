@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <functional>
 
@@ -45,7 +46,7 @@ void copy_async(void* to, const void* from, size_t bytes, bool valid);
 void copy_async_commit();
 void copy_async_wait(int groups_left);
 
-unsigned long launched();  // how many kernels so far
+uint64_t launched();  // how many kernels so far
 int capability();  // of the GPU that is played: 10 * major + minor, BERT_FAST_HOST_CAPABILITY
 
 }  // namespace host

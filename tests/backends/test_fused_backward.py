@@ -10,7 +10,7 @@ from bert_fast import ops
 from bert_fast.backends import cuda
 
 pytestmark = pytest.mark.skipif(bool(NO_CUDA_HOST), reason=NO_CUDA_HOST or "it is here")
-LONGEST = 128  # of its keys
+LONGEST = 128  # of its keys and queries
 DROPPED = {"causal": True, "dropout_p": 0.25}
 
 # Planted by test_cuda.py: what is there, what a tired hand might write.
@@ -31,8 +31,8 @@ FAULTS = [
     ("attention_mma_fused.cu", "part / 8 + lane / 8 % 2", "part / 8 + lane / 16"),
     ("attention_mma_fused.cu", "natural.at(k, i * 16, 2 * n)", "natural.at(k, 0, 2 * n)"),
     ("attention_mma_fused.cu", "if (k_length > kKeys) trap", "if (false) trap"),
-    ("attention_mma_fused.cu", "call.longest_k > 128", "call.longest_k > 256"),
-    ("attention_mma_fused.cu", "longest_k <= 64", "longest_k <= 65"),
+    ("attention_mma_fused.cu", "call.longest > 128", "call.longest > 256"),
+    ("attention_mma_fused.cu", "longest <= 64", "longest <= 65"),
     ("attention_mma_fused.cu", "load_queries(stage ^ 1)", "load_queries(stage)"),
     ("attention_mma_backward.h", "< least[i / 2] - query", "<= least[i / 2] - query"),
     ("attention_mma_backward.h", "length - row : 0", "length - first : 0"),
@@ -83,7 +83,7 @@ def test_a_position_bias_has_the_others():
 @pytest.mark.parametrize("options", [{}, DROPPED], ids=str)
 @pytest.mark.parametrize("lengths", [[1, 63, 64, 65, 127, 128], [64, 1, 0, 33, 16]], ids=str)
 def test_lengths_at_its_limits(dtype, head_dim, options, lengths):
-    """In one batch, with rows past the last sequence; the same elements are dropped."""
+    """In one batch, with rows past the last sequence."""
     tail, used = 70, sum(lengths)
     qkv, bias = draw(dtype, used + tail, 3, 1, head_dim), draw(dtype, 3, 1, head_dim) / 2
     dout = draw(dtype, used + tail, 1, head_dim)
@@ -98,18 +98,45 @@ def test_lengths_at_its_limits(dtype, head_dim, options, lengths):
     ]  # fmt: skip
     assert_within(found, *theirs, name="out, dqkv")
     assert_within(others, *theirs, name="out, dqkv of two kernels")
-    # A few last bits; an element that only one of them dropped would be far more.
-    eps, ours, others = torch.finfo(dtype).eps, found[1].float(), others[1].float()
-    scale = ours.square().mean().sqrt().item()
-    torch.testing.assert_close(ours, others, rtol=4 * eps, atol=16 * eps * scale)
+
+
+@pytest.mark.parametrize("keys", [50, 128])
+def test_the_same_elements_are_dropped(keys):
+    """Of gradients with one number in each query's own column, dv shows which weights are there."""
+    queries, dtype = 64, torch.bfloat16
+    q, k, v = (draw(dtype, n, 1, 64) for n in (queries, keys, keys))
+
+    def kept(backend, longest=None):
+        values = v.detach().requires_grad_()
+        out = ops.attention(
+            q, k, values, cu_seqlens([queries]), cu_seqlens([keys]), max_seqlen=longest, seed=7,
+            dropout_p=0.3, backend=backend,
+        )  # fmt: skip
+        (grad,) = torch.autograd.grad(out, values, torch.eye(queries, dtype=dtype)[:, None])
+        return grad != 0
+
+    found = kept("cuda")
+    assert 0.5 < found.float().mean() < 0.9
+    assert torch.equal(found, kept("cuda", LONGEST + 1))
+    assert torch.equal(found, kept("eager"))
+
+
+@pytest.mark.parametrize(("queries", "kernels"), [(128, 2), (129, 3)])
+def test_queries_that_are_more_than_the_keys(queries, kernels):
+    q, kv = draw(torch.bfloat16, queries, 1, 32), draw(torch.bfloat16, 2, 20, 1, 32)
+    q.requires_grad_()
+    out = ops.attention(q, *kv, cu_seqlens([queries]), cu_seqlens([20]), backend="cuda")
+    before = cuda._kernels.launched()
+    torch.autograd.grad(out, q, torch.ones_like(out))
+    assert cuda._kernels.launched() - before == kernels
 
 
 @pytest.mark.parametrize("options", [{}, DROPPED], ids=str)
 @pytest.mark.parametrize("head_dim", [24, 64])
 @pytest.mark.parametrize("odd", [0, 1])
 def test_keys_of_another_number_and_any_strides(options, head_dim, odd):
-    """Many more queries, none, no keys; tensors that cannot be moved by 16 bytes."""
-    lengths, keys = [200, 0, 40, 70, 3, 1], [70, 3, 0, 128, 90, 1]
+    """More queries, none, no keys; tensors that cannot be moved by 16 bytes."""
+    lengths, keys = [128, 0, 40, 70, 3, 1], [70, 3, 0, 128, 90, 1]
     dtype = torch.bfloat16
 
     def strided(total):
@@ -130,7 +157,7 @@ def test_keys_of_another_number_and_any_strides(options, head_dim, odd):
     found = run("cuda", dtype)
     assert_within(found, run("eager", dtype), run("eager", torch.float64), name="out, dq, dk, dv")
     assert not any(t[sum(n) :].any() for t, n in zip(found[1:], (lengths, keys, keys), strict=True))
-    assert not found[1][200:240].any()  # no keys
+    assert not found[1][128:168].any()  # no keys
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
