@@ -44,7 +44,8 @@ OPS = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("op", OPS)
 def test_the_same_wherever_they_lie(backend, op, form):
-    """As contiguous ones that hold the same; the gradients, too."""
+    """As contiguous ones that hold the same; the gradients, too. What is read from another place is
+    wrong by as much as it is; products of another layout add in another order."""
     run, makers = OPS[op]
     x, dout = torch.randn(7, WIDTH), None
     given = [FORMS[form](make()) for make in makers]
@@ -55,4 +56,5 @@ def test_the_same_wherever_they_lie(backend, op, form):
         dout = torch.randn_like(out) if dout is None else dout
         found.append([out, *torch.autograd.grad(out, leaves, dout)])
     for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        most = max(1.0, theirs.abs().max().item())
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4 * most)
