@@ -172,6 +172,21 @@ def assert_within(ours, eager, truth, name="", draws=None):
         _assert_within(o, e, t, 2 if i == 0 else 3, f"{name}[{i}]", draws or t.numel())
 
 
+def assert_gradients_within(ours, eager, truth):
+    """The same of a model's gradients, {parameter: gradient}, all together, each by its own size:
+    of one alone few numbers err by themselves. Without those of keys' biases, which are zero in
+    exact arithmetic: softmax ignores them."""
+    names = [n for n in truth if not n.endswith(("key.bias", "k_lin.bias", "attn.k.bias"))]
+    sizes = [_rms(truth[n]) or 1.0 for n in names]
+
+    def together(of):
+        parts = (of[n].double().flatten() / size for n, size in zip(names, sizes, strict=True))
+        return [torch.zeros(0).double(), torch.cat([*parts])]
+
+    assert ours.keys() == eager.keys() == truth.keys()
+    assert_within(together(ours), together(eager), together(truth), name="gradients")
+
+
 def _assert_within(ours, eager, truth, ratio, name, n):
     assert ours.shape == truth.shape, f"{name}: {ours.shape} != {truth.shape}"
     assert ours.dtype == eager.dtype, f"{name}: {ours.dtype} != {eager.dtype}"
