@@ -44,13 +44,17 @@ from bert_fast.kernels.attention_tiles import (
     find_statistics,
     keys_seen,
     load_bias,
+    load_queries,
     load_rows,
     row_shift,
+    rows_from,
+    rows_on,
     score_factor,
     score_gradients,
     span,
     statistics,
     store_rows,
+    table_from,
 )
 from bert_fast.kernels.common import dot, dropout_numbers, precision, seed_or
 from bert_fast.kernels.launch import kernel
@@ -85,8 +89,9 @@ def _forward(
     if first >= q_length:
         return
     k_begin, k_length = span(cu_k, sequence, batch)
-    queries = load_rows(q, q_begin, first, q_length, q_stride, q_head, bias, 0, heads, HAS_BIAS,
-                        HEAD_DIM, BLOCK_D, BLOCK_M, True)  # fmt: skip
+    queries = load_queries(rows_from(q, q_begin + first, q_stride, q_head), q_length - first,
+                           q_stride, bias, heads, HAS_BIAS, HEAD_DIM, BLOCK_D, BLOCK_M,
+                           True)  # fmt: skip
     if NEGATIVE:  # a row's largest score is to be the scale times its largest product
         queries, scale = -queries, -scale
     top = tl.full((BLOCK_M,), LOWEST, tl.float32)
@@ -94,6 +99,11 @@ def _forward(
     left = tl.zeros((BLOCK_M, PARTS), tl.float32)
     total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     factor = score_factor(scale)
+    if HAS_BIAS:  # k's is the same in all scores of a row; here, so that no queries wait for it
+        added = row_shift(queries, bias, heads, factor, HEAD_DIM, BLOCK_D)
+    keys_at = rows_from(k, k_begin, k_stride, k_head)
+    values_at = rows_from(v, k_begin, v_stride, v_head)
+    table_at = table_from(table, first, 0, table_rows, table_cols)
     last, whole = keys_seen(first, q_length, k_length, CAUSAL, BLOCK_M, BLOCK_N)
     if ONE_BLOCK:
         tl.device_assert(k_length <= BLOCK_N, "max_seqlen is below the longest sequence")
@@ -101,31 +111,36 @@ def _forward(
     else:
         for begin in range(0, whole, BLOCK_N):
             top, norm, left, total = attend(
-                queries, top, norm, left, total, k, v, table, seed, k_begin, first, begin, q_length,
-                k_length, k_stride, k_head, v_stride, v_head, heads, table_rows, table_cols, factor,
-                cut, sequence, False, CAUSAL, DROPOUT, HAS_BIAS, HAS_TABLE, ONE_BLOCK, PARTS,
-                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
+                queries, top, norm, left, total, keys_at, values_at, table_at, seed, first, begin,
+                q_length, k_length, k_stride, v_stride, table_cols, factor, cut, sequence, False,
+                CAUSAL, DROPOUT, HAS_BIAS, HAS_TABLE, ONE_BLOCK, PARTS, HEAD_DIM, BLOCK_D, BLOCK_M,
+                BLOCK_N, PRECISION,
             )  # fmt: skip
+            keys_at += rows_on(k_stride, BLOCK_N)
+            values_at += rows_on(v_stride, BLOCK_N)
+            table_at += BLOCK_N
     for begin in tl.range(whole, last, BLOCK_N, num_stages=1):
         top, norm, left, total = attend(
-            queries, top, norm, left, total, k, v, table, seed, k_begin, first, begin, q_length,
-            k_length, k_stride, k_head, v_stride, v_head, heads, table_rows, table_cols, factor,
-            cut, sequence, True, CAUSAL, DROPOUT, HAS_BIAS, HAS_TABLE, ONE_BLOCK, PARTS, HEAD_DIM,
-            BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
+            queries, top, norm, left, total, keys_at, values_at, table_at, seed, first, begin,
+            q_length, k_length, k_stride, v_stride, table_cols, factor, cut, sequence, True, CAUSAL,
+            DROPOUT, HAS_BIAS, HAS_TABLE, ONE_BLOCK, PARTS, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+            PRECISION,
         )  # fmt: skip
+        keys_at += rows_on(k_stride, BLOCK_N)
+        values_at += rows_on(v_stride, BLOCK_N)
+        table_at += BLOCK_N
     norm = tl.sum(norm, 1)
-    if HAS_BIAS:  # v's is the same in all that is summed, k's in all scores of a row
+    if HAS_BIAS:  # v's is the same in all that is summed
         shift = load_bias(bias, 2, heads, HEAD_DIM, BLOCK_D)
         kept = tl.sum(left, 1) if DROPOUT else norm
         total += kept[:, None] * shift[None, :]
-        shift = row_shift(queries, bias, heads, factor, HEAD_DIM, BLOCK_D)
-        top += shift
-        total += 0.0 * shift[:, None]  # NaN and infinity are not to cancel
+        top += added
+        total += 0.0 * added[:, None]  # NaN and infinity are not to cancel
     share = tl.where(norm > 0, 1.0 / tl.where(norm > 0, norm, 1.0), 0.0)
     if DROPOUT:
         share *= keep_scale
-    store_rows(out, total * share[:, None], q_begin, first, q_length, out_stride, out_head,
-               HEAD_DIM, BLOCK_D, BLOCK_M)  # fmt: skip
+    store_rows(rows_from(out, q_begin + first, out_stride, out_head), total * share[:, None],
+               q_length - first, out_stride, HEAD_DIM, BLOCK_D, BLOCK_M)  # fmt: skip
     log = tl.where(norm > 0, (top + tl.log2(tl.where(norm > 0, norm, 1.0))) * LN2, float("-inf"))
     row = first + tl.arange(0, BLOCK_M)
     tl.store(lse + tl.program_id(1).to(tl.int64) * total_q + q_begin + row, log, row < q_length)
@@ -133,21 +148,21 @@ def _forward(
 
 @triton.jit
 def _add_keys(
-    total, queries, douts, k, v, table, seed, log, center, extra, k_begin, first, begin, q_length,
-    k_length, k_stride, k_head, v_stride, v_head, heads, table_rows, table_cols, factor, cut,
-    keep_scale, sequence, MASKED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_TABLE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    total, queries, douts, keys_at, values_at, table_at, seed, log, center, extra, first, begin,
+    q_length, k_length, k_stride, v_stride, table_cols, factor, cut, keep_scale, sequence,
+    MASKED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_TABLE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """total of the tile of queries from ``first`` plus what the keys from ``begin`` add to it."""
-    keys = load_rows(k, k_begin, begin, k_length, k_stride, k_head, k, 1, heads, False, HEAD_DIM,
-                     BLOCK_D, BLOCK_N, MASKED, DROPOUT)  # fmt: skip
-    values = load_rows(v, k_begin, begin, k_length, v_stride, v_head, v, 2, heads, False, HEAD_DIM,
-                       BLOCK_D, BLOCK_N, MASKED, DROPOUT)  # fmt: skip
+    keys = load_rows(keys_at, k_length - begin, k_stride, HEAD_DIM, BLOCK_D, BLOCK_N, MASKED,
+                     DROPOUT)  # fmt: skip
+    values = load_rows(values_at, k_length - begin, v_stride, HEAD_DIM, BLOCK_D, BLOCK_N, MASKED,
+                       DROPOUT)  # fmt: skip
     _, dscores = score_gradients(
-        queries, keys, values, douts, log, center, extra, table, seed, first, begin, q_length,
-        k_length, table_rows, table_cols, factor, cut, keep_scale, sequence, MASKED, CAUSAL,
-        DROPOUT, HAS_BIAS, HAS_TABLE, BLOCK_M, BLOCK_N, PRECISION,
+        queries, keys, values, douts, log, center, extra, table_at, seed, first, begin, q_length,
+        k_length, table_cols, factor, cut, keep_scale, sequence, MASKED, CAUSAL, DROPOUT, HAS_BIAS,
+        HAS_TABLE, BLOCK_M, BLOCK_N, PRECISION,
     )  # fmt: skip
     return dot(dscores.to(keys.dtype), keys, total, PRECISION)
 
@@ -175,56 +190,66 @@ def _backward_q(
     if first >= q_length:
         return
     k_begin, k_length = span(cu_k, sequence, batch)
-    queries = load_rows(q, q_begin, first, q_length, q_stride, q_head, bias, 0, heads, HAS_BIAS,
-                        HEAD_DIM, BLOCK_D, BLOCK_M, True)  # fmt: skip
-    douts = load_rows(dout, q_begin, first, q_length, dout_stride, dout_head, bias, 0, heads, False,
-                      HEAD_DIM, BLOCK_D, BLOCK_M, True)  # fmt: skip
+    queries = load_queries(rows_from(q, q_begin + first, q_stride, q_head), q_length - first,
+                           q_stride, bias, heads, HAS_BIAS, HEAD_DIM, BLOCK_D, BLOCK_M,
+                           True)  # fmt: skip
+    douts = load_rows(rows_from(dout, q_begin + first, dout_stride, dout_head), q_length - first,
+                      dout_stride, HEAD_DIM, BLOCK_D, BLOCK_M, True)  # fmt: skip
     factor = score_factor(scale)
     log, center, extra = find_statistics(
         queries, douts, out, lse, work, bias, q_begin, first, q_length, out_stride, out_head,
         total_q, heads, factor, DROPOUT, HAS_BIAS, HEAD_DIM, BLOCK_D, BLOCK_M, True,
     )  # fmt: skip
     total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    keys_at = rows_from(k, k_begin, k_stride, k_head)
+    values_at = rows_from(v, k_begin, v_stride, v_head)
+    table_at = table_from(table, first, 0, table_rows, table_cols)
     last, whole = keys_seen(first, q_length, k_length, CAUSAL, BLOCK_M, BLOCK_N)
     for begin in range(0, whole, BLOCK_N):
         total = _add_keys(
-            total, queries, douts, k, v, table, seed, log, center, extra, k_begin, first, begin,
-            q_length, k_length, k_stride, k_head, v_stride, v_head, heads, table_rows, table_cols,
-            factor, cut, keep_scale, sequence, False, CAUSAL, DROPOUT, HAS_BIAS, HAS_TABLE,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
+            total, queries, douts, keys_at, values_at, table_at, seed, log, center, extra, first,
+            begin, q_length, k_length, k_stride, v_stride, table_cols, factor, cut, keep_scale,
+            sequence, False, CAUSAL, DROPOUT, HAS_BIAS, HAS_TABLE, HEAD_DIM, BLOCK_D, BLOCK_M,
+            BLOCK_N, PRECISION,
         )  # fmt: skip
+        keys_at += rows_on(k_stride, BLOCK_N)
+        values_at += rows_on(v_stride, BLOCK_N)
+        table_at += BLOCK_N
     for begin in tl.range(whole, last, BLOCK_N, num_stages=1):
         total = _add_keys(
-            total, queries, douts, k, v, table, seed, log, center, extra, k_begin, first, begin,
-            q_length, k_length, k_stride, k_head, v_stride, v_head, heads, table_rows, table_cols,
-            factor, cut, keep_scale, sequence, True, CAUSAL, DROPOUT, HAS_BIAS, HAS_TABLE, HEAD_DIM,
-            BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
+            total, queries, douts, keys_at, values_at, table_at, seed, log, center, extra, first,
+            begin, q_length, k_length, k_stride, v_stride, table_cols, factor, cut, keep_scale,
+            sequence, True, CAUSAL, DROPOUT, HAS_BIAS, HAS_TABLE, HEAD_DIM, BLOCK_D, BLOCK_M,
+            BLOCK_N, PRECISION,
         )  # fmt: skip
-    store_rows(dq, total * scale, q_begin, first, q_length, dq_stride, dq_head, HEAD_DIM, BLOCK_D,
-               BLOCK_M)  # fmt: skip
+        keys_at += rows_on(k_stride, BLOCK_N)
+        values_at += rows_on(v_stride, BLOCK_N)
+        table_at += BLOCK_N
+    store_rows(rows_from(dq, q_begin + first, dq_stride, dq_head), total * scale, q_length - first,
+               dq_stride, HEAD_DIM, BLOCK_D, BLOCK_M)  # fmt: skip
 
 
 @triton.jit
 def _add_queries(
-    dkeys, dvalues, keys, values, dout, q, bias, table, work, seed, q_begin, first, begin, q_length,
-    k_length, dout_stride, dout_head, q_stride, q_head, total_q, heads, table_rows, table_cols,
-    factor, cut, keep_scale, sequence, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
-    DROPOUT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TABLE: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    dkeys, dvalues, keys, values, douts_at, queries_at, work_at, table_at, bias, seed, first, begin,
+    q_length, k_length, dout_stride, q_stride, total_q, heads, table_cols, factor, cut, keep_scale,
+    sequence, MASKED: tl.constexpr, CAUSAL: tl.constexpr, DROPOUT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_TABLE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dkeys and dvalues of the tile of keys from ``first`` plus what the queries from ``begin`` add
     to them."""
-    queries = load_rows(q, q_begin, begin, q_length, q_stride, q_head, bias, 0, heads, HAS_BIAS,
-                        HEAD_DIM, BLOCK_D, BLOCK_M, MASKED)  # fmt: skip
-    douts = load_rows(dout, q_begin, begin, q_length, dout_stride, dout_head, bias, 0, heads, False,
-                      HEAD_DIM, BLOCK_D, BLOCK_M, MASKED)  # fmt: skip
-    log, center, extra = statistics(work, q_begin, begin, q_length, total_q, heads,
+    queries = load_queries(queries_at, q_length - begin, q_stride, bias, heads, HAS_BIAS, HEAD_DIM,
+                           BLOCK_D, BLOCK_M, MASKED)  # fmt: skip
+    douts = load_rows(douts_at, q_length - begin, dout_stride, HEAD_DIM, BLOCK_D, BLOCK_M,
+                      MASKED)  # fmt: skip
+    log, center, extra = statistics(work_at, q_length - begin, total_q, heads,
                                     DROPOUT and HAS_BIAS, MASKED, BLOCK_M)  # fmt: skip
     # Keys past the last have rows of their own in dkeys and dvalues, which are not stored.
     dropped, dscores = score_gradients(
-        queries, keys, values, douts, log, center, extra, table, seed, begin, first, q_length,
-        k_length, table_rows, table_cols, factor, cut, keep_scale, sequence, MASKED and CAUSAL,
-        CAUSAL, DROPOUT, HAS_BIAS, HAS_TABLE, BLOCK_M, BLOCK_N, PRECISION,
+        queries, keys, values, douts, log, center, extra, table_at, seed, begin, first, q_length,
+        k_length, table_cols, factor, cut, keep_scale, sequence, MASKED and CAUSAL, CAUSAL, DROPOUT,
+        HAS_BIAS, HAS_TABLE, BLOCK_M, BLOCK_N, PRECISION,
     )  # fmt: skip
     dvalues = dot(tl.trans(dropped.to(douts.dtype)), douts, dvalues, PRECISION)
     dkeys = dot(tl.trans(dscores.to(queries.dtype)), queries, dkeys, PRECISION)
@@ -252,10 +277,10 @@ def _backward_kv(
     if first >= k_length:
         return
     q_begin, q_length = span(cu_q, sequence, batch)
-    keys = load_rows(k, k_begin, first, k_length, k_stride, k_head, k, 1, heads, False, HEAD_DIM,
-                     BLOCK_D, BLOCK_N, True, DROPOUT)  # fmt: skip
-    values = load_rows(v, k_begin, first, k_length, v_stride, v_head, v, 2, heads, False, HEAD_DIM,
-                       BLOCK_D, BLOCK_N, True, DROPOUT)  # fmt: skip
+    keys = load_rows(rows_from(k, k_begin + first, k_stride, k_head), k_length - first, k_stride,
+                     HEAD_DIM, BLOCK_D, BLOCK_N, True, DROPOUT)  # fmt: skip
+    values = load_rows(rows_from(v, k_begin + first, v_stride, v_head), k_length - first, v_stride,
+                       HEAD_DIM, BLOCK_D, BLOCK_N, True, DROPOUT)  # fmt: skip
     dkeys = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dvalues = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     factor = score_factor(scale)
@@ -266,25 +291,36 @@ def _backward_kv(
         start = tl.maximum(0, ahead) // BLOCK_M * BLOCK_M
         hidden = (tl.maximum(0, ahead + BLOCK_N - 1) + BLOCK_M - 1) // BLOCK_M * BLOCK_M
         whole = tl.maximum(whole, hidden)
+    douts_at = rows_from(dout, q_begin + hidden, dout_stride, dout_head)
+    queries_at = rows_from(q, q_begin + hidden, q_stride, q_head)
+    work += tl.program_id(1).to(tl.int64) * total_q + q_begin
+    work_at = work + hidden
+    table_at = table_from(table, hidden, first, table_rows, table_cols)
     for begin in range(hidden, whole, BLOCK_M):
         dkeys, dvalues = _add_queries(
-            dkeys, dvalues, keys, values, dout, q, bias, table, work, seed, q_begin, first, begin,
-            q_length, k_length, dout_stride, dout_head, q_stride, q_head, total_q, heads,
-            table_rows, table_cols, factor, cut, keep_scale, sequence, False, CAUSAL, DROPOUT,
-            HAS_BIAS, HAS_TABLE, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
+            dkeys, dvalues, keys, values, douts_at, queries_at, work_at, table_at, bias, seed,
+            first, begin, q_length, k_length, dout_stride, q_stride, total_q, heads, table_cols,
+            factor, cut, keep_scale, sequence, False, CAUSAL, DROPOUT, HAS_BIAS, HAS_TABLE,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
+        douts_at += rows_on(dout_stride, BLOCK_M)
+        queries_at += rows_on(q_stride, BLOCK_M)
+        work_at += BLOCK_M
+        table_at += rows_on(table_cols, BLOCK_M)
     for at in tl.range(start, q_length - (whole - hidden), BLOCK_M, num_stages=1):
         begin = tl.where(at < hidden, at, at + whole - hidden)
         dkeys, dvalues = _add_queries(
-            dkeys, dvalues, keys, values, dout, q, bias, table, work, seed, q_begin, first, begin,
-            q_length, k_length, dout_stride, dout_head, q_stride, q_head, total_q, heads,
-            table_rows, table_cols, factor, cut, keep_scale, sequence, True, CAUSAL, DROPOUT,
-            HAS_BIAS, HAS_TABLE, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
+            dkeys, dvalues, keys, values, rows_from(dout, q_begin + begin, dout_stride, dout_head),
+            rows_from(q, q_begin + begin, q_stride, q_head), work + begin,
+            table_from(table, begin, first, table_rows, table_cols), bias, seed, first, begin,
+            q_length, k_length, dout_stride, q_stride, total_q, heads, table_cols, factor, cut,
+            keep_scale, sequence, True, CAUSAL, DROPOUT, HAS_BIAS, HAS_TABLE, HEAD_DIM, BLOCK_D,
+            BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
-    store_rows(dk, dkeys * scale, k_begin, first, k_length, dk_stride, dk_head, HEAD_DIM, BLOCK_D,
-               BLOCK_N, DROPOUT)  # fmt: skip
-    store_rows(dv, dvalues, k_begin, first, k_length, dv_stride, dv_head, HEAD_DIM, BLOCK_D,
-               BLOCK_N, DROPOUT)  # fmt: skip
+    store_rows(rows_from(dk, k_begin + first, dk_stride, dk_head), dkeys * scale, k_length - first,
+               dk_stride, HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT)  # fmt: skip
+    store_rows(rows_from(dv, k_begin + first, dv_stride, dv_head), dvalues, k_length - first,
+               dv_stride, HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT)  # fmt: skip
 
 
 def _strides(*tensors):

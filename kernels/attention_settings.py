@@ -17,21 +17,23 @@ from bert_fast.kernels.common import capability, power_of_2
 # chip's shared memory and takes few instructions (`bert-fast inspect`), not measured.
 FORWARD = {
     "fma": {32: (64, 32, 8, 2), 64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 16, 1)},
-    "mma": {32: (64, 64, 4, 3), 64: (64, 32, 4, 3), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
-    90: {32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (128, 32, 8, 2), 256: (32, 32, 8, 1)},
+    "mma": {32: (64, 64, 4, 3), 64: (64, 32, 4, 3), 128: (64, 32, 4, 2), 256: (32, 32, 4, 1)},
+    90: {32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (128, 32, 8, 2), 256: (32, 32, 4, 1)},
     100: {32: (128, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 32, 8, 2), 256: (64, 32, 8, 1)},
 }
 BACKWARD_Q = {
     "fma": {32: (64, 16, 8, 1), 64: (32, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 16, 1)},
-    "mma": {32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (64, 32, 8, 1), 256: (16, 32, 8, 1)},
-    90: {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 1), 256: (32, 32, 8, 1)},
-    100: {32: (64, 64, 4, 2), 64: (64, 64, 4, 1), 128: (64, 64, 8, 1), 256: (32, 32, 8, 1)},
+    "mma": {32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1)},
+    90: {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1)},
+    100: {32: (64, 64, 4, 2), 64: (64, 64, 4, 1), 128: (64, 64, 8, 1), 256: (32, 32, 4, 1)},
 }
 # 90: two stages took a ninth less time without dropout, a 28th less of all backward with it, and
 # spill registers.
 BACKWARD_KV = BACKWARD_Q | {
     "fma": BACKWARD_Q["fma"] | {32: (32, 32, 8, 1), 64: (32, 32, 8, 1)},
-    90: BACKWARD_Q[90] | {32: (64, 64, 4, 1), 64: (64, 64, 4, 1)},
+    "mma": {32: (64, 64, 4, 1), 64: (64, 32, 4, 2), 128: (32, 64, 8, 1), 256: (16, 32, 4, 1)},
+    90: {32: (64, 64, 4, 1), 64: (64, 64, 4, 1), 128: (64, 32, 4, 1), 256: (16, 32, 4, 1)},
+    100: BACKWARD_Q[100] | {256: (16, 32, 4, 1)},
 }
 
 
@@ -50,53 +52,48 @@ BACKWARD_SHORT[120] = BACKWARD_SHORT[100]
 # With a position bias, which takes registers: in the same form, and found in the same way. (Warps
 # are split by rows, 16 for each: those that are more repeat the products of others.)
 FORWARD_BIASED = {
-    "fma": {32: (32, 32, 4, 1), 64: (16, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 16, 1)},
+    "fma": {32: (64, 16, 4, 1), 64: (16, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 16, 1)},
     "mma": {32: (64, 32, 4, 3), 64: (64, 64, 4, 2), 128: (128, 32, 8, 1), 256: (32, 32, 4, 1)},
-    90: {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 1), 256: (64, 32, 8, 1)},
+    90: {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (128, 32, 8, 1), 256: (32, 32, 4, 1)},
     100: {32: (64, 64, 8, 3), 64: (64, 64, 4, 2), 128: (64, 32, 8, 2), 256: (64, 32, 8, 1)},
 }
-BACKWARD_BIASED = {
+BACKWARD_Q_BIASED = {
     "fma": {32: (32, 32, 8, 1), 64: (16, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 16, 1)},
-    "mma": {32: (64, 32, 4, 1), 64: (32, 32, 4, 1), 128: (32, 64, 8, 1), 256: (16, 32, 8, 1)},
-    90: {32: (64, 64, 8, 1), 64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (16, 32, 8, 1)},
-    100: {32: (64, 64, 8, 1), 64: (64, 32, 8, 1), 128: (64, 32, 8, 1), 256: (16, 32, 8, 1)},
+    "mma": {32: (64, 32, 4, 1), 64: (32, 64, 4, 1), 128: (32, 64, 8, 1), 256: (32, 32, 4, 1)},
+    90: {32: (64, 64, 4, 1), 64: (64, 64, 4, 1), 128: (64, 32, 4, 1), 256: (16, 64, 8, 1)},
+    100: {32: (64, 64, 8, 1), 64: (64, 32, 8, 1), 128: (64, 64, 8, 1), 256: (16, 64, 8, 1)},
 }
-BACKWARD_BIASED[120] = BACKWARD_BIASED["mma"] | {128: (32, 32, 8, 1)}
-BACKWARD_Q_BIASED = BACKWARD_BIASED | {
-    "mma": BACKWARD_BIASED["mma"] | {64: (32, 64, 4, 1), 256: (32, 32, 4, 1)},
-    90: BACKWARD_BIASED[90] | {64: (64, 64, 4, 1)},
-    100: BACKWARD_BIASED[100] | {128: (64, 64, 8, 1)},
-    120: BACKWARD_BIASED[120] | {64: (32, 64, 4, 1)},
+BACKWARD_Q_BIASED[120] = BACKWARD_Q_BIASED["mma"] | {256: (16, 64, 8, 1)}
+BACKWARD_KV_BIASED = {
+    "fma": BACKWARD_Q_BIASED["fma"],
+    "mma": {32: (32, 32, 2, 1), 64: (32, 32, 4, 1), 128: (32, 64, 8, 1), 256: (16, 32, 4, 1)},
+    90: {32: (32, 32, 2, 1), 64: (64, 64, 4, 1), 128: (32, 64, 8, 1), 256: (16, 32, 4, 1)},
+    100: {32: (64, 64, 8, 1), 64: (64, 32, 8, 1), 128: (32, 64, 8, 1), 256: (16, 32, 4, 1)},
 }
-BACKWARD_KV_BIASED = BACKWARD_BIASED | {
-    "mma": BACKWARD_BIASED["mma"] | {32: (32, 32, 2, 1), 256: (16, 32, 4, 1)},
-    90: BACKWARD_BIASED[90] | {64: (64, 64, 4, 1), 128: (32, 64, 8, 1)},
-    120: BACKWARD_BIASED[120] | {32: (32, 32, 2, 1), 256: (16, 32, 4, 1)},
-}
-BACKWARD_TABLE = BACKWARD_BIASED | {
-    chip: BACKWARD_BIASED[chip] | {64: (64, 32, 4, 1)} for chip in ("mma", 120)
+BACKWARD_TABLE = {
+    "fma": BACKWARD_Q_BIASED["fma"],
+    "mma": {32: (64, 32, 4, 1), 64: (64, 32, 4, 1), 128: (32, 64, 8, 1), 256: (16, 64, 8, 1)},
+    90: {32: (64, 64, 8, 1), 64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (16, 64, 8, 1)},
+    100: {32: (64, 64, 8, 1), 64: (64, 32, 8, 1), 128: (64, 32, 8, 1), 256: (16, 64, 8, 1)},
 }
 if hasattr(triton, "knobs"):  # before 3.4 a product has 16 rows at least
-    BACKWARD_TABLE[75] = BACKWARD_BIASED["fma"] | {128: (8, 16, 8, 1)}
+    BACKWARD_TABLE[75] = BACKWARD_TABLE["fma"] | {128: (8, 16, 8, 1)}
 SHORT_BIASED = {"mma": {64: (64, 64, 4, 1)}}
-# Dropout takes registers beside either bias, and a causal mask more of them: what differs then.
-# (Heads of 256 leave few for tiles of 64 rows, which 90's and 100's product instructions need.)
-FORWARD_BIASED_DROPOUT = {
-    90: {32: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
-    100: {32: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
-}
-BACKWARD_KV_BIASED_DROPOUT = {90: {64: (64, 32, 4, 1)}, 100: {128: (32, 64, 8, 1)}}
-# Beside both, with and without dropout:
-FORWARD_BOTH_BIASES = {
-    "mma": {64: (32, 64, 4, 3), 128: (32, 32, 8, 2), 256: (16, 32, 8, 1)},
-    90: {128: (64, 32, 8, 1), 256: (32, 32, 8, 1)},
-    100: {256: (32, 32, 8, 1)},
-}
-# An H200 took 188 us for a backward on 16 x 512 with this, 198 with two stages.
-BACKWARD_Q_DROPOUT = {90: {64: (64, 64, 4, 3)}}
-# Beside the projections' bias:
-BACKWARD_KV_DROPOUT = {90: {64: (128, 64, 8, 1), 128: (32, 64, 8, 1)}}
-BACKWARD_KV_DROPOUT_CAUSAL = {90: BACKWARD_KV_DROPOUT[90] | {64: (64, 64, 8, 1)}}
+# What differs, and where: dropout takes registers beside either bias, and a causal mask more of
+# them. (Heads of 256 leave few for tiles of 64 rows, which 100's product instructions need.) The
+# last that fits counts.
+PLAIN, BIASED = {"biased": False}, {"biased": True}
+EXCEPTIONS = [
+    ("forward", BIASED | {"dropout": True},
+     {"mma": {128: (64, 32, 4, 1)}, 100: {32: (64, 32, 8, 2), 256: (32, 32, 4, 1)}}),
+    ("forward", BIASED | {"bias": True}, {"mma": {128: (32, 32, 4, 2)}}),
+    # An H200 took 188 us for a backward on 16 x 512 with this, 198 with two stages.
+    ("backward_q", PLAIN | {"dropout": True}, {90: {64: (64, 64, 4, 3)}}),
+    ("backward_kv", BIASED | {"dropout": True}, {90: {64: (64, 32, 4, 1)}}),
+    ("backward_kv", PLAIN | {"bias": True}, {90: {128: (32, 64, 8, 1)}}),
+    ("backward_kv", PLAIN | {"bias": True, "dropout": True}, {90: {64: (128, 64, 8, 1)}}),
+    ("backward_kv", PLAIN | {"dropout": True, "causal": True}, {90: {64: (64, 32, 4, 1)}}),
+]  # fmt: skip
 # kernel -> its table without and with a position bias
 TABLES = {
     "forward": (FORWARD, FORWARD_BIASED),
@@ -130,18 +127,10 @@ def _settings(kernel, biased, head_dim, dtype, chip, longest, dropout, bias, cau
     own = chip in table and dtype != torch.float32
     column = chip if own else "fma" if fma else "mma"
     entry = table[column][block_d]
-    if dropout:
-        heavy = {
-            ("forward", True): FORWARD_BIASED_DROPOUT,
-            ("backward_q", False): BACKWARD_Q_DROPOUT,
-            ("backward_kv", True): BACKWARD_KV_BIASED_DROPOUT,
-        }
-        if bias:
-            keys = BACKWARD_KV_DROPOUT_CAUSAL if causal else BACKWARD_KV_DROPOUT
-            heavy["backward_kv", False] = keys
-        entry = heavy.get((kernel, biased), {}).get(column, {}).get(block_d, entry)
-    if (kernel, biased, bias) == ("forward", True, True):
-        entry = FORWARD_BOTH_BIASES.get(column, {}).get(block_d, entry)
+    given = {"biased": biased, "bias": bias, "dropout": dropout, "causal": causal}
+    for name, where, entries in EXCEPTIONS:
+        if name == kernel and where.items() <= given.items():
+            entry = entries.get(column, {}).get(block_d, entry)
     return block_d, entry
 
 
@@ -149,11 +138,10 @@ def parts_of_sum(biased, device, dropout, bias, causal):
     """In how many parts forward sums a row while it goes through the keys. Tensor cores give a
     thread two columns of each eight: it sums its own and asks the others once, in the end. Those of
     10.0 give it whole rows; there, and on 9.0 beside a position bias, parts take instructions; with
-    all of dropout, the projections' bias and a causal mask they take one register too many. Plain
-    FMA takes as many either way."""
-    chip = capability(device)
-    heavy = dropout and bias and causal
-    return 1 if heavy or chip // 10 == 10 or (biased and chip == 90) else 8
+    everything else beside a position bias they take one register too many. Plain FMA takes as many
+    either way."""
+    chip, heavy = capability(device), dropout and bias and causal
+    return 1 if chip // 10 == 10 or (biased and (heavy or chip == 90)) else 8
 
 
 def registers(warps, biased, causal, dtype):

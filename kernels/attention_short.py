@@ -10,7 +10,10 @@ import triton.language as tl
 from bert_fast.kernels.attention_tiles import (
     COUNTS,
     find_statistics,
+    load_queries,
     load_rows,
+    rows_from,
+    rows_on,
     score_factor,
     score_gradients,
     store_rows,
@@ -24,8 +27,8 @@ def _clear(base, begin, total, stride, head_stride, HEAD_DIM: tl.constexpr, BLOC
     """Zeros from row ``begin`` to the last."""
     zeros = tl.zeros((32, BLOCK_D), tl.float32)
     for first in range(0, total - begin, 32):
-        store_rows(base, zeros, begin, first, total - begin, stride, head_stride, HEAD_DIM, BLOCK_D,
-                   32)  # fmt: skip
+        store_rows(rows_from(base, begin + first, stride, head_stride), zeros,
+                   total - begin - first, stride, HEAD_DIM, BLOCK_D, 32)  # fmt: skip
 
 
 @kernel(do_not_specialize=COUNTS)
@@ -54,9 +57,9 @@ def _backward(
     q_length = tl.load(cu_q + sequence + 1) - q_begin
     k_length = tl.load(cu_k + sequence + 1) - k_begin
     tl.device_assert(q_length <= BLOCK_M, "max_seqlen is below the longest sequence")
-    queries = load_rows(q, q_begin, 0, q_length, q_stride, q_head, bias, 0, heads, HAS_BIAS,
-                        HEAD_DIM, BLOCK_D, BLOCK_M, True)  # fmt: skip
-    douts = load_rows(dout, q_begin, 0, q_length, dout_stride, dout_head, bias, 0, heads, False,
+    queries = load_queries(rows_from(q, q_begin, q_stride, q_head), q_length, q_stride, bias, heads,
+                           HAS_BIAS, HEAD_DIM, BLOCK_D, BLOCK_M, True)  # fmt: skip
+    douts = load_rows(rows_from(dout, q_begin, dout_stride, dout_head), q_length, dout_stride,
                       HEAD_DIM, BLOCK_D, BLOCK_M, True)  # fmt: skip
     factor = score_factor(scale)
     log, center, extra = find_statistics(
@@ -64,30 +67,36 @@ def _backward(
         heads, factor, DROPOUT, HAS_BIAS, HEAD_DIM, BLOCK_D, BLOCK_M, False,
     )  # fmt: skip
     total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    keys_at = rows_from(k, k_begin, k_stride, k_head)
+    values_at = rows_from(v, k_begin, v_stride, v_head)
+    dkeys_at = rows_from(dk, k_begin, dk_stride, dk_head)
+    dvalues_at = rows_from(dv, k_begin, dv_stride, dv_head)
     for begin in range(0, k_length, BLOCK_N):
-        keys = load_rows(k, k_begin, begin, k_length, k_stride, k_head, k, 1, heads, False,
-                         HEAD_DIM, BLOCK_D, BLOCK_N, True, DROPOUT)  # fmt: skip
-        values = load_rows(v, k_begin, begin, k_length, v_stride, v_head, v, 2, heads, False,
-                           HEAD_DIM, BLOCK_D, BLOCK_N, True, DROPOUT)  # fmt: skip
+        left = k_length - begin
+        keys = load_rows(keys_at, left, k_stride, HEAD_DIM, BLOCK_D, BLOCK_N, True, DROPOUT)
+        values = load_rows(values_at, left, v_stride, HEAD_DIM, BLOCK_D, BLOCK_N, True, DROPOUT)
         dropped, dscores = score_gradients(
             queries, keys, values, douts, log, center, extra, lse, seed, 0, begin, q_length,
-            k_length, 0, 0, factor, cut, keep_scale, sequence, True, CAUSAL, DROPOUT, HAS_BIAS,
+            k_length, 0, factor, cut, keep_scale, sequence, True, CAUSAL, DROPOUT, HAS_BIAS,
             False, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
         # Always so. In a region of its own a product has its warps by its own rows and columns;
         # beside the products above it had theirs, for their rows, which are more.
         if begin < k_length:
             dvalues = dot(tl.trans(dropped.to(douts.dtype)), douts, None, PRECISION)
-            store_rows(dv, dvalues, k_begin, begin, k_length, dv_stride, dv_head, HEAD_DIM, BLOCK_D,
-                       BLOCK_N, DROPOUT)  # fmt: skip
+            store_rows(dvalues_at, dvalues, left, dv_stride, HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT)
         dscores = dscores.to(keys.dtype)
         if begin < k_length:
             dkeys = dot(tl.trans(dscores), queries, None, PRECISION)
-            store_rows(dk, dkeys * scale, k_begin, begin, k_length, dk_stride, dk_head, HEAD_DIM,
-                       BLOCK_D, BLOCK_N, DROPOUT)  # fmt: skip
+            store_rows(dkeys_at, dkeys * scale, left, dk_stride, HEAD_DIM, BLOCK_D, BLOCK_N,
+                       DROPOUT)  # fmt: skip
         total = dot(dscores, keys, total, PRECISION)
-    store_rows(dq, total * scale, q_begin, 0, q_length, dq_stride, dq_head, HEAD_DIM, BLOCK_D,
-               BLOCK_M)  # fmt: skip
+        keys_at += rows_on(k_stride, BLOCK_N)
+        values_at += rows_on(v_stride, BLOCK_N)
+        dkeys_at += rows_on(dk_stride, BLOCK_N)
+        dvalues_at += rows_on(dv_stride, BLOCK_N)
+    store_rows(rows_from(dq, q_begin, dq_stride, dq_head), total * scale, q_length, dq_stride,
+               HEAD_DIM, BLOCK_D, BLOCK_M)  # fmt: skip
 
 
 def backward(tensors, cu_q, cu_k, seed, strides, batch, numbers, constants, **settings):

@@ -9,11 +9,14 @@ import triton.language as tl
 from bert_fast.kernels.attention_tiles import (
     COUNTS,
     key_order,
+    load_queries,
     load_rows,
+    rows_from,
     score_factor,
     score_gradients,
     span,
     statistics,
+    table_from,
 )
 from bert_fast.kernels.common import cdiv, processors, summed
 from bert_fast.kernels.launch import kernel
@@ -43,6 +46,7 @@ def _backward(
     head, row = tl.program_id(1), first + tl.arange(0, BLOCK_M)
     col = begin + key_order(BLOCK_N, DROPOUT)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    table_at = table_from(table, first, begin, table_rows, table_cols)
     for sequence in range(tl.program_id(2), batch, tl.num_programs(2)):
         q_begin, q_length = span(cu_q, sequence, batch)
         k_begin, k_length = span(cu_k, sequence, batch)
@@ -50,20 +54,23 @@ def _backward(
         if CAUSAL:
             meets &= begin < first + BLOCK_M + k_length - q_length
         if meets:
-            queries = load_rows(q, q_begin, first, q_length, q_stride, q_head, bias, 0, heads,
-                                HAS_BIAS, HEAD_DIM, BLOCK_D, BLOCK_M, True)  # fmt: skip
-            keys = load_rows(k, k_begin, begin, k_length, k_stride, k_head, k, 1, heads, False,
+            q_first, k_first = q_begin + first, k_begin + begin
+            queries = load_queries(rows_from(q, q_first, q_stride, q_head), q_length - first,
+                                   q_stride, bias, heads, HAS_BIAS, HEAD_DIM, BLOCK_D, BLOCK_M,
+                                   True)  # fmt: skip
+            keys = load_rows(rows_from(k, k_first, k_stride, k_head), k_length - begin, k_stride,
                              HEAD_DIM, BLOCK_D, BLOCK_N, True, DROPOUT)  # fmt: skip
-            douts = load_rows(dout, q_begin, first, q_length, dout_stride, dout_head, bias, 0,
-                              heads, False, HEAD_DIM, BLOCK_D, BLOCK_M, True)  # fmt: skip
-            values = load_rows(v, k_begin, begin, k_length, v_stride, v_head, v, 2, heads, False,
+            douts = load_rows(rows_from(dout, q_first, dout_stride, dout_head), q_length - first,
+                              dout_stride, HEAD_DIM, BLOCK_D, BLOCK_M, True)  # fmt: skip
+            values = load_rows(rows_from(v, k_first, v_stride, v_head), k_length - begin, v_stride,
                                HEAD_DIM, BLOCK_D, BLOCK_N, True, DROPOUT)  # fmt: skip
-            log, center, extra = statistics(work, q_begin, first, q_length, total_q, heads,
+            work_at = work + tl.program_id(1).to(tl.int64) * total_q + q_first
+            log, center, extra = statistics(work_at, q_length - first, total_q, heads,
                                             DROPOUT and HAS_BIAS, True, BLOCK_M)  # fmt: skip
             _, dscores = score_gradients(
-                queries, keys, values, douts, log, center, extra, table, seed, first, begin,
-                q_length, k_length, table_rows, table_cols, score_factor(scale), cut, keep_scale,
-                sequence, True, CAUSAL, DROPOUT, HAS_BIAS, True, BLOCK_M, BLOCK_N, PRECISION,
+                queries, keys, values, douts, log, center, extra, table_at, seed, first, begin,
+                q_length, k_length, table_cols, score_factor(scale), cut, keep_scale, sequence,
+                True, CAUSAL, DROPOUT, HAS_BIAS, True, BLOCK_M, BLOCK_N, PRECISION,
             )  # fmt: skip
             total += dscores
     chunk = tl.program_id(2).to(tl.int64)

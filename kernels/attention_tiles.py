@@ -44,25 +44,43 @@ def span(cu, sequence, batch):
 
 
 @triton.jit
-def load_rows(
-    base, begin, first, length, stride, head_stride, bias, part, heads, HAS_BIAS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr,
-    MIXED: tl.constexpr = False,
-):  # fmt: skip
-    """Rows ``first`` to first + ROWS of one head of the sequence that begins at row ``begin``,
-    (ROWS, BLOCK_D), plus their bias. MASKED: zeros past its ``length``; else all are inside.
-    MIXED: in key_order."""
-    head, row, d = tl.program_id(1), key_order(ROWS, MIXED), tl.arange(0, BLOCK_D)
-    # 64 bits to the row: a sequence may have more than 2^31 elements.
-    start = base + (begin.to(tl.int64) + first) * stride + head.to(tl.int64) * head_stride
-    at = start + row.to(tl.int64)[:, None] * stride + d[None, :]
-    inside = (row < length - first)[:, None]
+def rows_from(base, begin, stride, head_stride):
+    """The address of row ``begin`` of the program's head. 64 bits to the row: a sequence may have
+    more than 2^31 elements. (A loop adds rows_on to it: a product of 64 bits a turn takes more.)"""
+    head = tl.program_id(1).to(tl.int64)
+    return base + begin.to(tl.int64) * stride + head * head_stride
+
+
+@triton.jit
+def rows_on(stride, ROWS: tl.constexpr):
+    """How far it is to the row that is ROWS further."""
+    return tl.cast(stride, tl.int64) * ROWS
+
+
+@triton.jit
+def load_rows(at, left, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+              MASKED: tl.constexpr, MIXED: tl.constexpr = False):  # fmt: skip
+    """ROWS rows from address ``at`` on, (ROWS, BLOCK_D). MASKED: zeros after the ``left`` rows that
+    are the sequence's; else all are. MIXED: in key_order."""
+    row, d = key_order(ROWS, MIXED), tl.arange(0, BLOCK_D)
+    at += row.to(tl.int64)[:, None] * stride + d[None, :]
+    inside = (row < left)[:, None]
     if HEAD_DIM < BLOCK_D:
         columns = (d < HEAD_DIM)[None, :]
         inside = inside & columns if MASKED else columns
-    x = tl.load(at, inside, 0.0) if MASKED or HEAD_DIM < BLOCK_D else tl.load(at)
+    return tl.load(at, inside, 0.0) if MASKED or HEAD_DIM < BLOCK_D else tl.load(at)
+
+
+@triton.jit
+def load_queries(at, left, stride, bias, heads, HAS_BIAS: tl.constexpr, HEAD_DIM: tl.constexpr,
+                 BLOCK_D: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """load_rows of q, with its bias."""
+    x = load_rows(at, left, stride, HEAD_DIM, BLOCK_D, ROWS, MASKED)
     if HAS_BIAS:
-        shift = load_bias(bias, part, heads, HEAD_DIM, BLOCK_D)
+        shift = load_bias(bias, 0, heads, HEAD_DIM, BLOCK_D)
+        # In whole tiles, too: without the mask the sum is made in the layout of the product's
+        # operand, of which warps have copies, and takes their registers.
+        inside = (tl.arange(0, ROWS) < left)[:, None]
         x = tl.where(inside, x.to(tl.float32) + shift[None, :], 0.0).to(x.dtype)
     return x
 
@@ -76,13 +94,13 @@ def load_bias(bias, part, heads, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def store_rows(base, x, begin, first, length, stride, head_stride, HEAD_DIM: tl.constexpr,
-               BLOCK_D: tl.constexpr, ROWS: tl.constexpr, MIXED: tl.constexpr = False):  # fmt: skip
-    head, row, d = tl.program_id(1), key_order(ROWS, MIXED), tl.arange(0, BLOCK_D)
-    inside = (row < length - first)[:, None] & (d < HEAD_DIM)[None, :]
-    start = base + (begin.to(tl.int64) + first) * stride + head.to(tl.int64) * head_stride
-    at = start + row.to(tl.int64)[:, None] * stride + d[None, :]
-    tl.store(at, x.to(base.dtype.element_ty), inside)
+def store_rows(at, x, left, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+               ROWS: tl.constexpr, MIXED: tl.constexpr = False):  # fmt: skip
+    """What load_rows loads, MASKED."""
+    row, d = key_order(ROWS, MIXED), tl.arange(0, BLOCK_D)
+    inside = (row < left)[:, None] & (d < HEAD_DIM)[None, :]
+    places = at + (row.to(tl.int64)[:, None] * stride + d[None, :])
+    tl.store(places, x.to(at.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -118,17 +136,23 @@ def score_factor(scale):
 
 
 @triton.jit
-def table_tile(table, first, begin, q_length, table_rows, table_cols, factor,
-               ROWS: tl.constexpr, COLS: tl.constexpr, MIXED: tl.constexpr):  # fmt: skip
-    """The position bias of the queries from ``first`` and the keys from ``begin`` (MIXED: in
-    key_order), over factor / log2(e): what their product is added to, so that the tile comes into
-    the product's layout, not all that follows into the load's. table_cols are whole blocks, so that
-    no column need be masked and loads are wide."""
+def table_from(table, first, begin, table_rows, table_cols):
+    """The address of query ``first`` and key ``begin`` in the position bias of the program's head.
+    Columns are whole blocks, so that none need be masked and loads are wide."""
     table_cols = tl.multiple_of(table_cols, TABLE_BLOCK)
-    row, col = tl.arange(0, ROWS), begin + key_order(COLS, MIXED)
-    at = table + (tl.program_id(1).to(tl.int64) * table_rows + first) * table_cols
-    at += row[:, None] * table_cols + col[None, :]
-    tile = tl.load(at, (row < q_length - first)[:, None], 0.0)
+    return table + (tl.program_id(1).to(tl.int64) * table_rows + first) * table_cols + begin
+
+
+@triton.jit
+def table_tile(at, left, table_cols, factor, ROWS: tl.constexpr, COLS: tl.constexpr,
+               MIXED: tl.constexpr):  # fmt: skip
+    """The position bias of the tile from ``at`` on, of ``left`` queries, keys in key_order where
+    MIXED, over factor / log2(e): what their product is added to, so that the tile comes into the
+    product's layout, not all that follows into the load's."""
+    table_cols = tl.multiple_of(table_cols, TABLE_BLOCK)
+    row = tl.arange(0, ROWS)
+    at += row[:, None] * table_cols + key_order(COLS, MIXED)[None, :]
+    tile = tl.load(at, (row < left)[:, None], 0.0)
     return tile.to(tl.float32) * (LOG2E / factor)
 
 
@@ -141,14 +165,14 @@ def row_shift(queries, bias, heads, factor, HEAD_DIM: tl.constexpr, BLOCK_D: tl.
 
 
 @triton.jit
-def statistics(work, begin, first, length, total_q, heads, NEEDS_EXTRA: tl.constexpr,
-               MASKED: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    """What backward_q found of rows ``first`` to first + ROWS: log, center and extra, as
-    score_gradients takes them. MASKED: log +inf past the last row, so that its weights are zero;
-    else all are inside."""
+def statistics(at, left, total_q, heads, NEEDS_EXTRA: tl.constexpr, MASKED: tl.constexpr,
+               ROWS: tl.constexpr):  # fmt: skip
+    """What backward_q found of the ROWS rows from ``at`` on: log, center and extra, as
+    score_gradients takes them. MASKED: log +inf after the ``left`` rows that are the sequence's, so
+    that their weights are zero; else all are."""
     row = tl.arange(0, ROWS)
-    at = work + tl.program_id(1).to(tl.int64) * total_q + begin + first + row
-    inside, part = row < length - first, total_q.to(tl.int64) * heads
+    at += row
+    inside, part = row < left, total_q.to(tl.int64) * heads
     if MASKED:
         log = tl.load(at, inside, float("inf"))
         center = tl.load(at + part, inside, 0.0)
@@ -171,8 +195,8 @@ def find_statistics(
     v's bias adds to all of a row's dweights the same, extra = dO bias_v: without dropout that is
     part of center, which is otherwise delta = rowsum(dO * O).
     """
-    outs = load_rows(out, begin, first, length, out_stride, out_head, out, 0, heads, False,
-                     HEAD_DIM, BLOCK_D, ROWS, True)  # fmt: skip
+    outs = load_rows(rows_from(out, begin + first, out_stride, out_head), length - first,
+                     out_stride, HEAD_DIM, BLOCK_D, ROWS, True)  # fmt: skip
     x = douts.to(tl.float32)
     center = tl.sum(x * outs.to(tl.float32), 1)
     row = tl.arange(0, ROWS)
@@ -196,8 +220,8 @@ def find_statistics(
 
 @triton.jit
 def score_gradients(
-    queries, keys, values, douts, log, center, extra, table, seed, first, begin, q_length, k_length,
-    table_rows, table_cols, factor, cut, keep_scale, sequence,
+    queries, keys, values, douts, log, center, extra, table_at, seed, first, begin, q_length,
+    k_length, table_cols, factor, cut, keep_scale, sequence,
     MASKED: tl.constexpr,  # as in attend
     CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -214,8 +238,8 @@ def score_gradients(
         tl.debug_barrier()
     start = None
     if HAS_TABLE:
-        start = table_tile(table, first, begin, q_length, table_rows, table_cols, factor, BLOCK_M,
-                           BLOCK_N, DROPOUT)  # fmt: skip
+        start = table_tile(table_at, q_length - first, table_cols, factor, BLOCK_M, BLOCK_N,
+                           DROPOUT)  # fmt: skip
     scores = dot(queries, tl.trans(keys), start, PRECISION) * factor
     weights = tl.exp2(scores - log[:, None])
     if MASKED:
@@ -277,8 +301,8 @@ def partial_sums(x, ROWS: tl.constexpr, COLS: tl.constexpr, PARTS: tl.constexpr)
 
 @triton.jit
 def attend(
-    queries, top, norm, left, total, k, v, table, seed, k_begin, first, begin, q_length, k_length,
-    k_stride, k_head, v_stride, v_head, heads, table_rows, table_cols, factor, cut, sequence,
+    queries, top, norm, left, total, keys_at, values_at, table_at, seed, first, begin, q_length,
+    k_length, k_stride, v_stride, table_cols, factor, cut, sequence,
     MASKED: tl.constexpr,  # some of the keys are past the last, or hidden from some queries
     CAUSAL: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -295,12 +319,12 @@ def attend(
     """One block of keys, from ``begin``: the new top, norm, left (the sum of the weights that
     dropout keeps) and total of a tile of queries from ``first``. norm and left are partial_sums:
     a row's threads add their own, and to each other's once, when all keys are through."""
-    keys = load_rows(k, k_begin, begin, k_length, k_stride, k_head, k, 1, heads, False, HEAD_DIM,
-                     BLOCK_D, BLOCK_N, MASKED, DROPOUT)  # fmt: skip
+    keys = load_rows(keys_at, k_length - begin, k_stride, HEAD_DIM, BLOCK_D, BLOCK_N, MASKED,
+                     DROPOUT)  # fmt: skip
     start = None
     if HAS_TABLE:
-        start = table_tile(table, first, begin, q_length, table_rows, table_cols, factor, BLOCK_M,
-                           BLOCK_N, DROPOUT)  # fmt: skip
+        start = table_tile(table_at, q_length - first, table_cols, factor, BLOCK_M, BLOCK_N,
+                           DROPOUT)  # fmt: skip
     scores = dot(queries, tl.trans(keys), start, PRECISION)
     if MASKED:
         seen = seen_pairs(first, begin, q_length, k_length, CAUSAL, BLOCK_M, BLOCK_N,
@@ -325,8 +349,8 @@ def attend(
             if not ONE_BLOCK:
                 left *= shrink
             left += partial_sums(weights, BLOCK_M, BLOCK_N, PARTS)
-    values = load_rows(v, k_begin, begin, k_length, v_stride, v_head, v, 2, heads, False, HEAD_DIM,
-                       BLOCK_D, BLOCK_N, MASKED, DROPOUT)  # fmt: skip
+    values = load_rows(values_at, k_length - begin, v_stride, HEAD_DIM, BLOCK_D, BLOCK_N, MASKED,
+                       DROPOUT)  # fmt: skip
     if ONE_BLOCK:
         total = dot(weights.to(values.dtype), values, None, PRECISION)
     else:
