@@ -172,19 +172,21 @@ py::arg unnamed() {
   return py::arg();
 }
 
+cuda::Call call_of(const CallTuple& c, int low) {
+  return {std::get<0>(c), pointer(std::get<1>(c)), pointer<uint64_t>(std::get<2>(c)),
+          pointer<float>(std::get<3>(c)), std::get<4>(c), std::get<5>(c), table(std::get<6>(c)),
+          pointer<float>(std::get<7>(c)), low};
+}
+
 template <class Args, class... P>
 void bind_cuda(py::module_& m, const char* name, Args (*arguments)(P...),
                const char* (*run)(const Args&, const cuda::Call&)) {
   m.def(name,
         [=](P... given, CallTuple c, int low) {
           const Args args = arguments(given...);
-          const int device = std::get<0>(c);
-          const cuda::Call call = {device, pointer(std::get<1>(c)), pointer<uint64_t>(std::get<2>(c)),
-                                   pointer<float>(std::get<3>(c)), std::get<4>(c), std::get<5>(c),
-                                   table(std::get<6>(c)), pointer<float>(std::get<7>(c)), low};
-          if (const char* error = run(args, call)) {
+          if (const char* error = run(args, call_of(c, low))) {
             throw std::runtime_error(std::string(name) + " (" + shape_of(args) + ") on cuda:" +
-                                     std::to_string(device) + ": " + error);
+                                     std::to_string(std::get<0>(c)) + ": " + error);
           }
         },
         unnamed<P>()..., py::arg("call"), py::arg("low") = 0,
@@ -194,6 +196,9 @@ void bind_cuda(py::module_& m, const char* name, Args (*arguments)(P...),
 void bind_cuda(py::module_& m) {
   bind_cuda(m, "cuda_attention_forward", attention_forward, cuda::attention_forward);
   bind_cuda(m, "cuda_attention_backward", attention_backward, cuda::attention_backward);
+  m.def("cuda_attention_scratch", [](const AttentionShape& shape, const CallTuple& c) {
+    return cuda::attention_scratch(shape, call_of(c, 0));
+  });
   bind_cuda(m, "cuda_layer_norm_forward", layer_norm_forward, cuda::layer_norm_forward);
   bind_cuda(m, "cuda_layer_norm_backward", layer_norm_backward, cuda::layer_norm_backward);
   bind_cuda(m, "cuda_gelu_forward", gelu_forward, cuda::gelu_forward);

@@ -100,11 +100,13 @@ def attention_backward(
     dq, dk, dv, position_bias=None, dposition_bias=None,
 ):  # fmt: skip
     cu_q, cu_k, bias = cu_q.contiguous(), cu_k.contiguous(), as_float32(bias)
-    rows, table = _scratch(lse, 3, *lse.shape), as_float32(position_bias)
+    table, longest = as_float32(position_bias), max(max_q, max_k)
+    shape = attention_shape(q, k, cu_q, cu_k, scale, causal, dropout_p, module=_kernels)
+    size = _kernels.cuda_attention_scratch(shape, _call(q, longest=longest, table=table))
+    scratch = _scratch(q, size)
     _kernels.cuda_attention_backward(
-        attention_shape(q, k, cu_q, cu_k, scale, causal, dropout_p, module=_kernels),
-        *map(strided, (q, k, v, out, dout, dq, dk, dv)), address(bias), address(lse),
-        _call(q, seed, rows, max(max_q, max_k), table=table, dtable=dposition_bias),
+        shape, *map(strided, (q, k, v, out, dout, dq, dk, dv)), address(bias), address(lse),
+        _call(q, seed, scratch, longest, table=table, dtable=dposition_bias),
     )  # fmt: skip
 
 

@@ -85,11 +85,7 @@ def cuda_kernels_in(path, arch, names=""):
         if names not in f"{file}.{kernel}" or not opcodes:
             continue
         spilled = any(o.startswith("STL") for o in opcodes)
-        wide, few = kernel.endswith(" 512>"), file.startswith("attention_mma") or file == "gelu"
-        warps = 4 if few else 16 if wide or file == "sums" else 8
-        if file == "attention_mma_fused":
-            warps = int(kernel.split(", ")[2])
-        tile = tiles.of_cuda(file, kernel)
+        warps, tile = tiles.warps_of_cuda(file, kernel), tiles.of_cuda(file, kernel)
         yield Compiled(
             kernel, 0, 0, f"cuda/{file}.cu", chip, warps, int(registers), None,
             int(stack) if spilled else 0, *products_and_loads(body, chip),

@@ -34,12 +34,26 @@ def rows_of(elements, work):
 CUDA = re.compile(r"(\w+)<(?:bf16|fp16), ([^>]*)>")
 
 
+def _arguments(kernel):
+    found = CUDA.match(kernel)
+    return found[2].split(", ") if found else []
+
+
+def warps_of_cuda(file, kernel):
+    """Warps of a CTA of a CUDA kernel."""
+    if file == "attention_mma_fused":
+        return int(_arguments(kernel)[2])
+    if file.startswith("attention_mma") or file == "gelu":
+        return 4
+    return 16 if kernel.endswith(" 512>") or file == "sums" else 8
+
+
 def of_cuda(file, kernel):
     """A CUDA kernel's tile, and None where it is not counted: float32, sequences of one warp,
     layer-norm, whose width is known at the launch."""
-    if not (found := CUDA.match(kernel)):
+    if not (arguments := _arguments(kernel)):
         return None
-    name, arguments = found[1], found[2].split(", ")
+    name = kernel.partition("<")[0]
     biased = arguments[-1] not in ("true", "false")  # by position
     if file == "attention_mma":  # head_dim, keys, 16 rows a warp, threads of a team, dropout
         depth, cols, tall, team = map(int, arguments[:4])
@@ -55,10 +69,10 @@ def of_cuda(file, kernel):
             cols = (16 if few else 32) if wide else (32 if few else 64)
         cols = min(cols, 16) if int(depth) > 128 else cols
         return _cuda_attention(64, cols, int(depth), products)
-    if file == "attention_mma_fused":  # head_dim, warps of 16 keys, dropout
-        depth, warps = map(int, arguments[:2])
-        cols = 64 if depth == 32 and warps == 8 else 32
-        return Tile(16 * warps * cols, 10 * 16 * warps * cols * depth, 5)
+    if file == "attention_mma_fused":  # head_dim, queries, warps of 16 keys, dropout, long
+        depth, cols = map(int, arguments[:2])
+        rows = 16 * warps_of_cuda(file, kernel)
+        return Tile(rows * cols, 2 * 5 * rows * cols * depth, 5)
     if file == "gelu" and name in ("forward", "backward"):  # numbers at once, which GELU
         rows, passes = (8, 2) if name == "forward" else (4, 3)
         elements = rows * int(arguments[0]) * 128

@@ -338,8 +338,12 @@ const char* attend(const AttentionBackward& a, const Dropout& drop, const Call& 
       const size_t tiles = shared_bytes(static_cast<int>(a.head_dim), 4, 2);
       void (*dq)(AttentionBackward, Dropout, const float*, decltype(table)...) = dq_kernel<T>;
       void (*dkv)(AttentionBackward, Dropout, const float*, decltype(table)...) = dkv_kernel<T>;
-      if (a.total_q) launch(dq, tiles_of(a.total_q, kSide, a), kThreads, tiles, call.stream, a, drop, delta, table...);
-      if (a.total_k) launch(dkv, tiles_of(a.total_k, kSide, a), kThreads, tiles, call.stream, a, drop, delta, table...);
+      const auto run = [&](auto kernel, int64_t total) {
+        if (!total) return;
+        launch(kernel, tiles_of(total, kSide, a), kThreads, tiles, call.stream, a, drop, delta, table...);
+      };
+      run(dq, a.total_q);
+      run(dkv, a.total_k);
       return nullptr;
     }
   });
@@ -360,6 +364,9 @@ const char* run(const Args& a, const Call& call) {
 
 const char* attention_forward(const AttentionForward& a, const Call& call) { return run(a, call); }
 const char* attention_backward(const AttentionBackward& a, const Call& call) { return run(a, call); }
+int64_t attention_scratch(const AttentionShape& a, const Call& call) {
+  return a.dtype == DType::kFloat32 ? a.num_heads * a.total_q : scratch_mma(a, call);
+}
 
 }  // namespace cuda
 }  // namespace bert_fast

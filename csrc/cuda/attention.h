@@ -77,11 +77,13 @@ __device__ __forceinline__ T* row_of(const Strided& t, int64_t row, int head) {
 
 // The kernels on tensor cores (16-bit types); false where they do not fit the chip.
 template <class T> bool forward_mma(const AttentionForward&, const Dropout&, const Call&);
-// `backward_rows` first, in any case: delta is the first of what it leaves in the scratch.
+// `backward_rows` first, in any case: delta is the first of what it leaves in the scratch,
+// (3, num_heads, total_q).
 template <class T> void backward_rows(const AttentionBackward&, const Dropout&, const Call&);
 template <class T> bool backward_mma(const AttentionBackward&, const Dropout&, const Call&);
-// The same of short sequences, heads up to 64 wide, without a table and not on Turing; else false.
+// The same by one kernel, where it is the better one; else false. And the scratch for either, in floats.
 template <class T> bool backward_fused(const AttentionBackward&, const Dropout&, const Call&);
+int64_t scratch_mma(const AttentionShape&, const Call&);
 
 }  // namespace cuda
 }  // namespace bert_fast

@@ -145,14 +145,14 @@ struct Loader {
 
   // The next tile. To be committed and waited for.
   __device__ __forceinline__ void load(const Matrix<T, kD>& to) {
+    constexpr unsigned kParts = kPartsOfChunk<kCount / kStep>, kPart = 8 / kParts;
     if (wide) {
 #pragma unroll kInFlight
       for (unsigned i = 0; i < kCount / kStep; ++i) {
         copy_async_16(place.at(to, i * kStep, 0), from, static_cast<int>(i * kStep) < left);
-        if (kPartsOfChunk<kCount / kStep> == 1) from += step;
+        if (kParts == 1) from += step;
       }
     } else {
-      constexpr unsigned kParts = kPartsOfChunk<kCount / kStep>, kPart = 8 / kParts;
 #pragma unroll 1
       for (unsigned i = 0; i < kCount / kStep * kParts; ++i) {
         const unsigned row = i / kParts * kStep, part = i % kParts * kPart;
@@ -168,7 +168,7 @@ struct Loader {
         if (kParts == 1) from += step;
       }
     }
-    if (kPartsOfChunk<kCount / kStep> > 1) from += step;
+    if (kParts > 1) from += step;  // of a row alone, of either kind: at once it is fewer instructions
     left -= kCount;
   }
 };

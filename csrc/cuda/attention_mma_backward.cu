@@ -1,7 +1,7 @@
 // Attention's backward on tensor cores, bf16 and fp16. A CTA of four warps owns 64 rows, each warp 16
 // of them: queries for dq, keys for dk and dv, so that nothing is added atomically. The other side
-// comes through shared memory by tiles, the next while one is used. Short sequences have a kernel of
-// their own (attention_mma_fused.cu).
+// comes through shared memory by tiles, the next while one is used. Where one kernel for all gradients
+// is the better one, that runs (attention_mma_fused.cu).
 //
 // The bias of k adds the same to all scores of a row, that of v the same to all of dP's: `rows_kernel`
 // takes the first out of the row's log-sum-exp and puts the second into what dP starts from, so that
@@ -242,7 +242,7 @@ __device__ __forceinline__ void add_table_by_key(float (&)[1][kTiles][4], const 
 template <class T, int kD, bool kWantsDk, bool kWantsDv, bool kDrop, class... Bias>
 __global__ void __launch_bounds__(kThreads, 2) dkv_kernel(AttentionBackward a, Dropout drop,
                                                        RowValues values, int wide, Bias... table) {
-  constexpr bool kHasTable = sizeof...(Bias) > 0, kHeld = kD <= 64;
+  constexpr bool kHasTable = sizeof...(Bias) > 0;
   constexpr int kQueries = kOther<kD, kTakenOfDkv<kHasTable, kDrop>>, kPipeline = kStages<kD>;
   constexpr bool kShiftsAlone = kDrop && !kWantsDk;  // without dropout nvcc has registers for both
   constexpr int kKinds = kShiftsAlone ? 1 : kDrop ? 3 : 2, kValues = kKinds * kQueries;
@@ -278,35 +278,26 @@ __global__ void __launch_bounds__(kThreads, 2) dkv_kernel(AttentionBackward a, D
   };
   ValueLoader<kQueries, kKinds, kThreads> row_values(values, a, head, q_begin, q_length, start);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  constexpr int kApart = kDrop ? 16 : 8;  // a lane's two keys, and the warp's two eights of them
-  const int local = kDrop ? warp / 2 * 32 + warp % 2 * 8 : warp * 16, first_key = tile.first + local;
-  const Place<T, kD> left(local + lane % 8 + lane / 8 % 2 * kApart, lane / 16);
+  constexpr int kApart = kKeysApart<kDrop>;
+  const int local = first_key_of<kDrop>(warp), first_key = tile.first + local;
+  Keys<T, kD, kDrop> mine(k, v, local, lane);
   const Place<T, kD> rows = place_of_rows<T, kD>(), columns = place_of_columns<T, kD>();
   const Scale scale(a.scale);
   const float sign = scale.sign, c = scale.c;
   const PhiloxKeys draw = keys_of<kDrop, kD <= 64>(drop);
   const bool drops = kDrop && (!kHasTable || drop.seed);
-  const int mine[2] = {first_key + lane / 4, first_key + lane / 4 + kApart};
-  const int least[2] = {mine[0] - ahead, mine[1] - ahead};  // the first queries that see them, if causal
+  const int keys[2] = {first_key + lane / 4, first_key + lane / 4 + kApart};
+  const int least[2] = {keys[0] - ahead, keys[1] - ahead};  // the first queries that see them, if causal
   float dk[1][kWantsDk ? kD / 8 : 1][4] = {}, dv[1][kWantsDv ? kD / 8 : 1][4] = {};
-  uint32_t held[2][kHeld ? kD / 16 : 1][4];
-  auto read = [&](int which, int chunk, uint32_t(&fragment)[4]) {
-    if constexpr (kHeld) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) fragment[i] = held[which][chunk][i];
-    } else {
-      load_matrices<false>(fragment, left.at(which ? v : k, 0, 2 * chunk));
-    }
-  };
   auto step = [&](auto count, auto masked, int stage, int offset, int first) {
     constexpr int kTiles = decltype(count)::value / 8;
-    const Block b = {first + offset + lane % 4 * 4, mine[0], q_length, tile.length, head,
+    const Block b = {first + offset + lane % 4 * 4, keys[0], q_length, tile.length, head,
                      tile.sequence, a.causal};
     const float* at = shared_values + stage * kValues + offset + lane % 4 * 4;
     float scores[1][kTiles][4] = {}, dscores[1][kTiles][4];
-    multiply_by_key<T, kD, kQueries, kWantsDk>(scores, dscores, read, query_tile(stage), dout_tile(stage),
+    multiply_by_key<T, kD, kQueries, kWantsDk>(scores, dscores, mine, query_tile(stage), dout_tile(stage),
                                                offset / 16, rows, at);
-    add_table_by_key(scores, b, mine, c, table...);
+    add_table_by_key(scores, b, keys, c, table...);
     if constexpr (decltype(masked)::value) {
       if (a.causal) hide_by_key(scores[0], b.query, least);
     }
@@ -331,13 +322,7 @@ __global__ void __launch_bounds__(kThreads, 2) dkv_kernel(AttentionBackward a, D
   if (sign != 1) add_bias<T, kD, kRows, kThreads>(k, nullptr, head_dim, sign);
   if (bias) add_bias<T, kD, kQueries, kThreads>(query_tile(0), bias, head_dim, 1.0f);
   barrier();
-  if constexpr (kHeld) {
-#pragma unroll
-    for (int n = 0; n < kD / 16; ++n) {
-      load_matrices<false>(held[0][n], left.at(k, 0, 2 * n));
-      load_matrices<false>(held[1][n], left.at(v, 0, 2 * n));
-    }
-  }
+  mine.hold();
   const int warp_end = first_key < tile.length ? q_length : 0;
   const int from = a.causal ? first_key - ahead : 0, whole = a.causal ? from + kApart + 7 : 0;
   for (int first = start, stage = 0; first < q_length; first += kQueries) {
@@ -387,7 +372,8 @@ void run_rows(const AttentionBackward& a, const Dropout& drop, const Call& call)
 template <class T, int kD, bool kDrop, class... Bias>
 bool run_kernels(const AttentionBackward& a, const Dropout& drop, const Call& call, Bias... table) {
   constexpr bool kHasTable = sizeof...(Bias) > 0;
-  constexpr int kKeys = kOther<kD, kTakenOfDq<kHasTable>>, kQueries = kOther<kD, kTakenOfDkv<kHasTable, kDrop>>;
+  constexpr int kKeys = kOther<kD, kTakenOfDq<kHasTable>>;
+  constexpr int kQueries = kOther<kD, kTakenOfDkv<kHasTable, kDrop>>;
   constexpr size_t kRow = kD * sizeof(T), kValues = (kDrop ? 3 : 2) * sizeof(float);
   const auto dq_bytes = [](int stages) { return (2 * kRows + 2 * stages * kKeys) * kRow; };
   const auto dkv_bytes = [](int stages) {

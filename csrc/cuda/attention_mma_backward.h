@@ -21,6 +21,45 @@ inline int which_are_wide(const AttentionBackward& a) {
          is_wide(a.dq, a) * kDq | is_wide(a.dk, a) * kDk | is_wide(a.dv, a) * kDv;
 }
 
+// Where a warp owns keys: how far a lane's two are apart, and the warp's two eights of them, and which
+// is its first. With dropout two warps have 32 keys between them.
+template <bool kDrop>
+constexpr int kKeysApart = kDrop ? 16 : 8;
+template <bool kDrop>
+__device__ __forceinline__ int first_key_of(int warp) {
+  return kDrop ? warp / 2 * 32 + warp % 2 * 8 : warp * 16;
+}
+
+// A warp's keys and values as left operands, 16 x 16 of them at a time: (0, n, f) the keys', (1, n, f)
+// the values'. They stay in registers once `hold` was called; wide heads have none for them.
+template <class T, int kD, bool kDrop>
+struct Keys {
+  static constexpr bool kHeld = kD <= 64;
+  Matrix<T, kD> k, v;
+  Place<T, kD> left;
+  uint32_t held[2][kHeld ? kD / 16 : 1][4];
+
+  __device__ __forceinline__ Keys(const Matrix<T, kD>& k, const Matrix<T, kD>& v, int local, int lane)
+      : k(k), v(v), left(local + lane % 8 + lane / 8 % 2 * kKeysApart<kDrop>, lane / 16) {}
+  __device__ __forceinline__ void hold() {
+    if constexpr (kHeld) {
+#pragma unroll
+      for (int n = 0; n < kD / 16; ++n) {
+        load_matrices<false>(held[0][n], left.at(k, 0, 2 * n));
+        load_matrices<false>(held[1][n], left.at(v, 0, 2 * n));
+      }
+    }
+  }
+  __device__ __forceinline__ void operator()(int which, int n, uint32_t (&fragment)[4]) const {
+    if constexpr (kHeld) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) fragment[i] = held[which][n][i];
+    } else {
+      load_matrices<false>(fragment, left.at(which ? v : k, 0, 2 * n));
+    }
+  }
+};
+
 // Weights, and dscores from dP, of a tile of pairs; `scale` is dropout's for what it keeps. Without
 // dropout delta is in dP already.
 __device__ __forceinline__ void differentiate(float& score, float& dscore, float c, float shift) {

@@ -46,7 +46,8 @@ struct Call {
 };
 
 const char* attention_forward(const AttentionForward&, const Call&);
-const char* attention_backward(const AttentionBackward&, const Call&);  // (3, num_heads, total_q)
+const char* attention_backward(const AttentionBackward&, const Call&);  // attention_scratch of them
+int64_t attention_scratch(const AttentionShape&, const Call&);  // floats; the Call has no scratch yet
 const char* layer_norm_forward(const LayerNormForward&, const Call&);
 const char* layer_norm_backward(const LayerNormBackward&, const Call&);  // (3, programs, hidden)
 const char* gelu_forward(const GeluForward&, const Call&);

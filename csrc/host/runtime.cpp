@@ -78,8 +78,9 @@ std::string this_block() {
 void describe_deadlock() {
   int count[4] = {};
   for (const Fiber& f : fibers) ++count[static_cast<int>(f.state)];
-  failure = this_block() + " is stuck: " + std::to_string(count[1]) + " threads at a barrier, " + std::to_string(count[2]) + " at a warp's exchange, " +
-            std::to_string(count[3]) + " at their end";
+  failure = this_block() + " is stuck: " + std::to_string(count[1]) + " threads at a barrier, " +
+            std::to_string(count[2]) + " at a warp's exchange, " + std::to_string(count[3]) +
+            " at their end";
 }
 
 void land(const Copy& c) {
@@ -221,6 +222,11 @@ int capability() {
   return wanted ? std::atoi(wanted) : 80;
 }
 
+int multiprocessors() {
+  const char* wanted = std::getenv("BERT_FAST_HOST_MULTIPROCESSORS");
+  return wanted ? std::atoi(wanted) : 108;
+}
+
 // As CUDA keeps it: of a launch that it refused, until somebody asks.
 static thread_local cudaError_t last_error = cudaSuccess;
 
@@ -267,9 +273,11 @@ const char* cudaGetErrorString(cudaError_t error) {
 }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr what, int) {
-  const int chip = bert_fast::host::capability();
+  using namespace bert_fast::host;
+  const int chip = capability();
   switch (what) {
     case cudaDevAttrComputeCapabilityMajor: *value = chip / 10; break;
+    case cudaDevAttrMultiProcessorCount: *value = multiprocessors(); break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = chip < 80 ? 65536 : 101376; break;
     default: *value = 0;
   }

@@ -48,6 +48,7 @@ void copy_async_wait(int groups_left);
 
 uint64_t launched();  // how many kernels so far
 int capability();  // of the GPU that is played: 10 * major + minor, BERT_FAST_HOST_CAPABILITY
+int multiprocessors();  // that it has, BERT_FAST_HOST_MULTIPROCESSORS
 
 }  // namespace host
 }  // namespace bert_fast

@@ -244,7 +244,7 @@ FAULTS = [
     ("attention_mma.cu", "draw_of(b.key) + n", "draw_of(b.key)"),
     ("attention.h", "key / 32 * 4 + key % 16 / 4", "key / 32 * 4 + key % 32 / 8"),
     ("attention.cu", "column >> 4 & 1", "0"),
-    ("attention_mma_backward.cu", "mine[0] - ahead, mine[1] - ahead", "mine[0], mine[1]"),
+    ("attention_mma_backward.cu", "keys[0] - ahead, keys[1] - ahead", "keys[0], keys[1]"),
     ("attention_mma_backward.cu", "first + offset + kTail<kQueries> <= from",
      "first + offset <= from"),
     ("layer_norm.cu", "if (column >= width) continue;\n    P pack;", "P pack;"),
