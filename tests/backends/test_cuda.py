@@ -144,7 +144,7 @@ def test_nothing_on_the_other_side(dtype):
 
 
 SANITIZED = """
-import sys
+import os, sys
 sys.path[:0] = ["tests", "tests/backends"]
 import torch, test_cuda
 from bert_fast import ops
@@ -152,6 +152,9 @@ for dtype in (torch.bfloat16, torch.float32):
     for lengths, head_dim in (([65, 1, 0, 63], 24), ([130], 17), ([2], 128), ([31, 1, 0, 16], 64),
                               ([128, 33], 64)):
         test_cuda.gradients(dtype, lengths, 2, head_dim, dropout_p=0.1, causal=True)
+    os.environ["BERT_FAST_HOST_MULTIPROCESSORS"] = "1"  # dq is summed in the scratch
+    test_cuda.gradients(dtype, [129, 0, 150], 2, 40, dropout_p=0.1, causal=True)
+    del os.environ["BERT_FAST_HOST_MULTIPROCESSORS"]
     for width in (77, 80, 1032):
         x = torch.randn(11, width, dtype=dtype, requires_grad=True)
         v = torch.randn(width, requires_grad=True)

@@ -59,7 +59,7 @@ FAULTS = [
     ("attention_mma_fused.cu", "sum + begin * kD", "sum"),
     ("attention_mma_fused.cu", "so_far += kTile * kD;", ";"),
     ("attention_mma_fused.cu", "store_16(so_far + n * kTeam * 4", "store_16(so_far"),
-    ("attention_mma_fused.cu", "q_begin / kTile + sequence)", "q_begin / kTile)"),
+    ("attention_mma_fused.cu", "q_begin / kTile + sequence;", "q_begin / kTile;"),
     ("attention_mma_fused.cu", "head * tiles_of_sums", "tiles_of_sums"),
     ("attention_mma_fused.cu", "a.total_q / kTile + a.batch", "a.total_q / kTile"),
     ("attention_mma_fused.cu", "first_sum(a) + a.num_heads *", "first_sum(a) +"),
