@@ -182,6 +182,8 @@ from bert_fast.backends import cuda
 
 class Kernels:
     AttentionShape, SUM_COLUMNS = dict, 32
+    def cuda_attention_scratch(self, shape, call):  # launches nothing
+        return 9
     def __getattr__(self, name):
         return lambda *given, **_: launched.append((name, now.device, given[-1][:2]))
 cuda._kernels = Kernels()

@@ -262,3 +262,28 @@ def test_a_refused_launch_is_named_once_and_the_next_runs():
         "invalid configuration argument"
     )
     assert torch.equal(ops.attention(few, few, few, cu, backend="cuda"), before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="needs an NVIDIA GPU; test_fused_backward.py ran without")
+@pytest.mark.parametrize("options", [{}, {"causal": True, "dropout_p": 0.2}], ids=str)
+@pytest.mark.parametrize("head_dim", [32, 64])
+def test_long_sequences_that_fill_a_gpu(head_dim, options):
+    """So many that the CUDA backend makes all gradients of long sequences by one kernel."""
+    if reason := backends.why_unavailable("cuda"):
+        pytest.skip(reason)
+    count = torch.cuda.get_device_properties(0).multi_processor_count
+    lengths = [i * 37 % 390 for i in range(count)]
+    leaves = [torch.randn(sum(lengths), 2, head_dim, device="cuda") for _ in range(4)]
+    low = [t.to(torch.bfloat16) for t in leaves]
+
+    def run(backend, dtype=torch.bfloat16):
+        *taken, dout = (t.to(dtype).requires_grad_() for t in low)
+        out = ops.attention(
+            *taken, cu_seqlens(lengths).cuda(), max_seqlen=389, seed=5, backend=backend, **options
+        )
+        return [t.detach() for t in (out, *torch.autograd.grad(out, taken, dout))]
+
+    found = run("cuda")
+    assert_within(found, run("eager"), run("eager", torch.float64), name="out, dq, dk, dv")
+    assert all(torch.equal(a, b) for a, b in zip(found, run("cuda"), strict=True))
