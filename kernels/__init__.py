@@ -7,6 +7,7 @@ bert_fast/backends/cpu.py.
 from bert_fast.kernels.attention import attention_backward, attention_forward
 from bert_fast.kernels.common import column_partials, sums_of
 from bert_fast.kernels.embedding import embedding_forward
+from bert_fast.kernels.float8 import float8_forward
 from bert_fast.kernels.gelu import gelu_backward, gelu_forward
 from bert_fast.kernels.layer_norm import layer_norm_backward, layer_norm_forward
 from bert_fast.kernels.linear import linear_gelu_forward
@@ -16,6 +17,7 @@ __all__ = [
     "attention_forward",
     "column_partials",
     "embedding_forward",
+    "float8_forward",
     "gelu_backward",
     "gelu_forward",
     "layer_norm_backward",

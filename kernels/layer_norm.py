@@ -34,8 +34,8 @@ STREAM = tl.constexpr(0xFFFFFFFF)  # dropout's fourth counter word: no attention
 
 
 @triton.jit
-def normalise(s, weight, bias, out, mean, rstd, row, col, rows, width, eps, SAVE: tl.constexpr):
-    """Stores LN(s) * weight + bias of whole rows and, with SAVE, their mean and rstd."""
+def normalised(s, weight, bias, mean, rstd, row, col, rows, width, eps, SAVE: tl.constexpr):
+    """LN(s) * weight + bias of whole rows; with SAVE, stores their mean and rstd."""
     inside = (row < rows)[:, None] & (col < width)[None, :]
     s = tl.where(inside, s, 0.0)
     center = tl.sum(s, 1) / width
@@ -46,7 +46,14 @@ def normalise(s, weight, bias, out, mean, rstd, row, col, rows, width, eps, SAVE
         tl.store(rstd + row, inverse, row < rows)
     gain = tl.load(weight + col, col < width, 0.0).to(tl.float32)[None, :]
     shift = tl.load(bias + col, col < width, 0.0).to(tl.float32)[None, :]
-    y = deviation * inverse[:, None] * gain + shift
+    return deviation * inverse[:, None] * gain + shift
+
+
+@triton.jit
+def normalise(s, weight, bias, out, mean, rstd, row, col, rows, width, eps, SAVE: tl.constexpr):
+    """Stores LN(s) * weight + bias of whole rows and, with SAVE, their mean and rstd."""
+    y = normalised(s, weight, bias, mean, rstd, row, col, rows, width, eps, SAVE)
+    inside = (row < rows)[:, None] & (col < width)[None, :]
     at = row.to(tl.int64)[:, None] * width + col[None, :]
     tl.store(out + at, y.to(out.dtype.element_ty), inside)
 

@@ -37,6 +37,7 @@ class Support:
     backward: bool = True
     largest: float = float("inf")  # head_dim of attention, the last dimension of others
     largest_before_80: float = float("inf")  # on chips of compute capability 7.5
+    since: tuple = (0, 0)  # the first compute capability that has what the op needs
 
 
 _chosen: dict[tuple, str] = {}  # a call of choose -> what it returned
@@ -67,7 +68,7 @@ def _forget_choices():
 
 OPS = ("attention", "layer_norm", "gelu")
 # What is otherwise done by other ops, one after another, on whatever backends those choose.
-COMPOSED = ("linear_gelu", "embedding_layer_norm")
+COMPOSED = ("linear_gelu", "embedding_layer_norm", "float8")
 SUPPORT = _Table({
     "cpu": {op: Support("cpu") for op in (*OPS, "embedding_layer_norm")},
     "triton": {
@@ -76,6 +77,7 @@ SUPPORT = _Table({
         "gelu": Support("cuda"),
         "linear_gelu": Support("cuda"),
         "embedding_layer_norm": Support("cuda", largest=16384),
+        "float8": Support("cuda", backward=False, largest=16384, since=(8, 9)),
     },
     "cuda": {
         "attention": Support("cuda", largest=256, largest_before_80=128),
@@ -187,6 +189,8 @@ def why_not(name, op, device, dtype, needs_grad, size=0):
         return f"its {op} takes {known}, not {str(dtype).removeprefix('torch.')}"
     if needs_grad and not support.backward:
         return f"its {op} has no backward yet"
+    if device.type == "cuda" and _capability(device) < support.since:
+        return f"its {op} is for compute capability {'.'.join(map(str, support.since))} and later"
     largest = support.largest
     if size > support.largest_before_80 and _capability(device) < (8, 0):
         largest = support.largest_before_80

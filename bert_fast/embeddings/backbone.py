@@ -49,6 +49,8 @@ def split_dtype(dtype, device):
     """(dtype to load in, precision to pack in or None) of a ``dtype`` argument: on a CPU weights
     are rounded when they are packed, not before."""
     name = str(dtype).removeprefix("torch.")
+    if name in ("float8", "float8_e4m3fn"):
+        raise ValueError("dtype 'float8' is experimental: BertModel.for_inference alone has it")
     if name not in get_args(Precision):
         return dtype, None
     if torch.device(device).type == "cpu":

@@ -21,6 +21,7 @@ from bert_fast.models.blocks import (
     as_autocast_gives,
     attention_precision,
     check_ids,
+    exportable,
     feed_forward,
     initialiser,
     prepack,
@@ -29,18 +30,12 @@ from bert_fast.models.blocks import (
 )
 from bert_fast.models.checkpoint import load, save
 from bert_fast.models.config import BertConfig
-from bert_fast.models.inference import Precision, for_inference
+from bert_fast.models.float8 import Float8Layers
+from bert_fast.models.inference import Served, for_inference
 from bert_fast.models.one_call import OneCall
 from bert_fast.models.packing import Packing
 from bert_fast.models.repeat import Layers, describer
 from bert_fast.models.workspace import NoWorkspace, Workspace, can_reuse_memory
-
-
-def exportable(kind):
-    """Registers a named tuple: a program of ``torch.export`` that returns it can then be saved."""
-    name = f"{kind.__module__}.{kind.__qualname__}"
-    torch.utils._pytree._register_namedtuple(kind, serialized_type_name=name)
-    return kind
 
 
 @exportable
@@ -200,11 +195,11 @@ class BertModel(nn.Module):
         return prepack(self)
 
     def for_inference(
-        self, dtype: Precision | torch.dtype = "float32",
+        self, dtype: Served | torch.dtype = "float32",
         calibration: Iterable[dict[str, Tensor]] | None = None,
     ) -> BertModel:  # fmt: skip
-        """Replaces the layers' weights by ones laid out for inference on the CPU; returns the
-        model, which can then neither be trained nor moved.
+        """Replaces the layers' weights by ones laid out for inference on the CPU, or in float8 on
+        a GPU; returns the model, which can then neither be trained nor moved.
 
         What is not a product of an encoder layer stays in float32, and so do inputs and outputs.
         The layers' weights take as much memory as they did in float32 (2.5 times as much with AMX),
@@ -213,22 +208,27 @@ class BertModel(nn.Module):
         Args:
             dtype: "float32"; "bfloat16" products; or "int8" ones, by token and channel, without
                 those that lose too much (left in bfloat16, or float32 where that is faster), with
-                attention's own two in bfloat16.
+                attention's own two in bfloat16. "float8", experimental: in e4m3, by token and
+                channel, of a bfloat16 model on a GPU of compute capability 8.9 or later; it cannot
+                be saved. Its numbers are tested on a CPU alone, and no speed is claimed.
             calibration: for int8: inputs, as keyword arguments of :meth:`encode`. Default: 32
                 sequences of 32 drawn tokens.
 
         Raises:
-            ValueError: the model is not in float32 on the CPU, or has weights that are not finite
-                and would be rounded; calibration has no tokens, or ``dtype`` needs none.
+            ValueError: the model is not in float32 on the CPU (float8: what of it does not fit),
+                or has weights that are not finite and would be rounded; calibration has no tokens,
+                or ``dtype`` needs none.
         """
         return for_inference(self, dtype, calibration)
 
     def _apply(self, fn, *args, **kwargs):
         if self.served_in is not None:  # before anything of it has changed
-            changed = fn(torch.empty(0))
-            if changed.device.type != "cpu" or changed.dtype != torch.float32:
+            kept = self.embeddings.word.weight
+            changed = fn(kept.new_empty(0))
+            if changed.device != kept.device or changed.dtype != kept.dtype:
+                where = "the CPU" if kept.device.type == "cpu" else kept.device
                 raise RuntimeError(
-                    f"for_inference() has packed this model for the CPU: it cannot become "
+                    f"for_inference() has packed this model for {where}: it cannot become "
                     f"{changed.dtype} on {changed.device}; load it anew"
                 )
         self.one_call.forget()  # of weights that may go
@@ -299,9 +299,10 @@ class BertModel(nn.Module):
         return torch.compiler.disable(self._encode_served)
 
     def _encode_served(self, *args):
-        if not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
+        if not torch.is_grad_enabled() and not torch._C._is_any_autocast_enabled():
             return self._encode(*args)  # without contexts, each as long as an op
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        device = self.embeddings.word.weight.device.type
+        with torch.no_grad(), torch.autocast(device, enabled=False):
             return self._encode(*args)
 
     def _encode(self, inputs, output_hidden_states):
@@ -315,7 +316,8 @@ class BertModel(nn.Module):
         given, reuses = (self.layers, x, packing, workspace), workspace is self.workspace
         if last_alone and reuses and (out := self.one_call(*given, self._describe)) is not None:
             return [out], packing
-        states, run = [], Layers(self._describe, self.layers, x, packing)
+        kind = Float8Layers if self.served_in == "float8" else Layers
+        states, run = [], kind(self._describe, self.layers, x, packing)
         for layer in self.layers:
             if output_hidden_states:
                 states.append(x.clone())  # inference goes on in x's own memory

@@ -16,6 +16,13 @@ GELU_APPROXIMATE = {
 }  # fmt: skip
 
 
+def exportable(kind):
+    """Registers a named tuple: a program of ``torch.export`` that returns it can then be saved."""
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    torch.utils._pytree._register_namedtuple(kind, serialized_type_name=name)
+    return kind
+
+
 def product_adds_bias(x):
     """Whether a product in front of attention adds its bias itself. On a GPU cuBLASLt's epilogue
     does so for nothing, and attention would for every tile that reads keys and values."""
@@ -198,6 +205,9 @@ def feed_forward(x, up, down, norm, approximate, dropout_p, workspace):
 def project_add_norm(x, linear, norm, residual, dropout_p, workspace):
     """LN(residual + dropout(x Wᵀ + b)): in inference over the residual's memory."""
     projected = linear.matmul(x, workspace.take("projected", *residual.shape, x), workspace)
+    if type(residual) is ops.Rounded:
+        bias = linear.parts()[1]
+        return ops.layer_norm_float8(projected, *two(norm), residual.value, bias, norm.eps)
     return ops.layer_norm(
         projected, *two(norm), residual=residual, linear_bias=linear.parts()[1],
         eps=norm.eps, dropout_p=dropout_p, out=workspace.over(residual),

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bert_fast.models import checkpoint
-from bert_fast.models.bert import BertModel, exportable
-from bert_fast.models.blocks import check_ids, prepack
+from bert_fast.models.bert import BertModel
+from bert_fast.models.blocks import check_ids, exportable, prepack
 from bert_fast.models.config import BertConfig, read_json
 from bert_fast.models.decoder import Decoder
 from bert_fast.models.generation import Decoding, beam_search, greedy

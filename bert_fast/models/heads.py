@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from bert_fast import ops
 from bert_fast.models import checkpoint
-from bert_fast.models.bert import BertModel, exportable
-from bert_fast.models.blocks import GELU_APPROXIMATE, Linear, initialiser, prepack
+from bert_fast.models.bert import BertModel
+from bert_fast.models.blocks import GELU_APPROXIMATE, Linear, exportable, initialiser, prepack
 from bert_fast.models.config import BertConfig
-from bert_fast.models.inference import Precision, for_inference
+from bert_fast.models.inference import Served, for_inference
 from bert_fast.ops.cross_entropy import IGNORED, linear_cross_entropy
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class _BertWithHead(nn.Module):
         return prepack(self)
 
     def for_inference(
-        self, dtype: Precision | torch.dtype = "float32",
+        self, dtype: Served | torch.dtype = "float32",
         calibration: Iterable[dict[str, torch.Tensor]] | None = None,
     ) -> Self:  # fmt: skip
         """As :meth:`bert_fast.BertModel.for_inference`."""

@@ -5,6 +5,8 @@ int8 follows LLM.int8()'s scales by row and column (Dettmers et al. 2022) and Sm
 al. 2023): a channel of the input that is large in all texts takes the scale from the others, so it
 is divided by a factor that its column of the weight is multiplied by. The factors come from
 calibration inputs, and so does the choice of the products that stay in bf16.
+
+On a GPU: products in float8 (float8.py).
 """
 
 import warnings
@@ -14,10 +16,12 @@ import torch
 import torch.nn.functional as F
 
 from bert_fast import ops
+from bert_fast.models import float8
 from bert_fast.models.blocks import Linear
 from bert_fast.models.workspace import Workspace
 
 Precision = Literal["float32", "bfloat16", "int8"]
+Served = Literal["float32", "bfloat16", "int8", "float8"]  # of a BertModel alone
 
 SMOOTHING = 0.5  # SmoothQuant's alpha: how much of a channel's size goes into the weight
 ROWS = 512  # of a product's input that are kept to judge by
@@ -25,13 +29,11 @@ LIMIT = 0.02  # the relative error from which a product stays in bf16
 _said: set[str] = set()
 
 
-def check_precision(precision):
+def check_precision(precision, known=Precision):
     """The name of a precision, given as one or as a torch.dtype."""
-    name = str(precision).removeprefix("torch.")
-    if name not in get_args(Precision):
-        raise ValueError(
-            f"dtype must be one of {', '.join(get_args(Precision))}, not {precision!r}"
-        )
+    name = str(precision).removeprefix("torch.").replace("float8_e4m3fn", "float8")
+    if name not in get_args(known):
+        raise ValueError(f"dtype must be one of {', '.join(get_args(known))}, not {precision!r}")
     return name
 
 
@@ -48,6 +50,14 @@ def _is_finite(weight):
     return all(torch.isfinite(end) for end in torch.aminmax(weight.detach()))
 
 
+def check_finite(products, precision, model):
+    # Also what is computed of parameters: by a parametrisation, by weight_norm.
+    weights = [(name, product.weight) for name, product in products]
+    for name, weight in [*weights, *model.named_parameters()]:
+        if not _is_finite(weight):
+            raise ValueError(f"{name} is not finite: in {precision} results would mean nothing")
+
+
 def pack(products, precision, calibrate, model):
     """Lays products out for inference. If it fails, they are as they were.
 
@@ -61,11 +71,7 @@ def pack(products, precision, calibrate, model):
         ValueError: a parameter is not finite, or calibration ran no tokens.
     """
     if precision != "float32":
-        # Also what is computed of parameters: by a parametrisation, by weight_norm.
-        weights = [(name, product.weight) for name, product in products]
-        for name, weight in [*weights, *model.named_parameters()]:
-            if not _is_finite(weight):
-                raise ValueError(f"{name} is not finite: in {precision} results would mean nothing")
+        check_finite(products, precision, model)
     _say_where_slow(precision)
     if precision != "int8":
         for _, product in products:
@@ -89,20 +95,23 @@ def encoder_of(model):
 
 def for_inference(model, precision, calibration):
     """See :meth:`bert_fast.BertModel.for_inference`."""
-    encoder, precision = encoder_of(model), check_precision(precision)
+    encoder, precision = encoder_of(model), check_precision(precision, Served)
     check_calibration(precision, calibration)
     weight = encoder.embeddings.word.weight
     if weight.is_inference():
         raise ValueError("for_inference cannot pack a model made in torch.inference_mode()")
-    if weight.dtype != torch.float32 or weight.device.type != "cpu":
-        raise ValueError(
-            f"for_inference is for float32 models on the CPU, not {weight.dtype} on {weight.device}"
-        )
     if encoder.served_in is not None:
         raise ValueError(
             f"for_inference was called before: the model is packed in {encoder.served_in}"
         )
-    if (reason := ops.why_not_packed()) is not None:
+    on_gpu = precision == "float8"
+    if on_gpu:
+        float8.check(encoder)
+    elif weight.dtype != torch.float32 or weight.device.type != "cpu":
+        raise ValueError(
+            f"for_inference is for float32 models on the CPU, not {weight.dtype} on {weight.device}"
+        )
+    elif (reason := ops.why_not_packed()) is not None:
         raise ValueError(f"for_inference needs the cpu backend: {reason}")
     model.eval()
     products = [
@@ -116,11 +125,16 @@ def for_inference(model, precision, calibration):
             for inputs in drawn_inputs(encoder.config) if calibration is None else calibration:
                 encoder.encode(**inputs)
 
-    pack(products, precision, calibrate, model)
+    if on_gpu:
+        check_finite(products, precision, model)
+        float8.pack(products)
+    else:
+        pack(products, precision, calibrate, model)
     model.requires_grad_(False)
     for _, product in products:
         product.release()
-    model.prepack()  # the pooler
+    if not on_gpu:
+        model.prepack()  # the pooler
     encoder.served_in = precision
     encoder.one_call.forget()
     return model

@@ -31,6 +31,8 @@ def save_packed(model, directory):
     """Writes a packed model's weights and config, for this package alone."""
     from safetensors.torch import save_file
 
+    if encoder_of(model).served_in == "float8":
+        raise ValueError("a model in float8 is not saved: save it before for_inference('float8')")
     directory = Path(directory)
     if plain := [name for name in WEIGHTS if (directory / name).is_file()]:
         raise ValueError(

@@ -12,6 +12,15 @@ from bert_fast.ops.encoder import (
     unchanged,
     without_openmp,
 )
+from bert_fast.ops.float8 import (
+    Float8Weight,
+    Rounded,
+    Rows,
+    float8,
+    gelu_float8,
+    layer_norm_float8,
+    scaled_product,
+)
 from bert_fast.ops.gelu import gelu
 from bert_fast.ops.layer_norm import layer_norm
 from bert_fast.ops.linear import (
@@ -27,8 +36,11 @@ from bert_fast.ops.tokens import are_inside, means, range_of, real_tokens
 from bert_fast.ops.training_layer import Numbers, Seeds, training_layer
 
 __all__ = [
+    "Float8Weight",
     "Numbers",
     "Repeat",
+    "Rounded",
+    "Rows",
     "Seeds",
     "all_run_in_one_call",
     "are_inside",
@@ -41,11 +53,14 @@ __all__ = [
     "check_cu_seqlens",
     "circumstances",
     "embedding_layer_norm",
+    "float8",
     "gelu",
+    "gelu_float8",
     "is_concrete",
     "is_fast",
     "launches",
     "layer_norm",
+    "layer_norm_float8",
     "linear_gelu",
     "means",
     "pack_weight",
@@ -53,6 +68,7 @@ __all__ = [
     "real_tokens",
     "reference",
     "runs_in_one_call",
+    "scaled_product",
     "training_layer",
     "unchanged",
     "unpacked_weight",

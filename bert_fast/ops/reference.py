@@ -151,3 +151,30 @@ def gelu(x, bias=None, approximate="none"):
     if bias is not None:
         x = x + bias
     return F.gelu(x, approximate=approximate)
+
+
+LARGEST_FLOAT8 = torch.finfo(torch.float8_e4m3fn).max  # 448
+# Below it a scale's inverse would overflow: rows this near to zero, and of zeros, share it.
+LEAST_FLOAT8_SCALE = 2.0**-126
+
+
+def float8(x):
+    """Rows of float8_e4m3fn (Micikevicius et al. 2022), x / scale rounded to nearest, and each
+    row's float32 scale, its largest magnitude / 448.
+
+    So no element is beyond 448 by more than float32's roundings, which e4m3's own takes back:
+    nothing overflows. A NaN is no row's largest and stays one; beside an infinity, whose row's
+    scale is infinite, finite elements are 0 and it is NaN itself. Either makes all of the row's
+    products NaN.
+    """
+    x = x.float()
+    largest = x.abs().masked_fill(x.isnan(), 0).amax(-1)
+    scale = (largest / LARGEST_FLOAT8).clamp(min=LEAST_FLOAT8_SCALE)
+    return (x * (1 / scale)[..., None]).to(torch.float8_e4m3fn), scale
+
+
+def float8_product(elements, scale, weight, weight_scale, bias=None):
+    """x Wᵀ + bias in bfloat16 of rows and a weight as :func:`float8` gives them. In float64 each
+    sum is exact, up to 2^17 terms."""
+    total = F.linear(elements.double(), weight.double()).float() * scale[:, None] * weight_scale
+    return (total if bias is None else total + bias).bfloat16()
