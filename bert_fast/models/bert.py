@@ -201,7 +201,7 @@ class BertModel(nn.Module):
         """Replaces the layers' weights by ones laid out for inference on the CPU, or in float8 on
         a GPU; returns the model, which can then neither be trained nor moved.
 
-        What is not a product of an encoder layer stays in float32, and so do inputs and outputs.
+        What is no product of an encoder layer stays in float32 (beside float8: in bfloat16).
         The layers' weights take as much memory as they did in float32 (2.5 times as much with AMX),
         half in bfloat16 and a quarter in int8; the embeddings are as they were.
 
@@ -215,9 +215,9 @@ class BertModel(nn.Module):
                 sequences of 32 drawn tokens.
 
         Raises:
-            ValueError: the model is not in float32 on the CPU (float8: what of it does not fit),
-                or has weights that are not finite and would be rounded; calibration has no tokens,
-                or ``dtype`` needs none.
+            ValueError: the model is not in float32 on the CPU (float8: what does not fit), or has
+                weights that are not finite and would be rounded; calibration has no tokens, or
+                ``dtype`` needs none.
         """
         return for_inference(self, dtype, calibration)
 

@@ -206,8 +206,9 @@ def project_add_norm(x, linear, norm, residual, dropout_p, workspace):
     """LN(residual + dropout(x Wᵀ + b)): in inference over the residual's memory."""
     projected = linear.matmul(x, workspace.take("projected", *residual.shape, x), workspace)
     if type(residual) is ops.Rounded:
-        bias = linear.parts()[1]
-        return ops.layer_norm_float8(projected, *two(norm), residual.value, bias, norm.eps)
+        residual, bias = residual.value, linear.parts()[1]
+        if dropout_p == 0:
+            return ops.layer_norm_float8(projected, *two(norm), residual, bias, norm.eps)
     return ops.layer_norm(
         projected, *two(norm), residual=residual, linear_bias=linear.parts()[1],
         eps=norm.eps, dropout_p=dropout_p, out=workspace.over(residual),

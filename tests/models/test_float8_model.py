@@ -3,11 +3,13 @@ on a GPU that has them, by torch."""
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TRITON, assert_within
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bert_fast
 from bert_fast.models import float8
@@ -221,6 +223,23 @@ def test_models_that_do_not_fit_are_refused(monkeypatch, tmp_path):
                 lambda dtype=dtype: bert_fast.SentenceEncoder(tmp_path, dtype=dtype))  # fmt: skip
 
 
+def test_which_gpus_have_it(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A10")
+    with FakeTensorMode():
+        weight = torch.empty(2, 2, dtype=torch.bfloat16, device="cuda")
+    model = SimpleNamespace(
+        embeddings=SimpleNamespace(word=SimpleNamespace(weight=weight)),
+        parameters=lambda: [weight], config=bert_fast.BertConfig(**SIZES),
+    )  # fmt: skip
+    for capability in ((8, 6), (8, 9), (9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_, c=capability: c)
+        if capability < (8, 9):
+            refused("or later, not for NVIDIA A10", lambda: float8.check(model))
+        else:
+            float8.check(model)
+
+
 def test_a_torch_without_the_product_is_refused(monkeypatch):
     """By what it says itself, and the model is as it was."""
 
@@ -246,3 +265,6 @@ def test_what_such_a_model_cannot_do_is_said(monkeypatch, tmp_path):
     refused("packed in float8", lambda: model.for_inference("float8"))
     refused("is for inference: call eval", lambda: model.train()(ids), RuntimeError)
     assert list(tmp_path.iterdir()) == []
+    wanted = last(model.eval(), [ids])
+    model.layers[0].feed_forward.train()  # a part by itself drops as it does elsewhere
+    assert not torch.equal(last(model, [ids]), wanted)
