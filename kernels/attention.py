@@ -27,7 +27,6 @@ The rows past the last sequence are one more, which sees no keys: zeros.
 import functools
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -38,7 +37,6 @@ from bert_fast.kernels.attention_tiles import (
     COUNTS,
     LN2,
     LOWEST,
-    TABLE_BLOCK,
     attend,
     find,
     find_statistics,
@@ -55,6 +53,7 @@ from bert_fast.kernels.attention_tiles import (
     statistics,
     store_rows,
     table_from,
+    table_or,
 )
 from bert_fast.kernels.common import dot, dropout_numbers, precision, seed_or
 from bert_fast.kernels.launch import kernel
@@ -335,16 +334,6 @@ def _common(q, bias, table, causal, dropout_p):
     }  # fmt: skip
 
 
-def _table_or(table, other):
-    """The position bias in whole blocks of columns, and its rows and columns; without one a pointer
-    must be given all the same."""
-    if table is None:
-        return other, 0, 0
-    if missing := -table.shape[2] % TABLE_BLOCK.value:
-        table = F.pad(table, (0, missing))
-    return table.contiguous(), *table.shape[1:]
-
-
 @on_own_device("triton")
 def attention_forward(
     q, k, v, cu_q, cu_k, max_q, max_k, bias, scale, causal, dropout_p, seed, out=None,
@@ -361,7 +350,7 @@ def attention_forward(
         causal,
     )  # fmt: skip
     parts = parts_of_sum(biased, q.device, dropout_p > 0, bias is not None, causal)
-    table, *table_size = _table_or(position_bias, q)
+    table, *table_size = table_or(position_bias, q)
 
     def launch(chosen):
         BLOCK_M, BLOCK_N, warps, stages = chosen
@@ -398,7 +387,7 @@ def attention_backward(
         candidates, q, max_k, causal, bias, position_bias, dropout_p, tiles=2
     )
     bias = q if bias is None else bias.contiguous()
-    table, *table_size = _table_or(position_bias, q)
+    table, *table_size = table_or(position_bias, q)
     dropout = scale, *dropout_numbers(dropout_p)
     seed = seed_or(seed, cu_q)
     most = functools.partial(

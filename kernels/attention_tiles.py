@@ -1,6 +1,7 @@
 """What the attention kernels share: which rows a program has, how they are read, and which pairs of
 them count."""
 
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -133,6 +134,16 @@ def score_factor(scale):
     """What products of queries and keys are multiplied by to be scores in base 2. Not quite 0: what
     is to come to -inf is -inf before, and a position bias is divided by it."""
     return tl.where(tl.abs(scale) < 1e-30, 1e-30, scale) * LOG2E
+
+
+def table_or(table, other):
+    """The position bias in whole blocks of columns, and its rows and columns; without one a pointer
+    must be given all the same."""
+    if table is None:
+        return other, 0, 0
+    if missing := -table.shape[2] % TABLE_BLOCK.value:
+        table = F.pad(table, (0, missing))
+    return table.contiguous(), *table.shape[1:]
 
 
 @triton.jit

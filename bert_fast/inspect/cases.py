@@ -21,12 +21,15 @@ def cases(full=False):
     dtypes = [torch.bfloat16, torch.float32] if full else [torch.bfloat16]
     sizes = [(64, 512), (64, 128), (64, 64), (32, 128), (80, 512), (128, 512), (256, 512)]
     # Of models the products add their biases; where attention does, it takes more registers.
-    variants = [(False, 0.0, False), (full, 0.1, False), (False, 0.1, True)]
+    variants = [(False, 0.0, False), (full, 0.1, False), (full, 0.1, True)]
     given = [
         (size, *variant, full) for size in (sizes if full else sizes[:2]) for variant in variants
     ]
     given += [(size, False, p, False, not full) for size in sizes[:2] for p in (0.0, 0.1)]
-    given += [] if full else [(sizes[0], False, 0.0, True, False)]  # a model's inference
+    if full:
+        given += [(size, True, 0.1, False, False) for size in sizes]
+    else:
+        given.append((sizes[0], False, 0.0, True, False))  # a model's inference
     for dtype, ((head_dim, longest), causal, dropout_p, *biases), backward in itertools.product(
         dtypes, given, (False, True)
     ):

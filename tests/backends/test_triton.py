@@ -38,7 +38,8 @@ def inspected(tmp_path, *options):
 
 
 def check(rows):
-    """No spill, no more shared memory than the chip has, tensor cores, 16-byte loads."""
+    """No spill, no more shared memory than the chip has, tensor cores, 16-byte loads, no two warps
+    that compute the same."""
     rows = [row for row in rows if not row["kernel"].startswith("cuda/")]
     rows = [r for r in rows if not (r["chip"] == 75 and TOO_WIDE_FOR_75.match(r["work"]))]
     assert not [row for row in rows if row["faults"]]
@@ -48,6 +49,7 @@ def check(rows):
     assert {"linear.forward", "embedding.forward"} <= kernels
     assert {"layer_norm.forward", "layer_norm.backward", "gelu.forward", "gelu.backward"} <= kernels
     assert all(row["spills"] == 0 and row["widest_load"] == 128 for row in rows)
+    assert not [row for row in rows if row["counts"] and row["counts"]["repeated"] > 1 + 1e-6]
 
 
 @pytest.fixture(scope="module")

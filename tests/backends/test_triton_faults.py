@@ -78,7 +78,7 @@ MUTANTS = [
     ("attention_tiles", "tl.where(tl.abs(scale) < 1e-30, 1e-30, scale)", "scale"),
     ("attention_tiles", "(tl.program_id(1).to(tl.int64) * table_rows + first) * table_cols",
      "(tl.program_id(1).to(tl.int64) + first) * table_cols"),
-    ("attention", "table = F.pad(table, (0, missing))", "table = F.pad(table, (missing, 0))"),
+    ("attention_tiles", "table = F.pad(table, (0, missing))", "table = F.pad(table, (missing, 0))"),
     ("attention_table", "range(tl.program_id(2), batch,", "range(tl.program_id(2), batch - 1,"),
     ("attention_table", "begin < first + BLOCK_M + k_length - q_length",
      "begin < first + k_length - q_length"),
