@@ -31,7 +31,7 @@ import triton
 import triton.language as tl
 
 from bert_fast.devices import on_own_device
-from bert_fast.kernels import attention_short, attention_table, tuning
+from bert_fast.kernels import attention_settings, attention_short, attention_table, tuning
 from bert_fast.kernels.attention_settings import candidates, parts_of_sum, registers, settings
 from bert_fast.kernels.attention_tiles import (
     COUNTS,
@@ -77,6 +77,7 @@ def _forward(
     HAS_TABLE: tl.constexpr,
     ONE_BLOCK: tl.constexpr,  # all keys of every sequence fit one block: nothing is rescaled
     PARTS: tl.constexpr,  # of a row's sums in the loop
+    TENSOR_CORES: tl.constexpr,  # else plain FMA
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -98,8 +99,8 @@ def _forward(
     left = tl.zeros((BLOCK_M, PARTS), tl.float32)
     total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     factor = score_factor(scale)
-    if HAS_BIAS:  # k's is the same in all scores of a row; here, so that no queries wait for it
-        added = row_shift(queries, bias, heads, factor, HEAD_DIM, BLOCK_D)
+    if HAS_BIAS and TENSOR_CORES:  # or queries would stay for it a second time
+        shift_of_k = row_shift(queries, bias, heads, factor, HEAD_DIM, BLOCK_D)
     keys_at = rows_from(k, k_begin, k_stride, k_head)
     values_at = rows_from(v, k_begin, v_stride, v_head)
     table_at = table_from(table, first, 0, table_rows, table_cols)
@@ -129,12 +130,14 @@ def _forward(
         values_at += rows_on(v_stride, BLOCK_N)
         table_at += BLOCK_N
     norm = tl.sum(norm, 1)
-    if HAS_BIAS:  # v's is the same in all that is summed
+    if HAS_BIAS:  # v's is the same in all that is summed, k's in all scores of a row
         shift = load_bias(bias, 2, heads, HEAD_DIM, BLOCK_D)
         kept = tl.sum(left, 1) if DROPOUT else norm
         total += kept[:, None] * shift[None, :]
-        top += added
-        total += 0.0 * added[:, None]  # NaN and infinity are not to cancel
+        if not TENSOR_CORES:
+            shift_of_k = row_shift(queries, bias, heads, factor, HEAD_DIM, BLOCK_D)
+        top += shift_of_k
+        total += 0.0 * shift_of_k[:, None]  # NaN and infinity are not to cancel
     share = tl.where(norm > 0, 1.0 / tl.where(norm > 0, norm, 1.0), 0.0)
     if DROPOUT:
         share *= keep_scale
@@ -345,11 +348,10 @@ def attention_forward(
     lse = torch.empty(heads, total_q, dtype=torch.float32, device=q.device)
     batch = cu_q.numel() - 1
     biased = position_bias is not None
-    block_d, entry = settings(
-        "forward", biased, head_dim, q.dtype, q.device, max_k, dropout_p > 0, bias is not None,
-        causal,
-    )  # fmt: skip
-    parts = parts_of_sum(biased, q.device, dropout_p > 0, bias is not None, causal)
+    kind = dropout_p > 0, bias is not None, causal
+    block_d, entry = settings("forward", biased, head_dim, q.dtype, q.device, max_k, *kind)
+    parts = parts_of_sum(biased, q.device, *kind)
+    tensor_cores = attention_settings.on_tensor_cores(q.dtype, q.device)
     table, *table_size = table_or(position_bias, q)
 
     def launch(chosen):
@@ -358,8 +360,8 @@ def attention_forward(
             q, k, v, q if bias is None else bias.contiguous(), table, out, lse, cu_q, cu_k,
             seed_or(seed, cu_q), *_strides(q, k, v, out), batch, total_q, heads, *table_size, scale,
             *dropout_numbers(dropout_p), NEGATIVE=scale < 0, ONE_BLOCK=max_k <= BLOCK_N,
-            PARTS=1 if max_k <= BLOCK_N else parts,
-            BLOCK_D=block_d, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=warps, num_stages=stages,
+            PARTS=1 if max_k <= BLOCK_N else parts, TENSOR_CORES=tensor_cores, BLOCK_D=block_d,
+            BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=warps, num_stages=stages,
             debug=True, sanitize_overflow=False,
             **_common(q, bias, position_bias, causal, dropout_p),
         )  # fmt: skip

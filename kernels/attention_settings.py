@@ -22,7 +22,7 @@ FORWARD = {
     100: {32: (128, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 32, 8, 2), 256: (64, 32, 8, 1)},
 }
 BACKWARD_Q = {
-    "fma": {32: (64, 16, 8, 1), 64: (32, 16, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 16, 1)},
+    "fma": {32: (64, 16, 8, 1), 64: (32, 16, 4, 1), 128: (16, 16, 8, 1), 256: (16, 16, 16, 1)},
     "mma": {32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1)},
     90: {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 1), 256: (32, 32, 4, 1)},
     100: {32: (64, 64, 4, 2), 64: (64, 64, 4, 1), 128: (64, 64, 8, 1), 256: (32, 32, 4, 1)},
@@ -30,7 +30,7 @@ BACKWARD_Q = {
 # 90: two stages took a ninth less time without dropout, a 28th less of all backward with it, and
 # spill registers.
 BACKWARD_KV = BACKWARD_Q | {
-    "fma": BACKWARD_Q["fma"] | {32: (32, 32, 8, 1), 64: (32, 32, 8, 1)},
+    "fma": BACKWARD_Q["fma"] | {32: (32, 32, 4, 1), 64: (32, 32, 8, 1)},
     "mma": {32: (64, 64, 4, 1), 64: (64, 32, 4, 2), 128: (32, 64, 8, 1), 256: (16, 32, 4, 1)},
     90: {32: (64, 64, 4, 1), 64: (64, 64, 4, 1), 128: (64, 32, 4, 1), 256: (16, 32, 4, 1)},
     100: BACKWARD_Q[100] | {256: (16, 32, 4, 1)},
@@ -77,7 +77,7 @@ BACKWARD_TABLE = {
     100: {32: (64, 64, 8, 1), 64: (64, 32, 8, 1), 128: (64, 32, 8, 1), 256: (16, 64, 8, 1)},
 }
 if hasattr(triton, "knobs"):  # before 3.4 a product has 16 rows at least
-    BACKWARD_TABLE[75] = BACKWARD_TABLE["fma"] | {128: (8, 16, 8, 1)}
+    BACKWARD_TABLE[75] = BACKWARD_TABLE["fma"] | {128: (8, 16, 4, 1)}
 SHORT_BIASED = {"mma": {64: (64, 64, 4, 1)}}
 # What differs, and where: dropout takes registers beside either bias, and a causal mask more of
 # them. (Heads of 256 leave few for tiles of 64 rows, which 100's product instructions need.) The
@@ -93,6 +93,8 @@ EXCEPTIONS = [
     ("backward_kv", PLAIN | {"bias": True}, {90: {128: (32, 64, 8, 1)}}),
     ("backward_kv", PLAIN | {"bias": True, "dropout": True}, {90: {64: (128, 64, 8, 1)}}),
     ("backward_kv", PLAIN | {"dropout": True, "causal": True}, {90: {64: (64, 32, 4, 1)}}),
+    ("backward_short", PLAIN | {"bias": True, "dropout": True, "causal": True},
+     {90: {64: (64, 32, 4, 1)}}),
 ]  # fmt: skip
 # kernel -> its table without and with a position bias
 TABLES = {
@@ -107,31 +109,39 @@ def settings(kernel, biased, head_dim, dtype, device, longest, dropout, bias, ca
     """BLOCK_D and the entry for it, of the tables above; ``longest``: the most keys of a sequence,
     or, for "backward_short", the most keys or queries, and None where that kernel is not meant;
     ``biased``: by position; ``bias``: the projections'."""
-    return _settings(
-        kernel, biased, head_dim, dtype, capability(device), longest, dropout, bias, causal
-    )
+    fma = not on_tensor_cores(dtype, device)
+    chip = capability(device)
+    return _settings(kernel, biased, head_dim, dtype, fma, chip, longest, dropout, bias, causal)
+
+
+def on_tensor_cores(dtype, device):
+    """Triton has no tensor-core instruction for 7.5."""
+    return dtype != torch.float32 and capability(device) >= 80
 
 
 @functools.lru_cache(4096)
-def _settings(kernel, biased, head_dim, dtype, chip, longest, dropout, bias, causal):
+def _settings(kernel, biased, head_dim, dtype, fma, chip, longest, dropout, bias, causal):
     block_d = max(32, power_of_2(head_dim))
-    fma = dtype == torch.float32 or chip < 80  # Triton has no tensor-core instruction for 7.5
+    given = {"biased": biased, "bias": bias, "dropout": dropout, "causal": causal}
+
+    def but(column, size, entry):
+        for name, where, entries in EXCEPTIONS:
+            if name == kernel and where.items() <= given.items():
+                entry = entries.get(column, {}).get(size, entry)
+        return entry
+
     short = {"forward": SHORT_BIASED if biased else SHORT, "backward_short": BACKWARD_SHORT}
     if not fma and block_d <= 64 and kernel in short:
         for most, entry in short[kernel].get(chip, short[kernel]["mma"]).items():
             if longest <= most and not (kernel == "forward" and dropout and most > 64):
-                return block_d, entry
+                return block_d, but(chip, most, entry)
     if kernel == "backward_short":
         return block_d, None
     table = TABLES[kernel][biased]
     own = chip in table and dtype != torch.float32
     column = chip if own else "fma" if fma else "mma"
     entry = table[column][block_d]
-    given = {"biased": biased, "bias": bias, "dropout": dropout, "causal": causal}
-    for name, where, entries in EXCEPTIONS:
-        if name == kernel and where.items() <= given.items():
-            entry = entries.get(column, {}).get(block_d, entry)
-    return block_d, entry
+    return block_d, but(column, block_d, entry)
 
 
 def parts_of_sum(biased, device, dropout, bias, causal):

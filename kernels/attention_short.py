@@ -69,8 +69,6 @@ def _backward(
     total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     keys_at = rows_from(k, k_begin, k_stride, k_head)
     values_at = rows_from(v, k_begin, v_stride, v_head)
-    dkeys_at = rows_from(dk, k_begin, dk_stride, dk_head)
-    dvalues_at = rows_from(dv, k_begin, dv_stride, dv_head)
     for begin in range(0, k_length, BLOCK_N):
         left = k_length - begin
         keys = load_rows(keys_at, left, k_stride, HEAD_DIM, BLOCK_D, BLOCK_N, True, DROPOUT)
@@ -84,17 +82,16 @@ def _backward(
         # beside the products above it had theirs, for their rows, which are more.
         if begin < k_length:
             dvalues = dot(tl.trans(dropped.to(douts.dtype)), douts, None, PRECISION)
-            store_rows(dvalues_at, dvalues, left, dv_stride, HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT)
+            store_rows(rows_from(dv, k_begin + begin, dv_stride, dv_head), dvalues, left, dv_stride,
+                       HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT)  # fmt: skip
         dscores = dscores.to(keys.dtype)
         if begin < k_length:
             dkeys = dot(tl.trans(dscores), queries, None, PRECISION)
-            store_rows(dkeys_at, dkeys * scale, left, dk_stride, HEAD_DIM, BLOCK_D, BLOCK_N,
-                       DROPOUT)  # fmt: skip
+            store_rows(rows_from(dk, k_begin + begin, dk_stride, dk_head), dkeys * scale, left,
+                       dk_stride, HEAD_DIM, BLOCK_D, BLOCK_N, DROPOUT)  # fmt: skip
         total = dot(dscores, keys, total, PRECISION)
         keys_at += rows_on(k_stride, BLOCK_N)
         values_at += rows_on(v_stride, BLOCK_N)
-        dkeys_at += rows_on(dk_stride, BLOCK_N)
-        dvalues_at += rows_on(dv_stride, BLOCK_N)
     store_rows(rows_from(dq, q_begin, dq_stride, dq_head), total * scale, q_length, dq_stride,
                HEAD_DIM, BLOCK_D, BLOCK_M)  # fmt: skip
 

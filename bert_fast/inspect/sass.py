@@ -81,9 +81,9 @@ class Compiled:
             found.append(f"{self.shared} bytes of shared memory; the chip has {chip.shared}")
         if self.ctas < 1:
             found.append("no CTA of it fits an SM")
-        # A tile of fewer than 64 rows, all that 256 columns may leave room for, takes the older
-        # tensor-core instruction on any chip.
-        small = "of 256" in self.work
+        # A tile of fewer than 64 rows, all that 256 columns may leave room for, or 32 beside a
+        # position bias, takes the older tensor-core instruction on any chip.
+        small = "of 256" in self.work or re.search(r"of 32\b.*position bias", self.work)
         wanted = f"{chip.products}|HMMA" if small else chip.products
         # Triton has no tensor-core path for 7.5.
         products = self.kernel in PRODUCTS and "float32" not in self.work and self.chip >= 80
