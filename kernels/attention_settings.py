@@ -13,12 +13,15 @@ from bert_fast.kernels.common import capability, power_of_2
 # so eight warps on 64 rows would compute each twice; the others share mma.sync. What 90 has for
 # heads of 64 was the fastest on an H100 without dropout, in bfloat16, 64 x 128 and 16 x 512, of
 # what spills nothing; with dropout an H200 took a twelfth less in forward for 64 x 128 with (64,
-# 32, 4, 3), and a twentieth more for 16 x 512. The rest is what spills no register, fits every
-# chip's shared memory and takes few instructions (`bert-fast inspect`), not measured.
+# 32, 4, 3), and a twentieth more for 16 x 512. But for its forward of more than 128 keys: 128 rows
+# take a sixth fewer instructions a score than 64, for as many rows an SM, and with two stages took
+# 3 to 4% less time; with three, as here, only 64 were measured. The rest is what spills no
+# register, fits every chip's shared memory and takes few instructions (`bert-fast inspect`), not
+# measured.
 FORWARD = {
     "fma": {32: (64, 32, 8, 2), 64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 16, 1)},
     "mma": {32: (64, 64, 4, 3), 64: (64, 32, 4, 3), 128: (64, 32, 4, 2), 256: (32, 32, 4, 1)},
-    90: {32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (128, 32, 8, 2), 256: (32, 32, 4, 1)},
+    90: {32: (64, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 32, 8, 2), 256: (32, 32, 4, 1)},
     100: {32: (128, 64, 8, 3), 64: (128, 64, 8, 3), 128: (128, 32, 8, 2), 256: (64, 32, 8, 1)},
 }
 BACKWARD_Q = {
@@ -39,7 +42,10 @@ BACKWARD_KV = BACKWARD_Q | {
 
 # Forward on tensor cores, head_dim <= 64, where no sequence is longer than this: one block of keys.
 # (With dropout 128 keys take too many registers; on 90 two blocks of 64 were faster.)
-SHORT = {"mma": {64: (64, 64, 4, 1), 128: (128, 128, 8, 1)}, 90: {64: (64, 64, 4, 1)}}
+SHORT = {
+    "mma": {64: (64, 64, 4, 1), 128: (128, 128, 8, 1)},
+    90: {64: (64, 64, 4, 1), 128: (64, 64, 4, 3)},
+}
 # Backward likewise, where no sequence has more queries or keys: one kernel (attention_short.py).
 BACKWARD_SHORT = {
     "mma": {64: (64, 32, 4, 1), 128: (128, 32, 8, 1)},
@@ -84,6 +90,8 @@ SHORT_BIASED = {"mma": {64: (64, 64, 4, 1)}}
 # last that fits counts.
 PLAIN, BIASED = {"biased": False}, {"biased": True}
 EXCEPTIONS = [
+    ("forward", PLAIN | {"dropout": True}, {90: {64: (64, 64, 4, 3)}}),
+    ("forward", PLAIN | {"bias": True}, {90: {64: (64, 64, 4, 3)}}),
     ("forward", BIASED | {"dropout": True},
      {"mma": {128: (64, 32, 4, 1)}, 100: {32: (64, 32, 8, 2), 256: (32, 32, 4, 1)}}),
     ("forward", BIASED | {"bias": True}, {"mma": {128: (32, 32, 4, 2)}}),
@@ -134,7 +142,7 @@ def _settings(kernel, biased, head_dim, dtype, fma, chip, longest, dropout, bias
     if not fma and block_d <= 64 and kernel in short:
         for most, entry in short[kernel].get(chip, short[kernel]["mma"]).items():
             if longest <= most and not (kernel == "forward" and dropout and most > 64):
-                return block_d, but(chip, most, entry)
+                return block_d, but(chip, most, entry) if kernel == "backward_short" else entry
     if kernel == "backward_short":
         return block_d, None
     table = TABLES[kernel][biased]

@@ -26,8 +26,7 @@ class Bar(NamedTuple):
 
 BOTH = "attention.backward_q", "attention.backward_kv"
 # The loop of Triton's tutorial, which ours was to be level with, takes 11.0 and 8.12 in forward and
-# 30.84 and 19.16 in backward, on 8.0 and 9.0 (docs/inspect.md); a GPU had 9.0's forward faster with
-# smaller tiles.
+# 30.84 and 19.16 in backward, on 8.0 and 9.0 (docs/inspect.md).
 TRITON = [
     Bar(f"{LONG}, bfloat16", ("attention.forward",), 13.94, 9.19, 8.8, 6.5),
     Bar(f"{LONG}, dropout 0.1, bfloat16", ("attention.forward",), 21.44, 16.09, 22, 16),
